@@ -1,0 +1,826 @@
+"""prepare_caseops_data: the reference shards bit for bit, the tokenizer's exactness, faults, kills, the other modes."""
+
+import errno
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings, strategies as st
+
+import lossless_caps
+import prepare_caseops_data as prep
+
+WORDS = (
+    "the quick Brown FOX jumps over McDonald's lazy dogs, and iPhones (in 2024) cost 999.50 euros: café naïve".split()
+)
+utf8_text = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from("aAbB.,'- \n\t0\x00éﬁ½\u2581" + lossless_caps.OPERATORS),
+    )
+)
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [
+        " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + f"\n\nNo {seed}.{index}  \t▁\n" for index in range(count)
+    ]
+
+
+def write_docs(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def final_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != prep.STAGING) if folder.exists() else []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in final_files(folder)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("prepare")
+
+
+@pytest.fixture(scope="module")
+def docs(work) -> Path:
+    return write_docs(work / "docs.jsonl", make_texts(300))
+
+
+@pytest.fixture(scope="module")
+def model(work, docs) -> Path:
+    """A lossless tokenizer, trained on all but the first 50 documents."""
+    return prep.train_tokenizer(docs, work, 420, 50)
+
+
+@pytest.fixture(scope="module")
+def lossy_model(work) -> Path:
+    """A tokenizer with the published one's normalizer."""
+    return train_plain(work / "lossy.model", normalization_rule_name="nmt_nfkc", split_digits=True)
+
+
+def train_plain(path: Path, **options) -> Path:
+    content = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": 400,
+        "byte_fallback": True,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": list(lossless_caps.OPERATORS),
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
+    texts = (lossless_caps.encode(text) for text in make_texts(200, seed=9))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=content, **settings | options)
+    path.write_bytes(content.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(work, docs, model) -> Path:
+    """A small sound data set, never to be changed."""
+    prep.prepare(docs, work / "built", model, val_docs=50, shard_tokens=4000)
+    return work / "built"
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Path:
+    """A data set to damage."""
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# The reference
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference")
+    model = next((corpus / "tokenizers").glob("*.model"))
+    arguments = ["--docs", corpus / "docs.jsonl.xz", "--out", out, "--sp", model, "--val-docs", 2500, "--workers", 2]
+    assert prep.main([str(argument) for argument in arguments]) == 0
+    yield out
+    shutil.rmtree(out)
+
+
+def test_reference_shards_bit_for_bit(reference, corpus):
+    lines = (corpus / "shards" / "SHA256SUMS").read_text().splitlines()
+    expected = {name: digest for digest, name in map(str.split, lines)}
+    assert len(expected) == 10
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in reference.glob("*.bin")}
+    assert found == expected
+
+
+def test_reference_manifest_and_check(reference, corpus, capsys):
+    assert prep.main(["--check", str(reference), "--docs", str(corpus / "docs.jsonl.xz")]) == 0
+    manifest = json.loads((reference / "manifest.json").read_text())
+    assert manifest["tokenizer"]["lossless"] is False and "line breaks" in manifest["tokenizer"]["note"]
+    assert manifest["splits"]["val"]["docs"] == 2500 and manifest["splits"]["val"]["tokens"] == 2_184_449
+    assert manifest["splits"]["train"]["docs"] == 84_040 - 2500 and manifest["splits"]["train"]["first_doc"] == 2500
+    assert manifest["splits_disjoint"] is True
+    assert "NOT" not in capsys.readouterr().out
+
+
+# Tokenizer
+
+
+def surfaces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[str]]:
+    """SentencePiece's own ids and surfaces, read from the serialized form that all its releases share."""
+
+    def fields(message: bytes):
+        position = 0
+        while position < len(message):
+            numbers = []
+            for _ in range(2):
+                value = shift = 0
+                while True:
+                    byte = message[position]
+                    position += 1
+                    value |= (byte & 127) << shift
+                    shift += 7
+                    if byte < 128:
+                        break
+                numbers.append(value)
+                if len(numbers) == 1 and value & 7 == 5:
+                    numbers.append(None)
+                    position += 4
+                    break
+            key, value = numbers
+            if key & 7 == 2:
+                value, position = message[position : position + value], position + value
+            yield key >> 3, value
+
+    pieces = [dict(fields(value)) for key, value in fields(sp.encode(text, out_type="serialized_proto")) if key == 2]
+    return [piece.get(2, 0) for piece in pieces], [piece.get(3, b"").decode() for piece in pieces]
+
+
+@pytest.mark.parametrize("kind", ["lossy", "lossless", "digits joined", "unigram", "dummy prefix", "published"])
+def test_tokens_and_bytes_are_those_of_sentencepiece(kind, model, lossy_model, work, request):
+    if kind == "published":
+        path = next((request.getfixturevalue("corpus") / "tokenizers").glob("*.model"))
+    else:
+        path = {
+            "lossy": lambda: lossy_model,
+            "lossless": lambda: model,
+            "digits joined": lambda: train_plain(work / "digits.model", split_digits=False),
+            "unigram": lambda: train_plain(work / "unigram.model", model_type="unigram"),
+            "dummy prefix": lambda: train_plain(work / "prefix.model", add_dummy_prefix=True, split_digits=True),
+        }[kind]()
+    tokenizer = prep.Tokenizer(path)
+    assert tokenizer.lossless == (kind == "lossless")
+    finest = {"digits joined": 1, "unigram": 2}.get(kind, 0)
+    assert prep.WORD_PATTERNS.index(tokenizer.word_pattern) == finest
+
+    @settings(max_examples=400, deadline=None)
+    @given(utf8_text)
+    @example("\n".join(make_texts(5)))
+    @example("  \u3000 Ab\u0301ﬁﬁ ①㎏ 한글 ｶﾞ x\u200b\ufeffy  ")
+    def same(text):
+        encoded = lossless_caps.encode(text)
+        if tokenizer.lossless:
+            encoded = encoded.replace(prep.WORD_MARK, "")
+        tokens, counts = tokenizer.encode_with_bytes(encoded)
+        ids, originals = surfaces(tokenizer.sp, encoded)
+        assert np.frombuffer(tokens, "<u2").tolist() == ids == tokenizer.sp.encode(encoded)
+        assert tokenizer.encode(encoded) == tokens
+        assert counts == lossless_caps.attribute_bytes(originals)
+
+    same()
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=utf8_text)
+@example(text=prep.PROBE)
+@example(text="▁ ▁▁  a▁B\n\n\t ▁")
+def test_lossless_tokenizer_gives_back_every_byte(model, text):
+    tokenizer = prep.Tokenizer(model)
+    tokens, counts = tokenizer.encode_with_bytes(lossless_caps.encode(text))
+    ids = np.frombuffer(tokens, "<u2").tolist()
+    assert lossless_caps.decode(tokenizer.sp.decode(ids)) == text
+    assert len(counts) == len(ids) and sum(counts) == len(text.encode())
+
+
+def test_shipped_tokenizer(root):
+    (path,) = (root / "tokenizers").glob("*.model")
+    tokenizer = prep.Tokenizer(path)
+    assert tokenizer.lossless and tokenizer.vocab_size == 8192
+    assert [tokenizer.sp.pad_id(), tokenizer.sp.bos_id(), tokenizer.sp.eos_id(), tokenizer.sp.unk_id()] == [0, 1, 2, 3]
+    assert tokenizer.sp.piece_to_id("<0x00>") == 8
+    assert tokenizer.sha256 in (root / "tokenizers" / "README.md").read_text()
+
+
+def test_words_are_forgotten_when_too_many(model, monkeypatch):
+    monkeypatch.setattr(prep._WordTokens, "MAX_WORDS", 10)
+    tokenizer = prep.Tokenizer(model)
+    text = lossless_caps.encode(" ".join(make_texts(3)) + " " + "x" * 1000).replace(prep.WORD_MARK, "")
+    assert np.frombuffer(tokenizer.encode(text), "<u2").tolist() == tokenizer.sp.encode(text)
+    assert len(tokenizer.words) <= 10 and all(len(word) <= 64 for word in tokenizer.words)
+
+
+# Shards and manifest
+
+
+def test_layout(built, docs, model):
+    tokenizer = prep.Tokenizer(model)
+    streams = {"val": [], "train": [], "val_bytes": []}
+    for index, line in enumerate(docs.read_text(encoding="utf-8").splitlines()):
+        tokens, counts = tokenizer.encode_with_bytes(lossless_caps.encode(json.loads(line)["text"]))
+        streams["val" if index < 50 else "train"] += [1, *np.frombuffer(tokens, "<u2").tolist()]
+        if index < 50:
+            streams["val_bytes"] += [0, *counts]
+    manifest = json.loads((built / "manifest.json").read_text())
+    listed = {shard["file"]: shard for shard in manifest["shards"]}
+    for kind, stream in streams.items():
+        chunks = [stream[start : start + 4000] for start in range(0, len(stream), 4000)]
+        assert len(chunks) > 1
+        for index, chunk in enumerate(chunks):
+            name = f"fineweb_{kind}_{index:06d}.bin"
+            content = (built / name).read_bytes()
+            header = np.frombuffer(content[:1024], "<i4").tolist()
+            assert header == [20240520, 1, len(chunk)] + [0] * 253
+            assert np.frombuffer(content[1024:], "<u2").tolist() == chunk
+            assert listed.pop(name) == {
+                "file": name,
+                "tokens": len(chunk),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    assert not listed
+    texts = [json.loads(line)["text"].encode() for line in docs.read_text(encoding="utf-8").splitlines()]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts[:50])).hexdigest()
+    size = sum(map(len, texts[:50]))
+    assert manifest["splits"]["val"] == {
+        "docs": 50,
+        "first_doc": 0,
+        "tokens": len(streams["val"]),
+        "text_bytes": size,
+        "docs_sha256": digest,
+        "bytes": size,
+    }
+    assert manifest["splits"]["train"]["docs"] == 250 and manifest["splits"]["train"]["first_doc"] == 50
+    assert manifest["format"] == 1 and manifest["bos_id"] == 1 and manifest["transform"] == "lossless_caps_caseops_v1"
+    assert manifest["tokenizer"] == {
+        "file": model.name,
+        "sha256": tokenizer.sha256,
+        "vocab_size": 420,
+        "lossless": True,
+    }
+    assert manifest["source"] == {"file": docs.name, "sha256": hashlib.sha256(docs.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
+def test_compressed_documents_and_workers_change_nothing(suffix, built, docs, model, tmp_path, monkeypatch):
+    content = docs.read_bytes()
+    if suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        frames = [zstandard.ZstdCompressor().compress(part) for part in (content[:5000], content[5000:])]
+        packed = b"".join(frames)
+    else:
+        packed = {".xz": lzma, ".gz": gzip}[suffix].compress(content)
+    path = tmp_path / f"docs.jsonl{suffix}"
+    path.write_bytes(packed)
+    monkeypatch.setattr(prep, "BATCH_BYTES", 1 << 13)
+    prep.prepare(path, tmp_path / "out", model, val_docs=50, shard_tokens=4000, workers=3 if suffix == ".xz" else 1)
+    expected, found = snapshot(built), snapshot(tmp_path / "out")
+    expected.pop("manifest.json"), found.pop("manifest.json")
+    assert found == expected
+    assert prep.check(tmp_path / "out", path)["splits"]["train"]["docs"] == 250
+
+
+def test_max_docs(docs, model, tmp_path):
+    manifest = prep.prepare(docs, tmp_path / "out", model, val_docs=50, max_docs=70)
+    assert manifest["splits"]["train"]["docs"] == 20
+    prep.check(tmp_path / "out", docs)
+
+
+def test_batches_in_flight_are_bounded(docs, model):
+    pulled = itertools.count()
+    drawn = []
+
+    def batches():
+        for batch in list(prep.read_batches(docs, 50)) * 30:
+            drawn.append(next(pulled))
+            yield batch
+
+    for finished, encoded in enumerate(prep.map_in_order(prep.encode_batch, batches(), 2, model)):
+        assert len(drawn) - finished <= 5
+        assert encoded[0] == ("train" if finished % 2 else "val")
+    assert len(drawn) == 60
+
+
+@pytest.mark.parametrize("rule", ["refuse", "drop", "keep"])
+def test_training_documents_that_repeat_validation(rule, model, tmp_path, capsys):
+    texts = make_texts(40)
+    texts[25] = texts[3]
+    path = write_docs(tmp_path / "docs.jsonl", texts)
+    options = [
+        "--docs",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--sp",
+        model,
+        "--val-docs",
+        10,
+        "--workers",
+        1,
+        "--duplicates",
+        rule,
+    ]
+    code = prep.main([str(option) for option in options])
+    output = capsys.readouterr()
+    if rule == "refuse":
+        assert code == 2 and final_files(tmp_path / "out") == []
+        assert f"{path}:26: this training document repeats the validation document of line 4" in output.err
+        return
+    assert code == 0
+    manifest = prep.check(tmp_path / "out", path)
+    assert manifest["duplicates"] == {"rule": rule, "count": 1, "lines": [26]}
+    assert manifest["splits_disjoint"] == (rule == "drop")
+    kept = texts[10:25] + texts[26:] if rule == "drop" else texts[10:]
+    assert manifest["splits"]["train"]["docs"] == len(kept)
+    assert manifest["splits"]["train"]["text_bytes"] == sum(len(text.encode()) for text in kept)
+    assert ("NOT disjoint: 1 " if rule == "keep" else "1 training documents that repeat") in output.out
+
+
+def test_refuses_a_folder_with_another_run(copy, docs, model, capsys):
+    before = snapshot(copy)
+    arguments = ["--docs", str(docs), "--out", str(copy), "--sp", str(model), "--val-docs", "20", "--workers", "1"]
+    assert prep.main(arguments) == 2
+    assert "splits of different runs may share documents" in capsys.readouterr().err
+    assert snapshot(copy) == before
+    assert prep.main([*arguments, "--overwrite"]) == 0
+    assert prep.check(copy, docs)["splits"]["val"]["docs"] == 20
+    assert len(list(copy.glob("fineweb_train_*.bin"))) == 1
+
+
+# Bad input
+
+
+def bad_lines() -> dict[str, tuple[bytes, str]]:
+    return {
+        "broken json": (b'{"text": "a', "not valid JSON"),
+        "not utf-8": (b'{"text": "\xff"}', "not valid JSON"),
+        "blank line": (b"", "not valid JSON"),
+        "too deep": (b"[" * 100_000, "not valid JSON"),
+        "no text": (b'{"txt": "a"}', 'no field "text"'),
+        "not an object": (b'["text"]', 'no field "text"'),
+        "text is a number": (b'{"text": 3}', 'no field "text"'),
+        "empty": (b'{"text": ""}', "empty document"),
+        "surrogate": (b'{"text": "ab\\ud800"}', "lone surrogate \\ud800 at character 2"),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_lines())
+@pytest.mark.parametrize("line_number", [3, 33])
+def test_bad_document(kind, line_number, model, tmp_path, capsys):
+    line, message = bad_lines()[kind]
+    lines = [json.dumps({"text": text}).encode() for text in make_texts(40)]
+    lines[line_number - 1] = line
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    expect_fault(path, model, tmp_path / "out", capsys, f"{path}:{line_number}: {message}")
+
+
+def expect_fault(docs, model, out, capsys, message, *more):
+    capsys.readouterr()
+    arguments = ["--docs", docs, "--out", out, "--sp", model, "--val-docs", 10, "--workers", 1, *more]
+    assert prep.main([str(argument) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], errors
+    assert final_files(out) == [] and not (out / prep.STAGING).exists()
+
+
+def test_bad_document_in_a_worker(model, tmp_path, capsys):
+    path = write_docs(tmp_path / "docs.jsonl", [*make_texts(40), ""])
+    expect_fault(path, model, tmp_path / "out", capsys, f"{path}:41: empty document", "--workers", 2)
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_damaged_compressed_documents(suffix, damage, docs, model, tmp_path, capsys):
+    content = docs.read_bytes()
+    if suffix == ".zst":
+        packed = pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+    else:
+        packed = {".xz": lzma, ".gz": gzip}[suffix].compress(content)
+    path = tmp_path / f"docs.jsonl{suffix}"
+    path.write_bytes(packed[:-20] if damage == "cut" else b"not compressed at all " * 50)
+    expect_fault(path, model, tmp_path / "out", capsys, "cut or damaged")
+
+
+def test_missing_files(docs, model, tmp_path, capsys):
+    expect_fault(tmp_path / "no.jsonl", model, tmp_path / "out", capsys, f"{tmp_path / 'no.jsonl'}: No such file")
+    expect_fault(docs, tmp_path / "no.model", tmp_path / "out", capsys, f"{tmp_path / 'no.model'}: No such file")
+
+
+def test_too_few_documents(model, tmp_path, capsys):
+    path = write_docs(tmp_path / "docs.jsonl", make_texts(10))
+    expect_fault(path, model, tmp_path / "out", capsys, "leaves no document for training")
+
+
+def test_wrong_tokenizers(docs, work, tmp_path, capsys):
+    cases = {
+        "not a SentencePiece model": lambda path: path.write_bytes(b"\x00garbage") and path,
+        "BOS has id 2, not 1": lambda path: train_plain(path, bos_id=2, eos_id=1),
+        "U+E001 has id 5, not 4": lambda path: train_plain(
+            path, user_defined_symbols=list("x" + lossless_caps.OPERATORS)
+        ),
+        "no byte fallback": lambda path: train_plain(path, byte_fallback=False, vocab_size=100),
+    }
+    for message, make in cases.items():
+        path = make(tmp_path / "wrong.model")
+        expect_fault(docs, path, tmp_path / "out", capsys, f"{path}: {message}")
+
+
+def test_vocabulary_that_16_bits_cannot_hold(docs, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prep, "MAX_UINT16", 419)
+    expect_fault(docs, model, tmp_path / "out", capsys, "420 pieces, but shards hold at most 419")
+
+
+def test_token_that_stands_for_too_many_bytes(lossy_model, tmp_path, capsys):
+    path = write_docs(tmp_path / "docs.jsonl", ["a" + " " * 70_000 + "b", *make_texts(20)])
+    expect_fault(path, lossy_model, tmp_path / "out", capsys, f"{path}:1: one token stands for 70000 bytes")
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "fineweb_val_bytes_000000.bin", "manifest.json"])
+def test_full_disk(name, docs, model, tmp_path, capsys, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_full(path, *arguments, **options):
+        return Full(path, "w") if Path(path).name.startswith(name) else open(path, *arguments, **options)
+
+    monkeypatch.setattr(prep, "open", open_full, raising=False)
+    expect_fault(
+        docs,
+        model,
+        tmp_path / "out",
+        capsys,
+        f"{name}: No space left on device; free some space",
+        "--shard-tokens",
+        4000,
+    )
+
+
+def test_arguments_missing(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prep.main(["--docs", "x.jsonl"])
+    assert exit_.value.code == 2
+    assert "missing --out, --sp" in capsys.readouterr().err
+
+
+def test_arguments_of_another_mode(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prep.main(["--demo", "--val-docs", "5"])
+    assert exit_.value.code == 2
+    assert "--demo takes no --val-docs" in capsys.readouterr().err
+
+
+# Kills
+
+
+@pytest.fixture(scope="module")
+def long_docs(work) -> Path:
+    """Enough text for some seconds of work."""
+    return write_docs(work / "long.jsonl", make_texts(30_000, seed=5))
+
+
+def start(root, *arguments) -> subprocess.Popen:
+    command = [sys.executable, str(root / "prepare_caseops_data.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
+    while len(list((out / prep.STAGING).glob("*.bin"))) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("shards, workers", [(1, 1), (4, 2), (9, 1)])
+def test_killed_run_leaves_no_final_name(shards, workers, root, long_docs, docs, model, tmp_path):
+    out = tmp_path / "out"
+    options = ["--out", out, "--sp", model, "--val-docs", 50, "--workers", workers, "--shard-tokens", 50_000]
+    process = start(root, "--docs", long_docs, *options)
+    wait_for_shards(process, out, shards)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert final_files(out) == [] and (out / prep.STAGING).is_dir()
+    deadline = time.monotonic() + 20
+    while alive(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their main process"
+        time.sleep(0.02)
+    prep.prepare(docs, out, model, val_docs=50)
+    assert not (out / prep.STAGING).exists()
+    prep.check(out, docs)
+
+
+@pytest.mark.parametrize("renames", [2, 3, 5])  # the first two are inside the staging folder
+def test_killed_while_renaming(renames, root, docs, model, copy):
+    """Replacing a data set: whatever has a final name is complete, and no manifest vouches for the mixture."""
+    script = f"""
+import os, signal, sys
+import prepare_caseops_data as prep
+replace, done = os.replace, []
+def count(*names):
+    if len(done) == {renames}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(replace(*names))
+os.replace = count
+sys.exit(prep.main(sys.argv[1:]))
+"""
+    options = ["--docs", docs, "--out", copy, "--sp", model, "--val-docs", 20, "--workers", 1, "--overwrite"]
+    process = subprocess.run([sys.executable, "-c", script, *map(str, options)], cwd=root, capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    assert "manifest.json" not in final_files(copy)
+    shards = list(copy.glob("*.bin"))
+    for shard in shards:
+        prep.open_shard(shard)
+    with pytest.raises(prep.DataError, match="manifest.json: missing"):
+        prep.check(copy)
+    assert prep.main([str(option) for option in options]) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupt(workers, root, long_docs, model, tmp_path):
+    out = tmp_path / "out"
+    options = ["--out", out, "--sp", model, "--val-docs", 50, "--workers", workers, "--shard-tokens", 50_000]
+    process = start(root, "--docs", long_docs, *options)
+    wait_for_shards(process, out, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    assert final_files(out) == [] and not (out / prep.STAGING).exists()
+
+
+# --check
+
+
+def rewrite(path: Path, change) -> None:
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+
+
+def edit_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put(position: int, value: int):
+    return lambda content: content.__setitem__(slice(position, position + 2), value.to_bytes(2, "little"))
+
+
+def shorten_sidecar(folder: Path) -> None:
+    path = folder / "fineweb_val_bytes_000000.bin"
+    values = prep.open_shard(path)[:-1].tobytes()
+    path.write_bytes(prep.HEADER.pack(prep.MAGIC, prep.VERSION, len(values) // 2, *[0] * 253) + values)
+
+
+FAULTS = {
+    "cut shard": (
+        lambda d: rewrite(d / "fineweb_train_000000.bin", lambda c: c.__delitem__(slice(-2, None))),
+        "cut or damaged",
+    ),
+    "cut header": (lambda d: (d / "fineweb_val_000000.bin").write_bytes(b"12"), "shorter than a shard's header"),
+    "wrong magic": (lambda d: rewrite(d / "fineweb_train_000001.bin", put(0, 7)), "not a token shard"),
+    "token changed": (lambda d: rewrite(d / "fineweb_train_000000.bin", put(1030, 9)), "not as the manifest says"),
+    "id too large": (lambda d: rewrite(d / "fineweb_train_000000.bin", put(1030, 420)), "token 3 is 420"),
+    "no BOS": (lambda d: rewrite(d / "fineweb_val_000000.bin", put(1024, 9)), "does not start with BOS"),
+    "shard missing": (lambda d: (d / "fineweb_train_000002.bin").unlink(), "fineweb_train_000002.bin: missing"),
+    "shard too many": (
+        lambda d: shutil.copy(d / "fineweb_train_000000.bin", d / "fineweb_train_000099.bin"),
+        "000099.bin: not as the manifest",
+    ),
+    "sidecar shorter": (shorten_sidecar, "entries, but its validation shard has"),
+    "sidecar missing": (
+        lambda d: (d / "fineweb_val_bytes_000001.bin").unlink(),
+        "2 readable validation shards, 1 sidecars",
+    ),
+    "sidecar counts BOS": (
+        lambda d: rewrite(d / "fineweb_val_bytes_000000.bin", put(1024, 3)),
+        "counts bytes for a BOS",
+    ),
+    "no validation": (lambda d: [path.unlink() for path in d.glob("fineweb_val_0*")], "no usable fineweb_val_*.bin"),
+    "tokenizer missing": (lambda d: next(d.glob("*.model")).unlink(), "not the tokenizer that the manifest names"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json: missing"),
+    "broken manifest": (lambda d: (d / "manifest.json").write_text("{"), "not a manifest of this tool"),
+    "foreign manifest": (lambda d: (d / "manifest.json").write_text("[]"), "not a manifest of this tool"),
+    "manifest without a count": (
+        lambda d: edit_manifest(d, lambda m: m["splits"]["val"].pop("bytes")),
+        "not a manifest of this",
+    ),
+    "docs miscounted": (
+        lambda d: edit_manifest(d, lambda m: m["splits"]["train"].update(docs=7)),
+        "250 train docs, the manifest says 7",
+    ),
+    "bytes miscounted": (
+        lambda d: edit_manifest(d, lambda m: m["splits"]["val"].update(bytes=7)),
+        "do not sum to the validation text's",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_check_finds(kind, copy, capsys):
+    damage, message = FAULTS[kind]
+    damage(copy)
+    assert prep.main(["--check", str(copy)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert any(message in line for line in errors), errors
+
+
+def test_check_finds_a_leak_without_documents(docs, model, tmp_path, capsys):
+    """Training shards of one run beside the validation shards of another that holds more documents back."""
+    prep.prepare(docs, tmp_path / "few", model, val_docs=10)
+    prep.prepare(docs, tmp_path / "many", model, val_docs=50)
+    for path in (tmp_path / "many").glob("fineweb_val*"):
+        shutil.copy(path, tmp_path / "few")
+    assert prep.main(["--check", str(tmp_path / "few")]) == 2
+    assert "40 training documents repeat a validation document, the manifest says 0" in capsys.readouterr().err
+
+
+def test_check_against_documents(built, docs, tmp_path, capsys):
+    assert prep.main(["--check", str(built), "--docs", str(docs)]) == 0
+    texts = [json.loads(line)["text"] for line in docs.read_text(encoding="utf-8").splitlines()]
+    others = write_docs(tmp_path / "other.jsonl", texts[:10] + ["changed"] + texts[11:])
+    assert prep.main(["--check", str(built), "--docs", str(others)]) == 2
+    error = capsys.readouterr().err
+    assert "not the documents of the val split" in error and "of the train split" not in error
+
+
+def test_check_of_sound_folder_is_short(built, capsys):
+    assert prep.main(["--check", str(built)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+# --download
+
+
+@pytest.fixture
+def hub(monkeypatch, built, lossy_model):
+    """huggingface_hub with a snapshot_download that copies a small data set instead; records its calls."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from fnmatch import fnmatch
+
+    def serve(nesting: str, failure: Exception | None = None) -> list[dict]:
+        calls = []
+
+        def snapshot_download(repo_id, repo_type, local_dir, allow_patterns):
+            calls.append({"repo_id": repo_id, "repo_type": repo_type})
+            if failure:
+                raise failure
+            shards = {f"{nesting}datasets/{prep.PUBLISHED_SHARDS}/{path.name}": path for path in built.glob("*.bin")}
+            model = {f"{nesting}tokenizers/{prep.PUBLISHED_TOKENIZER}": next(built.glob("*.model"))}
+            for name, source in (shards | model).items():
+                if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                    target = Path(local_dir) / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(source, target)
+            return str(local_dir)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return calls
+
+    return serve
+
+
+@pytest.mark.parametrize("nesting", ["", "datasets/"])
+@pytest.mark.parametrize("train_shards", [None, 2])
+def test_download(nesting, train_shards, hub, built, tmp_path, capsys):
+    calls = hub(nesting)
+    more = ["--train-shards", str(train_shards)] if train_shards else []
+    assert prep.main(["--download", "--out", str(tmp_path), *more]) == 0
+    assert calls == [{"repo_id": "romeerp/parameter-golf-caseops-v1", "repo_type": "dataset"}]
+    folder = tmp_path / nesting / "datasets" / prep.PUBLISHED_SHARDS
+    assert f"DATA_PATH={folder} " in capsys.readouterr().out
+    shards = sorted(path.name for path in folder.glob("fineweb_train_*.bin"))
+    assert shards == sorted(path.name for path in built.glob("fineweb_train_*.bin"))[:train_shards]
+    manifest = prep.check(folder)
+    assert manifest["source"]["file"] == "romeerp/parameter-golf-caseops-v1"
+    assert manifest["splits"]["val"]["docs"] == 50 and manifest["splits_disjoint"] is True
+
+
+def test_download_offline_and_unsound(hub, tmp_path, capsys):
+    hub("", OSError("no route to host\nmore words"))
+    assert prep.main(["--download", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: romeerp/parameter-golf-caseops-v1: no download (no route to host); "
+        "once online, run this again to resume\n"
+    )
+    hub("elsewhere/")
+    assert prep.main(["--download", "--out", str(tmp_path)]) == 2
+    assert "holds no folder" in capsys.readouterr().err
+    hub("")
+    assert prep.main(["--download", "--out", str(tmp_path), "--train-shards", "99"]) == 2
+    assert "fewer than 99 training shards" in capsys.readouterr().err
+
+
+def test_download_without_a_network(root, tmp_path):
+    """The real client against a port where nothing listens."""
+    pytest.importorskip("huggingface_hub")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(root / "prepare_caseops_data.py"), "--download", "--out", str(tmp_path / "data")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2
+    assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == process.stderr.splitlines()[
+        -1:
+    ]
+    assert "Traceback" not in process.stderr
+
+
+# --train-tokenizer and --demo
+
+
+def test_trained_tokenizer_knows_training_documents_only(tmp_path, capsys):
+    texts = ["qvqxq " * 40] * 20 + make_texts(200)
+    path = write_docs(tmp_path / "docs.jsonl", texts)
+    arguments = ["--train-tokenizer", "--vocab-size", "400", "--docs", str(path), "--val-docs", "20", "--out"]
+    assert prep.main([*arguments, str(tmp_path / "a")]) == 0
+    assert prep.main([*arguments, str(tmp_path / "b")]) == 0
+    first, second = (
+        tmp_path / "a" / "caseops_400_bpe_identity_v1.model",
+        tmp_path / "b" / "caseops_400_bpe_identity_v1.model",
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert final_files(tmp_path / "a") == [first.name]
+    tokenizer = prep.Tokenizer(first)
+    assert tokenizer.lossless
+    pieces = [tokenizer.sp.id_to_piece(index) for index in range(400)]
+    assert pieces[:8] == ["<pad>", "<s>", "</s>", "<unk>", *lossless_caps.OPERATORS]
+    assert not any("qv" in piece or "xq" in piece for piece in pieces)
+
+
+def test_tokenizer_training_faults(docs, tmp_path, capsys):
+    arguments = [
+        "--train-tokenizer",
+        "--docs",
+        str(docs),
+        "--val-docs",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+        "--vocab-size",
+    ]
+    assert prep.main([*arguments, "60000"]) == 2
+    assert "no tokenizer of 60000 pieces" in capsys.readouterr().err
+    assert final_files(tmp_path / "out") == []
+    broken = write_docs(tmp_path / "broken.jsonl", make_texts(30) + [""])
+    arguments[2] = str(broken)
+    assert prep.main([*arguments, "400"]) == 2
+    assert f"{broken}:31: empty document" in capsys.readouterr().err
+
+
+def test_demo(root, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        command = [sys.executable, str(root / "prepare_caseops_data.py"), "--demo", "--out", str(folder)]
+        seconds = time.monotonic()
+        subprocess.run(command, check=True, capture_output=True)
+        assert time.monotonic() - seconds < 60
+    assert snapshot(folders[0]) == snapshot(folders[1])
+    manifest = prep.check(folders[0], folders[0] / "docs.jsonl")
+    assert manifest["tokenizer"]["lossless"] and manifest["tokenizer"]["vocab_size"] == 1024
+    splits = manifest["splits"]
+    assert splits["train"]["tokens"] > 300_000
+    assert 0.02 < splits["val"]["tokens"] / splits["train"]["tokens"] < 0.3
+
+
+def test_demo_on_a_bare_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prep, "demo_sources", lambda: iter([("topic only", "a text")]))
+    assert prep.main(["--demo", "--out", str(tmp_path / "out")]) == 2
+    assert "too little text" in capsys.readouterr().err
