@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import queue
+import re
 import signal
 import struct
 import sys
@@ -34,6 +35,7 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,13 +55,13 @@ class InputError(Exception):
     """Something the user gave is wrong: each line of the message names the variable or file and the remedy (exit 2)."""
 
 
-def setting(group, default, text, *, unit="", low=-math.inf, high=math.inf, above=-math.inf, choices=()):
+def setting(group, default, text, *, unit="", low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, choices=()):
     """One environment variable: the field's name in upper case, parsed to the type of its default.
 
-    low, high: inclusive range; above: exclusive lower bound; choices: the accepted strings.
+    low, high: inclusive bounds; above, below: exclusive ones; choices: the accepted strings.
     """
     return dataclasses.field(default=default, metadata=dict(
-        group=group, text=text, unit=unit, low=low, high=high, above=above, choices=choices))
+        group=group, text=text, unit=unit, low=low, high=high, above=above, below=below, choices=choices))
 
 
 CASEOPS_NAME = "lossless_caps_caseops_v1_reserved"
@@ -107,6 +109,8 @@ class Settings:
     iterations: int = setting("Run", 20000, "most optimizer steps; measures progress when there is no time cap",
                               unit="steps", low=1)
     max_wallclock_seconds: float = setting("Run", 600.0, "training time; 0: no cap", unit="s", low=0)
+    force_stop_step: int = setting("Run", 0, "stop after this step, with every schedule as if training went on; 0: never",
+                                   unit="steps", low=0)
     train_log_every: int = setting("Run", 500, "steps between loss lines after the first five; 0: none", unit="steps",
                                    low=0)
     val_loss_every: int = setting("Run", 0, "steps between validations while training (the clock stops); 0: none",
@@ -162,12 +166,12 @@ class Settings:
     tied_embed_lr: float = setting("Optimizer", 0.03, "AdamW learning rate of the embedding", low=0)
     softcap_lr: float = setting("Optimizer", 0.02, "AdamW learning rate of the two caps of ASYM_LOGIT_RESCALE; 0: frozen "
                                 "at LOGIT_SOFTCAP, as in every published system", low=0)
-    muon_momentum: float = setting("Optimizer", 0.97, "final Nesterov momentum of Muon", low=0, high=1)
+    muon_momentum: float = setting("Optimizer", 0.97, "final Nesterov momentum of Muon", low=0, below=1)
     muon_backend_steps: int = setting("Optimizer", 5, "Newton-Schulz iterations", low=1, high=5)
     muon_row_normalize: bool = setting("Optimizer", True, "1: unit rows before Newton-Schulz")
     muon_wd: float = setting("Optimizer", 0.095, "decoupled weight decay of the banks", low=0)
-    beta1: float = setting("Optimizer", 0.9, "AdamW first-moment coefficient", low=0, high=1)
-    beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, high=1)
+    beta1: float = setting("Optimizer", 0.9, "AdamW first-moment coefficient", low=0, below=1)
+    beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, below=1)
     adam_eps: float = setting("Optimizer", 1e-8, "AdamW epsilon", above=0)
     adam_wd: float = setting("Optimizer", 0.02, "weight decay of vectors, scalars and gates", low=0)
     adam_wd_to_init: bool = setting("Optimizer", True, "1: that decay pulls toward the initial value; 0: toward zero, "
@@ -175,20 +179,20 @@ class Settings:
     embed_wd: float = setting("Optimizer", 0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting("Optimizer", 0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
     ema_decay: float = setting("Optimizer", 0.9965, "decay per step of the weight average that is kept; 0: the last "
-                               "weights themselves", low=0, high=1)
+                               "weights themselves", low=0, below=1)
 
     # --- Schedule (progress = training time / cap, or steps / ITERATIONS without a cap)
     train_seq_len: int = setting("Schedule", 2048, "documents are cut into pieces of at most this length", unit="tokens",
                                  low=1)
     warmup_steps: int = setting("Schedule", 3, "throw-away steps that compile everything before the clock starts",
                                 unit="steps", low=0)
-    lr_warmup_steps: int = setting("Schedule", 10, "steps over which every learning rate rises linearly; 0: full rate "
+    lr_warmup_steps: int = setting("Schedule", 0, "steps over which every learning rate rises linearly; 0: full rate "
                                    "from the first step", unit="steps", low=0)
     warmdown_frac: float = setting("Schedule", 0.85, "last fraction of progress over which learning rates fall", low=0,
                                    high=1)
     min_lr: float = setting("Schedule", 0.1, "floor of the learning-rate multiplier", low=0, high=1)
     enable_looping_at: float = setting("Schedule", 0.35, "progress at which looping starts", low=0, high=1)
-    muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, high=1)
+    muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, below=1)
     muon_momentum_warmup_steps: int = setting("Schedule", 1500, "steps until MUON_MOMENTUM is reached", unit="steps",
                                               low=0)
     gptq_reserve_seconds: float = setting("Schedule", 0.5, "taken off MAX_WALLCLOCK_SECONDS for what follows training",
@@ -223,7 +227,7 @@ class Settings:
                     problems.append(str(error))
         ours = tuple({"_".join(name.split("_")[:k]) + "_" for name in fields for k in (1, 2) if name.count("_") >= k}
                      - SHARED_PREFIXES)
-        for name in environ.keys() - fields.keys() - REFUSED_SETTINGS.keys():
+        for name in sorted(environ.keys() - fields.keys() - REFUSED_SETTINGS.keys()):
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0 if name.startswith(ours) else 0.9)
             if nearest:
                 problems.append(f"{name}: no such setting; the nearest is {nearest[0]}")
@@ -243,6 +247,8 @@ class Settings:
 
         require(s.world_size == 1 or s.rank >= 0, "WORLD_SIZE: it is above 1 but RANK is not set; launch with torchrun")
         require(s.rank < s.world_size, f"RANK: {s.rank} is not below WORLD_SIZE={s.world_size}; launch with torchrun")
+        require(re.fullmatch(r"[\w.-]*", s.run_id), f"RUN_ID: {s.run_id!r} names files; use letters, digits and ._- alone")
+        require(not (s.ttt_eval_only and s.prequant_only), "PREQUANT_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
         require(s.model_dim % s.num_heads == 0, f"NUM_HEADS: {s.num_heads} does not divide MODEL_DIM={s.model_dim}")
         require(s.num_heads % s.num_kv_heads == 0,
                 f"NUM_KV_HEADS: {s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}")
@@ -261,13 +267,8 @@ class Settings:
                     f"PARALLEL_START_LAYER: {s.parallel_start_layer} must lie behind LOOP_END={s.loop_end}")
         require(s.parallel_start_layer < s.num_layers,
                 f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
-        if s.grad_accum_steps:
-            require(s.train_batch_tokens % (s.world_size * s.grad_accum_steps) == 0,
-                    f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} is not divisible by WORLD_SIZE x GRAD_ACCUM_STEPS = "
-                    f"{s.world_size} x {s.grad_accum_steps}")
-        else:
-            require(s.train_batch_tokens % s.world_size == 0,
-                    f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} is not divisible by WORLD_SIZE={s.world_size}")
+        require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
+                f"{s.world_size} ranks x {s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)")
         require(s.max_wallclock_seconds == 0 or s.max_wallclock_seconds > s.gptq_reserve_seconds,
                 f"GPTQ_RESERVE_SECONDS: {s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS="
                 f"{s.max_wallclock_seconds}")
@@ -293,10 +294,9 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank and step. The published systems fix ranks x micro-batches at 8."""
-        fewest = self.grad_accum_steps or -(-8 // self.world_size)
-        return next(a for a in itertools.count(fewest) if self.train_batch_tokens % (self.world_size * a) == 0
-                    or a >= self.train_batch_tokens)
+        """Micro-batches per rank and step, 0 if none fits. The published systems fix ranks x micro-batches at 8."""
+        candidates = [self.grad_accum_steps] if self.grad_accum_steps else range(-(-8 // self.world_size), 65)
+        return next((a for a in candidates if self.train_batch_tokens % (self.world_size * a) == 0), 0)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -307,7 +307,7 @@ class Settings:
         free = {"tied_embed_init_std", "qk_gain_init", "sparse_attn_gate_init_std", "gated_attn_init_std"}
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                   if f.metadata["group"] in ("Model", "Gates") and f.name not in free}
-        return chosen | {"vocab_size": self.vocab_size, "looping": self.loops_at_end}
+        return chosen | {"vocab_size": self.vocab_size}
 
 
 def parse_setting(name: str, text: str, field: dataclasses.Field):
@@ -323,9 +323,11 @@ def parse_setting(name: str, text: str, field: dataclasses.Field):
         return text
     try:
         value = kind(text)
+        if "_" in text:  # Python's digit groups are no notation for a command line
+            raise ValueError
     except ValueError:
         raise InputError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    if not (rule["low"] <= value <= rule["high"] and value > rule["above"]):
+    if not (math.isfinite(value) and rule["low"] <= value <= rule["high"] and rule["above"] < value < rule["below"]):
         raise InputError(f"{name}: {text} is out of range ({describe_range(rule)})")
     return value
 
@@ -334,7 +336,7 @@ def describe_range(rule) -> str:
     if rule["choices"]:
         return "|".join(rule["choices"])
     lower = f"> {rule['above']:g}" if rule["above"] > -math.inf else f">= {rule['low']:g}" if rule["low"] > -math.inf else ""
-    upper = f"<= {rule['high']:g}" if rule["high"] < math.inf else ""
+    upper = f"< {rule['below']:g}" if rule["below"] < math.inf else f"<= {rule['high']:g}" if rule["high"] < math.inf else ""
     return ", ".join(filter(None, (lower, upper)))
 
 
@@ -357,6 +359,10 @@ def settings_help() -> str:
 # ======================================================================================================================
 # 2. Runtime
 # ======================================================================================================================
+
+
+# torch 2.13 wants reduce_scatter_tensor and all_gather_into_tensor under new names, which 2.11 does not have.
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -462,11 +468,13 @@ class RunLog:
     def __init__(self, settings: Settings, runtime: Runtime):
         run_id = settings.run_id or f"{datetime.datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"
         self.active = runtime.rank == 0
+        self.path = os.path.join(settings.log_dir, run_id)
+        if self.active and os.path.exists(self.path + ".json"):
+            raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another RUN_ID or remove it")
         self.record = dict(run_id=run_id, status="running", started=f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
                            settings=dataclasses.asdict(settings), machine=runtime.describe(), results={}, events=[])
         if self.active:
             os.makedirs(settings.log_dir, exist_ok=True)
-            self.path = os.path.join(settings.log_dir, run_id)
             self.file = open(self.path + ".txt", "w", buffering=1)
             self.save()
 
@@ -484,8 +492,8 @@ class RunLog:
 
     def write(self, text: str) -> None:
         if self.active:
-            print(text, flush=True)
             self.file.write(text + "\n")
+            print(text, flush=True)
 
     def save(self) -> None:
         if self.active:
@@ -534,15 +542,20 @@ def check_manifest(settings: Settings) -> dict:
     path = os.path.join(settings.shards_dir, "manifest.json")
     if not os.path.exists(path):
         return dict(manifest="none")
-    with open(path, encoding="utf-8") as file:
-        manifest = json.load(file)
-    if manifest["tokenizer"]["vocab_size"] != settings.vocab_size:
-        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} was made with a tokenizer of "
-                         f"{manifest['tokenizer']['vocab_size']} pieces; set VOCAB_SIZE to that")
-    if not manifest["splits_disjoint"]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        pieces, lossless = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["lossless"]
+        docs = [manifest["splits"][split]["docs"] for split in ("train", "val")]
+        disjoint = manifest["splits_disjoint"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a manifest of prepare_caseops_data.py; prepare the data again") from None
+    if pieces != settings.vocab_size:
+        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} was made with a tokenizer of {pieces} pieces; "
+                         "set VOCAB_SIZE to that")
+    if not disjoint:
         raise InputError(f"{path}: training and validation documents overlap; prepare the data again")
-    return dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"], val_docs=manifest["splits"]["val"]["docs"],
-                tokenizer_lossless=manifest["tokenizer"]["lossless"])
+    return dict(manifest=path, train_docs=docs[0], val_docs=docs[1], tokenizer_lossless=lossless)
 
 
 class Segments(NamedTuple):
@@ -598,8 +611,15 @@ class TrainingData:
         if self.total < settings.micro_batch_tokens + 1:
             raise InputError(f"TRAIN_BATCH_TOKENS: the shards in {settings.shards_dir} hold only {self.total} tokens, fewer "
                              f"than one micro-batch of {settings.micro_batch_tokens}")
+        for path, shard in zip(self.files, self.shards):  # a look at each; `read` checks every token that is used
+            self.check_tokens(path, shard[:1_000_000])
         if not (self.shards[0][:1_000_000] == BOS_ID).any():
             raise InputError(f"{self.files[0]}: no document start (token {BOS_ID}) in it; it was made for another tokenizer")
+
+    def check_tokens(self, path: str, tokens: np.ndarray) -> None:
+        if len(tokens) and int(tokens.max()) >= self.settings.vocab_size:
+            raise InputError(f"{path}: token {int(tokens.max())} does not fit VOCAB_SIZE={self.settings.vocab_size}; set "
+                             "VOCAB_SIZE to the tokenizer's")
 
     @property
     def total(self) -> int:
@@ -613,9 +633,7 @@ class TrainingData:
             index = int(np.searchsorted(self.ends, start, side="right"))
             offset = start - (int(self.ends[index]) - len(self.shards[index]))
             piece = self.shards[index][offset:offset + count]
-            if len(piece) and int(piece.max()) >= self.settings.vocab_size:
-                raise InputError(f"{self.files[index]}: token {int(piece.max())} does not fit VOCAB_SIZE="
-                                 f"{self.settings.vocab_size}; set VOCAB_SIZE to the tokenizer's")
+            self.check_tokens(self.files[index], piece)
             pieces.append(piece.astype(np.int64))
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces)
@@ -687,6 +705,9 @@ class ValidationData:
             self.bytes = token_bytes(self.tokens, settings)
         if not settings.eval_include_tail:
             keep = (len(self.tokens) - 1) // settings.eval_seq_len * settings.eval_seq_len + 1
+            if keep == 1:
+                raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of EVAL_SEQ_LEN="
+                                 f"{settings.eval_seq_len}; set EVAL_INCLUDE_TAIL=1")
             self.tokens, self.bytes = self.tokens[:keep], self.bytes[:keep]
 
 
@@ -696,7 +717,7 @@ def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=settings.tokenizer_file)
-    except OSError:
+    except (OSError, RuntimeError):
         raise InputError(f"TOKENIZER_PATH: cannot read a SentencePiece model from {settings.tokenizer_file}; "
                          "CASEOPS_ENABLED=0 needs it") from None
     if model.vocab_size() != settings.vocab_size:
@@ -921,7 +942,7 @@ class GPT(nn.Module):
         """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again."""
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
-        x0 = x = self.embed(ids)
+        x0 = x = self.embed(ids, segments.positions)
         layers, skips, lanes = self.layers(), [], None
         encoder, decoder = self.orders[looping]
         for i in encoder:
@@ -941,14 +962,12 @@ class GPT(nn.Module):
         merged = {"mean": (lane0.float() + lane1.float()) / 2, "attn": lane0, "mlp": lane1}
         return norm(merged[self.settings.parallel_final_lane]).to(lane0.dtype)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's, if it is of the same segment."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
         if s.smear_gate_enabled:
-            keep = torch.ones_like(ids[1:], dtype=torch.bool)
-            if s.smear_gate_bos_fix:
-                keep = ids[1:] != BOS_ID
+            keep = positions[1:] > 0 if s.smear_gate_bos_fix else torch.ones_like(positions[1:])
             score = (x[1:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
             x = torch.cat((x[:1], x[1:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * x[:-1]))
         return norm(x).to(self.compute_dtype)
@@ -1292,6 +1311,7 @@ class TrainingClock:
         self.settings, self.runtime = settings, runtime
         self.lag = 2 if runtime.on_cuda else 1
         self.marks: dict[int, torch.cuda.Event] = {}
+        self.progress = 0.0
         self.completed: list[float] = []  # training time at which each step was seen to be complete
         runtime.synchronize()
         self.origin = time.perf_counter()
@@ -1315,7 +1335,8 @@ class TrainingClock:
         else:
             progress, stop = step / s.iterations, False
         progress, stop = self.runtime.from_rank0([progress, float(stop)])
-        return min(progress, 1.0), bool(stop) or step >= s.iterations
+        self.progress = min(1.0, max(self.progress, progress))  # estimates may step back, schedules must not
+        return self.progress, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
 
     def end_step(self, step: int) -> None:
         if self.runtime.on_cuda:
@@ -1341,15 +1362,12 @@ class TrainingClock:
         self.origin += time.perf_counter() - began
 
 
-@dataclass
-class TrainingResult:
-    steps: int
-    looping: bool  # whether looping was on at the end
-
-
 def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Settings, runtime: Runtime,
-          log: RunLog) -> TrainingResult:
-    """Train until the cap or the last iteration; the model ends with its raw weights evaluated, then averaged."""
+          log: RunLog) -> bool:
+    """Train until the cap or the last iteration, evaluate the raw weights, install and evaluate their average.
+
+    Returns whether looping was on at the end: from then on it belongs to the model.
+    """
     s = settings
     optimizer = Optimizer(model, s, runtime)
 
@@ -1367,13 +1385,13 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Setti
     graphs_before = compiled_graphs()
     clock = TrainingClock(s, runtime)
     for step in itertools.count():
-        if s.val_loss_every and step and step % s.val_loss_every == 0:
-            with clock.paused(step):
-                log.event("val", step=step, **validation.score(model, looping))
         progress, stop = clock.begin_step(step)
         log_step(log, clock, host_figures, s)
         if stop:
             break
+        if s.val_loss_every and step and step % s.val_loss_every == 0:
+            with clock.paused(step):
+                log.event("val", step=step, **validation.score(model, looping))
         if not looping and s.num_loops and progress >= s.enable_looping_at:
             looping, looping_from = True, step
             log.event("looping", step=step, progress=round(progress, 4))
@@ -1392,7 +1410,7 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Setti
     if s.ema_decay > 0:
         average.install()
         log.result("averaged", **validation.score(model, looping))
-    return TrainingResult(step, looping)
+    return looping
 
 
 def warm_up(take_step, optimizer: Optimizer, data: TrainingData, s: Settings, runtime: Runtime, log: RunLog) -> None:
@@ -1466,21 +1484,21 @@ ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, pay
 SIZE_CAP = 16_000_000
 
 
-def tensor_encodings(model: GPT, s: Settings) -> dict[str, tuple[int, float]]:
+def tensor_encodings(s: Settings) -> dict[str, tuple[int, float]]:
     """(bits, clip in deviations) of the tensors stored as integers; the others are stored as float16."""
     attn, mlp = (s.matrix_bits, s.attn_clip_sigmas), (s.matrix_bits, s.mlp_clip_sigmas)
     return dict(tok_emb=(s.embed_bits, s.embed_clip_sigmas), qo_bank=attn, kv_bank=attn, mlp_up_bank=mlp, mlp_down_bank=mlp)
 
 
-def save_artifact(model: GPT, path: str, s: Settings) -> int:
+def save_artifact(model: GPT, looping: bool, path: str, s: Settings) -> int:
     """Quantize the model and write it to `path`, all or nothing; returns the bytes written.
 
-    Layout: header, table (JSON: the settings that change the function; name, shape and encoding of each tensor), payload
-    (brotli over the tensors' bytes in table order: int8 values then float16 row scales, or float16 values).
+    Layout: header, table (JSON: the settings that change the function; whether looping is on; name, shape and encoding of
+    each tensor), payload (brotli over the tensors' bytes in table order: int8 values then float16 row scales, or float16 values).
     """
     import brotli  # only packing and unpacking need it
 
-    encodings, tensors, payload = tensor_encodings(model, s), [], []
+    encodings, tensors, payload = tensor_encodings(s), [], []
     for name, parameter in model.named_parameters():
         weight = parameter.detach().cpu()
         if name in encodings:
@@ -1489,7 +1507,7 @@ def save_artifact(model: GPT, path: str, s: Settings) -> int:
             parts, encoding = (weight.half(),), "float16"
         tensors.append([name, list(weight.shape), encoding])
         payload += [part.numpy().tobytes() for part in parts]
-    table = json.dumps(dict(function=s.function_settings(), tensors=tensors)).encode()
+    table = json.dumps(dict(function=s.function_settings(), looping=looping, tensors=tensors)).encode()
     packed = brotli.compress(b"".join(payload), quality=11, lgwin=24)
     digest = hashlib.sha256(table + packed).digest()
     data = ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(table), len(packed), digest) + table + packed
@@ -1497,8 +1515,8 @@ def save_artifact(model: GPT, path: str, s: Settings) -> int:
     return len(data)
 
 
-def load_artifact(model: GPT, path: str, s: Settings) -> None:
-    """Put the weights stored in `path` into the model. Nothing in the file is executed.
+def load_artifact(model: GPT, path: str, s: Settings) -> bool:
+    """Put the weights stored in `path` into the model; returns whether looping is on. Nothing in the file is executed.
 
     Raises InputError when the file is damaged, or was made for another function than the settings describe.
     """
@@ -1511,48 +1529,50 @@ def load_artifact(model: GPT, path: str, s: Settings) -> None:
     if len(data) < ARTIFACT_HEADER.size:
         raise damaged
     magic, version, table_bytes, payload_bytes, digest = ARTIFACT_HEADER.unpack_from(data)
-    body = memoryview(data)[ARTIFACT_HEADER.size:]
+    body = data[ARTIFACT_HEADER.size:]
     if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION) or len(body) != table_bytes + payload_bytes \
             or hashlib.sha256(body).digest() != digest:
         raise damaged
-    table = json.loads(bytes(body[:table_bytes]))
-    wrong = [f"{name.upper()}: {mine}, but {path} was made with {table['function'].get(name)}; set it to that"
-             for name, mine in s.function_settings().items() if table["function"].get(name) != mine]
+    parameters = dict(model.named_parameters())
+    stored_as = [[name, list(p.shape), "int8_rows" if name in tensor_encodings(s) else "float16"]
+                 for name, p in parameters.items()]
+    try:
+        table = json.loads(body[:table_bytes])
+        made_with, looping, tensors = dict(table["function"]), bool(table["looping"]), table["tensors"]
+    except (ValueError, KeyError, TypeError):
+        raise damaged from None
+    wrong = [f"{name.upper()}: {mine}, but {path} was made with {made_with.get(name)}; set it to that"
+             for name, mine in s.function_settings().items() if made_with.get(name) != mine]
     if wrong:
         raise InputError("\n".join(wrong))
-    parameters = dict(model.named_parameters())
-    if [(name, tuple(shape)) for name, shape, _ in table["tensors"]] != [(n, tuple(p.shape)) for n, p in parameters.items()]:
+    if tensors != stored_as:
         raise damaged
-    unpack_tensors(bytes(body[table_bytes:]), table["tensors"], parameters, damaged)
+    unpack_tensors(body[table_bytes:], stored_as, parameters, damaged)
+    return looping
 
 
 @torch.no_grad()
-def unpack_tensors(packed: bytes, tensors: list, parameters: dict[str, nn.Parameter], damaged: InputError) -> None:
-    """Decode the payload into the parameters, in the order of the table."""
+def unpack_tensors(packed: bytes, table: list, parameters: dict[str, nn.Parameter], damaged: InputError) -> None:
+    """Decode the payload into the parameters, in the order of the table; raises `damaged` if it does not fit them."""
     import brotli
 
-    expected = sum(p.numel() + 2 * p.numel() // p.size(-1) if encoding == "int8_rows" else 2 * p.numel()
-                   for (_, _, encoding), p in zip(tensors, parameters.values()))
-    decompressor = brotli.Decompressor()
-    raw = decompressor.process(packed, output_buffer_limit=expected + 1)
+    parts = [part for _, shape, encoding in table for part in
+             ([(torch.int8, shape), (torch.float16, shape[:-1])] if encoding == "int8_rows" else [(torch.float16, shape)])]
+    expected = sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+    try:
+        raw = bytearray(brotli.Decompressor().process(packed, output_buffer_limit=expected + 1))
+    except brotli.error:
+        raise damaged from None
     if len(raw) != expected:
         raise damaged
-    offset = 0
-
-    def take(dtype, shape):
-        nonlocal offset
-        count = math.prod(shape)
-        values = torch.frombuffer(bytearray(raw), dtype=dtype, count=count, offset=offset) if count else torch.empty(0)
-        offset += count * values.element_size()
-        return values.view(shape).float()
-
-    raw = bytearray(raw)
-    for name, shape, encoding in tensors:
-        if encoding == "int8_rows":
-            values = take(torch.int8, shape) * take(torch.float16, shape[:-1])[..., None]
-        else:
-            values = take(torch.float16, shape)
-        parameters[name].copy_(values)
+    offset, values = 0, []
+    for dtype, shape in parts:
+        values.append(torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=offset).view(shape).float())
+        offset += dtype.itemsize * math.prod(shape)
+    values = iter(values)
+    for name, _, encoding in table:
+        weight = next(values)
+        parameters[name].copy_(weight * next(values)[..., None] if encoding == "int8_rows" else weight)
 
 
 def code_bytes() -> int:
@@ -1670,18 +1690,18 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     if data:
         bits = data.unigram_bits(validation.data.tokens[1:])
         log.result("unigram", val_bpb=round(bits / validation.bytes, 8))
-        train(model, data, validation, s, runtime, log)
+        looping = train(model, data, validation, s, runtime, log)
         if s.prequant_only:
             return
         if runtime.rank == 0:
             began = time.perf_counter()
-            artifact = save_artifact(model, s.artifact_path, s)
+            save_artifact(model, looping, s.artifact_path, s)
             log.result("artifact", file=s.artifact_path, seconds=round(time.perf_counter() - began, 1))
         runtime.from_rank0([0.0])  # nobody loads before it is written
-    load_artifact(model, s.artifact_path, s)
+    looping = load_artifact(model, s.artifact_path, s)
     artifact = os.path.getsize(s.artifact_path)
     log.result("size", artifact_bytes=artifact, code_bytes=code_bytes(), total_bytes=artifact + code_bytes(), cap=SIZE_CAP)
-    log.result("quantized", **validation.score(model, s.loops_at_end))
+    log.result("quantized", **validation.score(model, looping))
 
 
 def summary(record: dict) -> str:
@@ -1703,15 +1723,16 @@ def stop_on_signal(number, frame):
     raise SystemExit(128 + number)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
+def main(arguments: list[str], environ: dict[str, str]) -> int:
+    if arguments in (["--help"], ["-h"]):
         print(settings_help())
-        return 0 if arguments in (["--help"], ["-h"]) else 2
+        return 0
     try:
-        settings = Settings.from_environment(os.environ)
+        if arguments not in ([], ["--check"]):
+            raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are --help, --check")
+        settings = Settings.from_environment(environ)
         if arguments == ["--check"]:
-            runtime = Runtime(0, 1, torch.device("cpu"))
-            TrainingData(settings, runtime), ValidationData(settings), check_manifest(settings)
+            TrainingData(settings, Runtime(0, 1, torch.device("cpu"))), ValidationData(settings), check_manifest(settings)
             print("settings and data are fine")
             return 0
         signal.signal(signal.SIGTERM, stop_on_signal)
@@ -1721,20 +1742,28 @@ def main(arguments: list[str]) -> int:
             try:
                 run(settings, runtime, log)
             except BaseException as error:
-                if not isinstance(error, (InputError, SystemExit, KeyboardInterrupt)):
+                if not isinstance(error, (InputError, OSError, SystemExit, KeyboardInterrupt)):
                     log.write(traceback.format_exc())
                 log.close("failed", error=f"{type(error).__name__}: {error}")
                 raise
             log.write(summary(log.record) + "\n")
             log.close("finished", seconds=round(time.perf_counter() - began, 1))
         return 0
-    except InputError as error:
-        for line in str(error).splitlines() if int(os.environ.get("RANK", 0)) == 0 else ():
-            print(f"train_gpt.py: {line}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        rank = environ.get("RANK", "0")
+        if not (rank.isdigit() and int(rank)):  # one rank speaks for all
+            for line in str(error).splitlines():
+                print(f"train_gpt.py: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    environment = dict(os.environ)
+    exit_code = main(sys.argv[1:], environment)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if environment.get("WORLD_SIZE", "1") != "1":
+        os._exit(exit_code)  # Gloo's threads can outlive the interpreter and abort a run that is complete
+    sys.exit(exit_code)

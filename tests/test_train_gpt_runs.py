@@ -1,0 +1,229 @@
+"""Whole runs of train_gpt.py on tiny data: as a program, on several ranks, stopped and broken."""
+import re
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt as g
+from tests.synthetic import environment, events, launch, record, runtime, start, tiny, write_corpus
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("shards") / "data", 400, 30)
+
+
+@pytest.fixture
+def place(tmp_path, data):
+    """A fresh folder for one run."""
+    (tmp_path / "data").symlink_to(data)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """One run from start to end, as a user starts it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data").symlink_to(data)
+    result = launch(environment(folder, ITERATIONS=30, VAL_LOSS_EVERY=10, WARMUP_STEPS=1))
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(folder=folder, out=result.stdout, err=result.stderr, record=record(folder))
+
+
+def run_here(place, **changes) -> dict:
+    """A run in this process; returns its record."""
+    s = tiny(place, **changes)
+    log = g.RunLog(s, runtime())
+    g.run(s, runtime(), log)
+    log.close("finished")
+    return record(place, s.run_id)
+
+
+def assert_log_agrees(folder, run_id="tiny"):
+    """Every event of the record is a line of the log, in the same order, and no line looks like another event."""
+    lines = (folder / "out" / f"{run_id}.txt").read_text().splitlines()
+    expected = [" ".join([event["event"]] + [f"{k}:{v}" for k, v in event.items() if k != "event"])
+                for event in record(folder, run_id)["events"]]
+    assert [line for line in lines if re.match(r"[a-z]+ \w+:", line)] == expected
+
+
+def test_a_run_learns(finished):
+    results = finished.record["results"]
+    unigram = results["unigram"]["val_bpb"]
+    assert finished.record["status"] == "finished"
+    for stage in ("raw", "averaged", "quantized"):
+        assert results[stage]["val_bpb"] < unigram - 0.15, stage
+    losses = [event["train_loss"] for event in events(finished.record, "step")]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 0.5
+    assert results["training"]["steps"] == 30 and results["training"]["tokens"] == 30 * 4096
+
+
+def test_log_and_record_agree(finished):
+    assert_log_agrees(finished.folder)
+    assert finished.out == (finished.folder / "out" / "tiny.txt").read_text()
+    for kind, figures in finished.record["results"].items():
+        assert {"event": kind, **figures} in finished.record["events"]
+    table = finished.out[finished.out.rindex("val_bpb   seconds"):]
+    for stage in ("unigram", "raw", "averaged", "quantized"):
+        assert f"{finished.record['results'][stage]['val_bpb']:.5f}" in table
+
+
+def test_validation_while_training(finished):
+    assert [event["step"] for event in events(finished.record, "val")][:2] == [10, 20]
+    bpb = [event["val_bpb"] for event in events(finished.record, "val")]
+    assert bpb == sorted(bpb, reverse=True)
+
+
+def test_looping_starts_at_its_share_of_the_run(finished):
+    [event] = events(finished.record, "looping")
+    assert event["step"] == 11 == finished.record["results"]["training"]["looping_from"]  # the first step / 30 >= 0.35
+
+
+def test_size_in_the_log_is_the_size_on_disk(finished):
+    size = finished.record["results"]["size"]
+    code = g.__file__
+    assert size["artifact_bytes"] == (finished.folder / "out" / "final_model.int6.ptz").stat().st_size
+    assert size["total_bytes"] == size["artifact_bytes"] + size["code_bytes"] and size["cap"] == 16_000_000
+    assert size["code_bytes"] >= len(open(code, "rb").read())
+
+
+def test_nothing_but_log_record_and_artifact_is_left(finished):
+    assert {p.name for p in (finished.folder / "out").iterdir()} == {"tiny.txt", "tiny.json", "final_model.int6.ptz"}
+
+
+def test_evaluation_of_the_saved_artifact_repeats_the_score(finished):
+    result = launch(environment(finished.folder, ITERATIONS=30, TTT_EVAL_ONLY=1, RUN_ID="evaluation"))
+    assert result.returncode == 0, result.stderr
+    again, first = (r["results"]["quantized"] for r in (record(finished.folder, "evaluation"), finished.record))
+    assert (again["val_bpb"], again["val_loss"], again["targets"]) == (first["val_bpb"], first["val_loss"], first["targets"])
+    assert "training" not in record(finished.folder, "evaluation")["results"]
+
+
+def curve(record: dict) -> list[tuple]:
+    return [(e["step"], e["train_loss"], e["grad_norm"]) for e in events(record, "step")]
+
+
+@pytest.mark.parametrize("changes", [dict(WARMUP_STEPS=3), dict(VAL_LOSS_EVERY=2)], ids=["warm-up", "validation"])
+def test_what_is_no_training_changes_nothing(place, changes):
+    common = dict(ITERATIONS=5, PREQUANT_ONLY=1, WARMUP_STEPS=0, VAL_LOSS_EVERY=0)
+    plain, other = run_here(place, **common), run_here(place, RUN_ID="other", **common | changes)
+    assert curve(plain) == curve(other) and len(curve(plain)) == 5
+    for stage in ("raw", "averaged"):
+        assert plain["results"][stage]["val_bpb"] == other["results"][stage]["val_bpb"]
+    assert bool(events(other, "val")) == ("VAL_LOSS_EVERY" in changes)
+
+
+def test_prequant_only_stops_before_the_artifact(place):
+    result = run_here(place, ITERATIONS=2, PREQUANT_ONLY=1)
+    assert {"raw", "averaged"} <= result["results"].keys() and not {"artifact", "quantized"} & result["results"].keys()
+    assert not (place / "out" / "final_model.int6.ptz").exists()
+
+
+def test_without_averaging_the_raw_weights_are_kept(place):
+    result = run_here(place, ITERATIONS=2, EMA_DECAY=0)
+    assert "averaged" not in result["results"]
+    assert result["results"]["quantized"]["val_bpb"] == pytest.approx(result["results"]["raw"]["val_bpb"], abs=0.05)
+
+
+def test_a_time_cap_is_kept(place):
+    result = run_here(place, MAX_WALLCLOCK_SECONDS=4, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100000, PREQUANT_ONLY=1,
+                      TRAIN_LOG_EVERY=10)
+    training = result["results"]["training"]
+    assert 1 < training["seconds"] < 4 and training["steps"] > 3
+    assert training["looping_from"] is not None
+
+
+# --- Broken runs
+
+
+def test_broken_data_fails_with_one_line_and_a_record(tmp_path):
+    write_corpus(tmp_path / "data", 40, 4)
+    shard = tmp_path / "data" / "fineweb_train_000001.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    result = launch(environment(tmp_path))
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert str(shard) in line and "truncated" in line
+    failed = record(tmp_path)
+    assert failed["status"] == "failed" and str(shard) in failed["events"][-1]["error"]
+    assert_log_agrees(tmp_path)
+
+
+def test_wrong_settings_fail_before_anything_is_written(tmp_path):
+    result = launch(environment(tmp_path, NUM_HEADS=7, MATRIX_LRR=1, SEED="x"))
+    assert result.returncode == 2 and not (tmp_path / "out").exists() and not result.stdout
+    names = {line.split(": ")[1] for line in result.stderr.splitlines()}
+    assert names >= {"NUM_HEADS", "MATRIX_LRR", "SEED"} and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so_in_its_record(place, number, code):
+    # A shell that runs the tests in the background has its children ignore interrupts.
+    with start(environment(place, ITERATIONS=400), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        for line in process.stdout:
+            if line.startswith("step step:3 "):
+                process.send_signal(number)
+                break
+        process.stdout.read()
+        assert process.wait(60) == code
+        assert "Traceback" not in process.stderr.read()
+    stopped = record(place)
+    assert stopped["status"] == "failed" and len(events(stopped, "step")) >= 3
+    assert_log_agrees(place)
+
+
+def test_a_killed_run_leaves_a_whole_record_and_no_artifact(place):
+    with start(environment(place, ITERATIONS=400)) as process:
+        for line in process.stdout:
+            if line.startswith("step step:3 "):
+                process.kill()
+                break
+        process.stdout.read()
+    assert record(place)["status"] == "running"
+    assert not (place / "out" / "final_model.int6.ptz").exists()
+
+
+def test_evaluation_without_an_artifact_says_what_to_do(place):
+    result = launch(environment(place, TTT_EVAL_ONLY=1))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and "final_model.int6.ptz" in line and record(place)["status"] == "failed"
+
+
+@pytest.mark.parametrize("run_id", ["with/slash", "../outside"])
+def test_a_run_id_is_a_name_and_not_a_path(place, run_id):
+    result = launch(environment(place, RUN_ID=run_id, ITERATIONS=1, PREQUANT_ONLY=1))
+    assert result.returncode == 2 and result.stderr.startswith("train_gpt.py: RUN_ID") and len(result.stderr.splitlines()) == 1
+    assert not (place / "outside.txt").exists()
+
+
+# --- Several ranks
+
+
+@pytest.mark.parametrize("ranks, batch, micro_batches", [(2, 4096, 4), (3, 3072, 6)])
+def test_several_ranks_train_like_one(place, ranks, batch, micro_batches):
+    """The step is the same tokens in the same micro-batches: only the order of the sums differs."""
+    changes = dict(TRAIN_BATCH_TOKENS=batch, ITERATIONS=8, ENABLE_LOOPING_AT=0.5)
+    result = launch(environment(place, RUN_ID="several", GRAD_ACCUM_STEPS=micro_batches // ranks, **changes), ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    several = record(place, "several")
+    one = run_here(place, GRAD_ACCUM_STEPS=micro_batches, **changes)
+    assert several["machine"]["devices"] == ranks and len(curve(one)) == 8
+    for ours, theirs in zip(curve(several), curve(one), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
+    for stage in ("raw", "averaged", "quantized"):
+        ours, theirs = several["results"][stage], one["results"][stage]
+        assert ours["targets"] == theirs["targets"] and ours["bytes"] == theirs["bytes"]
+        # One weight that rounds the other way moves the quantized score more than rounding in training does.
+        assert ours["val_bpb"] == pytest.approx(theirs["val_bpb"], abs=1e-3 if stage == "quantized" else 1e-4), stage
+    assert result.stdout.count("step step:1 ") == 1, "only rank 0 speaks"
+
+
+def test_every_rank_fails_but_one_line_is_written(tmp_path):
+    result = launch(environment(tmp_path), ranks=2)
+    ours = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert result.returncode != 0 and len(ours) == 1 and "fineweb_train" in ours[0]
+    assert record(tmp_path)["status"] == "failed"
