@@ -2,7 +2,7 @@
 
     python prepare_caseops_data.py --docs docs.jsonl.xz --out data/mine --sp tokenizers/X.model --val-docs 2500
     python prepare_caseops_data.py --check data/mine [--docs docs.jsonl.xz]
-    python prepare_caseops_data.py --download [--train-shards N] [--out data]
+    python prepare_caseops_data.py --download [--train-shards N] [--out DIR]
     python prepare_caseops_data.py --train-tokenizer --vocab-size V --docs docs.jsonl.xz --out tokenizers
     python prepare_caseops_data.py --demo [--out data/demo]
 
@@ -66,6 +66,7 @@ OWN_FILES = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin|manifest\.json
 PUBLISHED_REPO = "romeerp/parameter-golf-caseops-v1"
 PUBLISHED_SHARDS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+PUBLISHED_FOLDER = Path("data/datasets/fineweb10B_sp8192_caseops")  # where train_gpt.py and run.sh look for it
 
 
 class DataError(Exception):
@@ -1046,7 +1047,7 @@ def run(options: argparse.Namespace) -> None:
         started = time.monotonic()
         report(check(options.check, options.docs), options.check, started)
     elif options.download:
-        folder = download(options.out or Path("data"), options.train_shards)
+        folder = download(options.out or PUBLISHED_FOLDER, options.train_shards)
         print(f"DATA_PATH={folder} TOKENIZER_PATH={folder / PUBLISHED_TOKENIZER}")
     elif options.train_tokenizer:
         train_tokenizer(options.docs, options.out, options.vocab_size, options.val_docs, options.max_docs)

@@ -35,34 +35,37 @@ setup() {
 
 # Export what the recipe sets and the caller did not.
 load_recipe() {
-  local file=recipes/$1.env line
-  [[ -f $file ]] || fail "no recipe $file; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
+  local line
   while IFS= read -r line; do
-    [[ $line == *=* && $line != \#* && ! -v ${line%%=*} ]] && export "$line"
-  done < "$file"
+    [[ $line == *=* && $line != \#* && ! -v ${line%%=*} ]] && export "${line?}"
+  done < "recipes/$1.env"
   return 0
 }
 
-# Leave DATA_PATH alone if it is set, use the published set if it is there, else build the demo's.
+# DATA_PATH if it is set, else the published set if it has been downloaded, else the demo's.
 find_data() {
-  local published=${DATA_DIR:-./data}/datasets/fineweb10B_sp8192_caseops/datasets/datasets
   [[ -n ${DATA_PATH:-} ]] && return
-  compgen -G "$published/*/fineweb_train_*.bin" > /dev/null && return
+  local folder
+  for folder in "${DATA_DIR:-data}"/datasets/fineweb10B_sp8192_caseops/{datasets/,}datasets/fineweb10B_sp8192_*; do
+    compgen -G "$folder/fineweb_train_*.bin" > /dev/null && { export DATA_PATH=$folder; return; }
+  done
+  echo "no data set found: using the demo's, made from Python's own library (README.md says how to get the real one)"
   [[ -f data/demo/manifest.json ]] || "$PY" prepare_caseops_data.py --demo --out data/demo --overwrite
-  export DATA_PATH=data/demo
-  [[ -v VOCAB_SIZE ]] || export VOCAB_SIZE=1024
-  echo "no data set found: using the demo's in data/demo (README.md says how to get the real one)"
+  export DATA_PATH=data/demo VOCAB_SIZE=${VOCAB_SIZE:-1024}
 }
 
-case ${1:-} in
+recipe=${1:-}
+case $recipe in
   help|-h|--help) usage; exit ;;
   setup) setup; exit ;;
   test) setup; shift; exec "$PY" -m pytest -q "$@" ;;
 esac
 (( $# <= 1 )) || fail "one recipe at a time; see ./run.sh help"
+[[ -z $recipe || -f recipes/$recipe.env ]] ||
+  fail "no recipe recipes/$recipe.env; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
 setup
-find_data
 gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
-load_recipe "${1:-$( ((gpus)) && echo record || echo demo)}"
+find_data
+load_recipe "${recipe:-$( ((gpus)) && echo record || echo demo)}"
 "$PY" train_gpt.py --check
 exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="${NPROC_PER_NODE:-$((gpus ? gpus : 1))}" train_gpt.py

@@ -174,8 +174,9 @@ class Settings:
     beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, below=1)
     adam_eps: float = setting("Optimizer", 1e-8, "AdamW epsilon", above=0)
     adam_wd: float = setting("Optimizer", 0.02, "weight decay of vectors, scalars and gates", low=0)
-    adam_wd_to_init: bool = setting("Optimizer", True, "1: that decay pulls toward the initial value; 0: toward zero, "
-                                    "which shrinks the parameters that idle until looping starts")
+    adam_wd_mode: str = setting("Optimizer", "active", "what that decay does: active: pulls toward zero what has received "
+                                "gradient; init: pulls all toward the initial value; zero: pulls all toward zero, also what "
+                                "idles until looping starts, as the published systems did", choices=("active", "init", "zero"))
     embed_wd: float = setting("Optimizer", 0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting("Optimizer", 0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
     ema_decay: float = setting("Optimizer", 0.9965, "decay per step of the weight average that is kept; 0: the last "
@@ -1111,14 +1112,18 @@ def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, deca
     weight.mul_(1 - hyper[0] * decay).sub_(hyper[0] * scale * update)
 
 
-def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, anchor: Tensor | float, clip: Tensor,
-                hyper: Tensor, decay: float, beta1: float, beta2: float, eps: float) -> None:
-    """AdamW (Loshchilov & Hutter 2019) whose decay pulls toward `anchor`; hyper = (lr, 1 - beta1^t, 1 - beta2^t)."""
+def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, clip: Tensor, hyper: Tensor, decay: float,
+                anchor: Tensor | float, spare_idle: bool, beta1: float, beta2: float, eps: float) -> None:
+    """AdamW (Loshchilov & Hutter 2019) with decay toward `anchor`; hyper = (lr, 1 - beta1^t, 1 - beta2^t).
+
+    spare_idle: no decay where no gradient has ever arrived.
+    """
     gradient = gradient * clip
     mean.lerp_(gradient, 1 - beta1)
     square.lerp_(gradient.square(), 1 - beta2)
     step = (mean / hyper[1]) / ((square / hyper[2]).sqrt() + eps)
-    weight.sub_(hyper[0] * (step + decay * (weight - anchor)))
+    pull = decay * (weight - anchor)
+    weight.sub_(hyper[0] * (step + (pull * (square > 0) if spare_idle else pull)))
 
 
 class BankGroup:
@@ -1172,7 +1177,8 @@ class FlatGroup(NamedTuple):
     run: slice
     lr: float
     decay: float
-    anchor: Tensor | float
+    anchor: Tensor | float  # what decay pulls toward
+    spare_idle: bool  # whether decay leaves out what has never received gradient
 
 
 class Optimizer:
@@ -1191,9 +1197,9 @@ class Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         elsewhere = {id(p) for p in [model.tok_emb, *banks, *caps]}
         scalars = [p for p in trained if id(p) not in elsewhere]
-        self.build_flat([([model.tok_emb], settings.tied_embed_lr, settings.embed_wd, False),
-                         (scalars, settings.scalar_lr, settings.adam_wd, settings.adam_wd_to_init),
-                         (caps, settings.softcap_lr, 0.0, False)])
+        self.build_flat([([model.tok_emb], settings.tied_embed_lr, settings.embed_wd, "zero"),
+                         (scalars, settings.scalar_lr, settings.adam_wd, settings.adam_wd_mode),
+                         (caps, settings.softcap_lr, 0.0, "zero")])
         placed = [id(p) for p in [*banks, *self.flat_parameters]]
         if sorted(placed) != sorted(map(id, trained)):
             raise AssertionError("every trained parameter must belong to exactly one optimizer group")
@@ -1203,14 +1209,14 @@ class Optimizer:
 
     @torch.no_grad()
     def build_flat(self, plan) -> None:
-        """Move the parameters of `plan` [(parameters, lr, decay, decay to init)] into one buffer, 64-byte aligned."""
+        """Move the parameters of `plan` [(parameters, lr, decay, decay mode)] into one buffer, 64-byte aligned."""
         self.flat_parameters = [p for parameters, *_ in plan for p in parameters]
         sizes = [-(-p.numel() // 16) * 16 for p in self.flat_parameters]
         device = self.runtime.device
         self.flat = torch.zeros(sum(sizes), device=device)
         self.flat_grad = torch.zeros(sum(sizes) + 1, device=device)
         offset, self.flat_groups = 0, []
-        for parameters, lr, decay, to_init in plan:
+        for parameters, lr, decay, mode in plan:
             start = offset
             for p in parameters:
                 view = slice(offset, offset + p.numel())
@@ -1219,7 +1225,8 @@ class Optimizer:
                 offset += -(-p.numel() // 16) * 16
             if parameters:
                 run = slice(start, offset)
-                self.flat_groups.append(FlatGroup(run, lr, decay, self.flat[run].clone() if to_init else 0.0))
+                anchor = self.flat[run].clone() if mode == "init" else 0.0
+                self.flat_groups.append(FlatGroup(run, lr, decay, anchor, mode == "active"))
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
 
     def add_loss(self, loss: Tensor) -> None:
@@ -1252,10 +1259,10 @@ class Optimizer:
                                        s.muon_row_normalize)
                 group.mine[run] = newton_schulz(update, s.muon_backend_steps).flatten(1)
             group.launch_gather()
-        for run, lr, decay, anchor in self.flat_groups:
+        for run, lr, *decay in self.flat_groups:
             adam = self.runtime.upload([lr * multiplier, 1 - s.beta1 ** self.steps, 1 - s.beta2 ** self.steps])
-            self.apply_adamw(self.flat[run], self.flat_grad[run], self.mean[run], self.square[run], anchor, clip, adam,
-                             decay, s.beta1, s.beta2, s.adam_eps)
+            self.apply_adamw(self.flat[run], self.flat_grad[run], self.mean[run], self.square[run], clip, adam, *decay,
+                             s.beta1, s.beta2, s.adam_eps)
         for group in self.groups:
             group.wait()
             for bank, update in zip(group.banks, group.slots):

@@ -928,7 +928,7 @@ class SlowOptimizer:
                 continue
             base, decay, anchor = {"tok_emb": (s.tied_embed_lr, s.embed_wd, 0.0), "softcap_pos": (s.softcap_lr, 0.0, 0.0),
                                    "softcap_neg": (s.softcap_lr, 0.0, 0.0)}.get(
-                name, (s.scalar_lr, s.adam_wd, self.start[name] if s.adam_wd_to_init else 0.0))
+                name, (s.scalar_lr, s.adam_wd, self.start[name] if s.adam_wd_mode == "init" else 0.0))
             lr = base * multiplier
             self.m[name] = s.beta1 * self.m[name] + (1 - s.beta1) * gradient
             self.v[name] = s.beta2 * self.v[name] + (1 - s.beta2) * gradient ** 2
@@ -937,9 +937,10 @@ class SlowOptimizer:
         return norm
 
 
-@pytest.mark.parametrize("changes", [dict(GRAD_CLIP_NORM=0.3), dict(GRAD_CLIP_NORM=0, ADAM_WD_TO_INIT=0, ADAM_EPS=0.1),
+@pytest.mark.parametrize("changes", [dict(GRAD_CLIP_NORM=0.3, ADAM_WD_MODE="init"),
+                                     dict(GRAD_CLIP_NORM=0, ADAM_WD_MODE="zero", ADAM_EPS=0.1),
                                      dict(GRAD_CLIP_NORM=1e6, MUON_ROW_NORMALIZE=0, NUM_KV_HEADS=4, GATED_XSA=1)],
-                         ids=["clipped", "decay to zero", "no row norm, one bank group"])
+                         ids=["clipped, decay to init", "decay to zero", "no row norm, one bank group"])
 def test_optimizer_equals_a_slow_one_over_three_steps(changes):
     s = tiny(**dict(MUON_WD=0.5, ADAM_WD=0.5, EMBED_WD=0.5, ADAM_EPS=1e-3) | changes)
     model = random_model(s)
@@ -1007,9 +1008,9 @@ def test_softcaps_train_unless_their_rate_is_zero(lr, moves):
     assert all((a != b) == moves for a, b in zip(before, after))
 
 
-@pytest.mark.parametrize("to_init, factor", [(1, 1.0), (0, (1 - 0.02 * 0.5) ** 3)])
-def test_parameters_that_idle_before_looping(to_init, factor):
-    model = g.GPT(tiny(ADAM_WD_TO_INIT=to_init, ADAM_WD=0.5, SCALAR_LR=0.02))
+@pytest.mark.parametrize("mode, factor", [("active", 1.0), ("init", 1.0), ("zero", (1 - 0.02 * 0.5) ** 3)])
+def test_parameters_that_idle_before_looping(mode, factor):
+    model = g.GPT(tiny(ADAM_WD_MODE=mode, ADAM_WD=0.5, SCALAR_LR=0.02))
     optimizer = g.Optimizer(model, model.settings, runtime())
     start = model.skip_weights[1].detach().clone()
     ids, targets, segments = packed_documents((9, 12))
@@ -1019,7 +1020,7 @@ def test_parameters_that_idle_before_looping(to_init, factor):
     assert model.skip_weights.shape[0] == 3  # 5 visits have 2 skips, 7 visits with loops have 3
     for idle, initial in ((model.skip_weights[2], 1.0), (model.parallel_post_lambdas[:3], 1.0),
                           (model.parallel_resid_lambdas[:3], 1.1)):
-        torch.testing.assert_close(idle.detach(), torch.full_like(idle, initial * factor), atol=0 if to_init else 1e-6, rtol=0)
+        torch.testing.assert_close(idle.detach(), torch.full_like(idle, initial * factor), atol=0 if factor == 1 else 1e-6, rtol=0)
     assert not torch.equal(model.skip_weights[1], start)
 
 
