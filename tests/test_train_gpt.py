@@ -76,6 +76,19 @@ def test_all_problems_are_reported_at_once_a_line_each():
                                                              "ROPE_YARN", "SEED"]
 
 
+@pytest.mark.parametrize("name", ["LQER_RANK", "NGRAM_TILT_ENABLED", "PHASED_TTT_PREFIX_DOCS", "SKYLIGHT_MUON", "COMPRESSOR"])
+def test_parts_that_are_not_built_are_not_ignored(name):
+    [line] = problems(**{name: "1"})
+    assert line.startswith(f"{name}: ") and "no such part yet" in line
+
+
+@pytest.mark.parametrize("changes", [dict(NUM_LOOPS=0, PARALLEL_START_LAYER=1), dict(LOOP_START=0, LOOP_END=0, NUM_LOOPS=2,
+                                     PARALLEL_START_LAYER=2), dict(PARALLEL_START_LAYER=5)])
+def test_two_lanes_cannot_start_in_encoder_or_loop(changes):
+    [line] = problems(**dict(NUM_LAYERS=8, XSA_LAST_N=8, LOOP_START=4, LOOP_END=5, PARALLEL_START_LAYER=6) | changes)
+    assert line.startswith("PARALLEL_START_LAYER: ")
+
+
 @pytest.mark.parametrize("wrong, nearest", [
     ("MATRIX_LRR", "MATRIX_LR"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("XSA_LAST", "XSA_LAST_N"), ("NUM_LAYER", "NUM_LAYERS"),
     ("SMEAR_GATE_ENABLE", "SMEAR_GATE_ENABLED"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
@@ -94,7 +107,7 @@ def test_refused_variable_says_why(name):
 
 def test_variables_of_other_programs_are_left_alone():
     foreign = dict(
-        CI="true", GITHUB_ACTIONS="true", GITHUB_RUN_ID="17", GITHUB_RUN_NUMBER="3", RUNNER_OS="Linux", RUNNER_TEMP="/tmp",
+        CI="true", FORCE_COLOR="1", GITHUB_ACTIONS="true", GITHUB_RUN_ID="17", GITHUB_RUN_NUMBER="3", RUNNER_OS="Linux", RUNNER_TEMP="/tmp",
         HOME="/root", PATH="/bin", LANG="C", PWD="/", SHLVL="1", TERM="xterm", OLDPWD="/", HOSTNAME="h", USER="u",
         PYTHONPATH=".", VIRTUAL_ENV="/v", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="0",
         NCCL_DEBUG="WARN", NVIDIA_VISIBLE_DEVICES="all", LD_LIBRARY_PATH="/l", MASTER_ADDR="localhost", MASTER_PORT="1",
@@ -588,7 +601,7 @@ def wrong_magic(path):
     (lambda p: write_shard(p, [0, 1, 2]), "fineweb_val_bytes_000000.bin", "3 values"),
     (lambda p: write_shard(p, [1]), "fineweb_val_000000.bin", "fewer than two"),
     (lambda p: write_shard(p, [5, 6, 7]), "fineweb_train_000000.bin", "no document start"),
-    (lambda p: write_shard(p, []), "fineweb_train_000000.bin", "no document start")])
+    (lambda p: write_shard(p, []), "fineweb_train_000000.bin", "empty")])
 def test_check_names_the_damaged_shard(tmp_path, run_main, damage, file, words):
     write_corpus(tmp_path / "data", 60, 4)
     damage(tmp_path / "data" / file)
@@ -643,14 +656,24 @@ def test_broken_manifest_is_named(corpus, tmp_path, run_main, text):
     assert code == 2 and "manifest.json" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("vocab_size, disjoint, word", [(256, True, None), (512, True, "VOCAB_SIZE"), (256, False, "overlap")])
-def test_manifest_must_fit(tmp_path, run_main, vocab_size, disjoint, word):
+@pytest.mark.parametrize("vocab_size, disjoint, source, word", [
+    (256, True, "ab", None), (512, True, "ab", "VOCAB_SIZE"), (256, False, "ab", "overlap"), (256, False, None, None)],
+    ids=["fits", "other tokenizer", "own set overlaps", "published set overlaps"])
+def test_manifest_must_fit(tmp_path, run_main, vocab_size, disjoint, source, word):
     write_corpus(tmp_path / "data", 60, 4)
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(dict(
-        tokenizer=dict(vocab_size=vocab_size, lossless=True), splits_disjoint=disjoint,
+        tokenizer=dict(vocab_size=vocab_size, lossless=True), splits_disjoint=disjoint, source=dict(sha256=source),
         splits=dict(train=dict(docs=60), val=dict(docs=4)))))
     code, _, err = run_main(environment(tmp_path), "--check")
     assert (code, err) == (0, "") if word is None else (code == 2 and word in err and len(err.splitlines()) == 1)
+
+
+def test_scoring_an_artifact_needs_no_training_shards(tmp_path, run_main):
+    write_corpus(tmp_path / "data", 60, 4)
+    for path in (tmp_path / "data").glob("fineweb_train_*"):
+        path.unlink()
+    assert run_main(environment(tmp_path), "--check")[0] == 2
+    assert run_main(environment(tmp_path, TTT_EVAL_ONLY=1), "--check")[0] == 0
 
 
 def test_unigram_bits_by_hand(tmp_path):

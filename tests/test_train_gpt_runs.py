@@ -1,6 +1,8 @@
 """Whole runs of train_gpt.py on tiny data: as a program, on several ranks, stopped and broken."""
 import re
+import shutil
 import signal
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -222,8 +224,34 @@ def test_several_ranks_train_like_one(place, ranks, batch, micro_batches):
     assert result.stdout.count("step step:1 ") == 1, "only rank 0 speaks"
 
 
-def test_every_rank_fails_but_one_line_is_written(tmp_path):
+def test_each_rank_says_what_it_lacks(tmp_path):
     result = launch(environment(tmp_path), ranks=2)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
-    assert result.returncode != 0 and len(ours) == 1 and "fineweb_train" in ours[0]
+    assert result.returncode != 0 and all("fineweb_train" in line for line in ours)
+    assert len([line for line in ours if not line.startswith("train_gpt.py: rank 1: ")]) == 1
     assert record(tmp_path)["status"] == "failed"
+
+
+def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
+    """Two nodes without a shared file system: the second one holds the artifact of an earlier, worse run."""
+    run_here(place, ITERATIONS=1, RUN_ID="earlier")
+    shutil.copytree(place / "out", place / "elsewhere")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(environment(place, RUN_ID=f"node{rank}", ITERATIONS=6, RANK=rank, LOCAL_RANK=0, WORLD_SIZE=2,
+                                   GRAD_ACCUM_STEPS=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                                   ARTIFACT_DIR=place / ("out", "elsewhere")[rank])) for rank in range(2)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    results = record(place, "node0")["results"]
+    assert results["quantized"]["val_bpb"] == pytest.approx(results["averaged"]["val_bpb"], abs=0.03)
+
+
+def test_a_diverged_run_fails_and_leaves_the_old_artifact(place):
+    (place / "out").mkdir()
+    (place / "out" / "final_model.int6.ptz").write_bytes(b"old")
+    result = launch(environment(place, MATRIX_LR=1e30, TIED_EMBED_LR=1e30, ITERATIONS=3))
+    assert result.returncode == 1 and "diverged" in result.stderr
+    assert record(place)["status"] == "failed" and (place / "out" / "final_model.int6.ptz").read_bytes() == b"old"
