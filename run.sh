@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The one door: sets up .venv, finds or builds data, trains and scores, tests.
 set -euo pipefail
-cd "$(dirname "$0")"
+for name in DATA_PATH DATA_DIR ARTIFACT_DIR TOKENIZER_PATH; do  # relative to where the caller stands
+  if [[ -n ${!name:-} && ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
+done
+CDPATH='' cd -- "$(dirname -- "$0")"
 
 usage() {
   cat <<'TXT'
@@ -18,17 +21,24 @@ TXT
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 setup() {
-  local base=${PYTHON:-python3} stamp
-  stamp=$(cat requirements.txt run.sh | cksum)
+  local base=${PYTHON:-python3} stamp own=() index=()
+  stamp="$base $(cksum < requirements.txt)"
   PY=.venv/bin/python
-  [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]] && return
+  if [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]]; then return; fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "needs Python 3.10 or newer; set PYTHON=/path/to/python3"
   echo "setting up .venv"
-  # A torch that the machine brings along fits its driver: use it.
-  local own=(); "$base" -c 'import torch' 2>/dev/null && own=(--system-site-packages)
-  "$base" -m venv --clear "${own[@]}" .venv || fail "python -m venv failed; on Debian: apt-get install python3-venv"
-  "$PY" -c 'import torch' 2>/dev/null || "$PY" -m pip install -q --disable-pip-version-check torch==2.13.0
+  # A torch that the machine brings along fits its driver: build on it if it is one of ours.
+  if "$base" -c 'import torch; v = torch.__version__.split("."); assert (2, 11) <= (int(v[0]), int(v[1])) < (2, 14)' \
+    2>/dev/null; then own=(--system-site-packages); fi
+  "$base" -m venv --clear ${own[@]+"${own[@]}"} .venv ||
+    fail "python -m venv failed: is this folder writable, and python3-venv installed?"
+  if ! "$PY" -c 'import torch' 2>/dev/null; then
+    # Without an NVIDIA driver the CPU build will do; PyPI's own brings gigabytes of CUDA along.
+    command -v nvidia-smi > /dev/null || index=(--retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu)
+    "$PY" -m pip install -q --disable-pip-version-check ${index[@]+"${index[@]}"} torch==2.13.0 2>/dev/null ||
+      "$PY" -m pip install -q --disable-pip-version-check torch==2.13.0
+  fi
   "$PY" -m pip install -q --disable-pip-version-check -r requirements.txt
   echo "$stamp" > .venv/installed
 }
@@ -36,22 +46,21 @@ setup() {
 # Export what the recipe sets and the caller did not.
 load_recipe() {
   local line
-  while IFS= read -r line; do
-    [[ $line == *=* && $line != \#* && ! -v ${line%%=*} ]] && export "${line?}"
+  while IFS= read -r line || [[ -n $line ]]; do
+    if [[ $line == *=* && $line != \#* && ! -v ${line%%=*} ]]; then export "${line?}"; fi
   done < "recipes/$1.env"
-  return 0
 }
 
 # DATA_PATH if it is set, else the published set if it has been downloaded, else the demo's.
 find_data() {
-  [[ -n ${DATA_PATH:-} ]] && return
   local folder
+  if [[ -n ${DATA_PATH:-} ]]; then return; fi
   for folder in "${DATA_DIR:-data}"/datasets/fineweb10B_sp8192_caseops/{datasets/,}datasets/fineweb10B_sp8192_*; do
-    compgen -G "$folder/fineweb_train_*.bin" > /dev/null && { export DATA_PATH=$folder; return; }
+    if compgen -G "$folder/fineweb_train_*.bin" > /dev/null; then export DATA_PATH=$folder; return; fi
   done
   echo "no data set found: using the demo's, made from Python's own library (README.md says how to get the real one)"
-  [[ -f data/demo/manifest.json ]] || "$PY" prepare_caseops_data.py --demo --out data/demo --overwrite
-  export DATA_PATH=data/demo VOCAB_SIZE=${VOCAB_SIZE:-1024}
+  if [[ ! -f data/demo/manifest.json ]]; then "$PY" prepare_caseops_data.py --demo --out data/demo --overwrite; fi
+  export DATA_PATH=data/demo
 }
 
 recipe=${1:-}
@@ -65,7 +74,13 @@ esac
   fail "no recipe recipes/$recipe.env; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
 setup
 gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
+ranks=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
 find_data
+if [[ -z ${VOCAB_SIZE:-} && -f $DATA_PATH/manifest.json ]]; then  # the vocabulary is the data's, not the recipe's
+  VOCAB_SIZE=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"]["vocab_size"])' "$DATA_PATH/manifest.json")
+  export VOCAB_SIZE
+fi
 load_recipe "${recipe:-$( ((gpus)) && echo record || echo demo)}"
-"$PY" train_gpt.py --check
-exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="${NPROC_PER_NODE:-$((gpus ? gpus : 1))}" train_gpt.py
+RANK=0 WORLD_SIZE=$ranks "$PY" train_gpt.py --check
+if ((ranks == 1)); then exec "$PY" train_gpt.py; fi
+exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py
