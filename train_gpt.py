@@ -79,8 +79,9 @@ REFUSED_SETTINGS = {
 }
 
 # Parts of the published systems that are not built yet. To ignore their variables would be a false record too.
-MISSING_PREFIXES = ("LQER_", "AWQ_LITE_", "OPTROT_", "COMPRESSOR", "PERGROUP_", "PHASED_TTT_", "GLOBAL_TTT_", "NGRAM_", "WITHIN_",
-                    "WORD_", "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "AGREE_ADD_BOOST", "TEMPERATURE_SCALE", "SKYLIGHT_",
+MISSING_PREFIXES = ("LQER_", "AWQ_LITE_", "OPTROT_", "COMPRESSOR", "PERGROUP_", "PHASED_TTT_", "GLOBAL_TTT_", "NGRAM_",
+                    "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "WITHIN_TAU", "WITHIN_BOOST", "WORD_ORDER",
+                    "WORD_NORMALIZE", "WORD_TAU", "WORD_BOOST", "AGREE_ADD_BOOST", "TEMPERATURE_SCALE", "SKYLIGHT_",
                     "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_", "FUSED_CE_", "QUANTIZE_ONLY")
 
 # First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
@@ -273,9 +274,10 @@ class Settings:
         if s.num_loops:
             require(s.loop_start <= s.loop_end < s.num_layers,
                     f"LOOP_START, LOOP_END: {s.loop_start}..{s.loop_end} is not a range of {s.num_layers} blocks")
-        last_single = max([-1, *visit_order(s, False)[0], *visit_order(s, s.num_loops > 0)[0]] + [s.loop_end] * (s.num_loops > 0))
-        require(not s.parallel_start_layer or s.parallel_start_layer > last_single,
-                f"PARALLEL_START_LAYER: {s.parallel_start_layer} must lie behind the encoder and LOOP_END, from {last_single + 1} on")
+        first_lane = 1 + max([-1, *visit_order(s, False)[0], *visit_order(s, s.num_loops > 0)[0],
+                              s.loop_end if s.num_loops else -1])
+        require(not s.parallel_start_layer or s.parallel_start_layer >= first_lane,
+                f"PARALLEL_START_LAYER: {s.parallel_start_layer} must lie behind encoder and LOOP_END, from {first_lane} on")
         require(s.parallel_start_layer < s.num_layers,
                 f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
         require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
@@ -502,7 +504,8 @@ class RunLog:
         self.path = os.path.join(settings.log_dir, run_id)
         if self.active and os.path.exists(self.path + ".json"):
             raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another RUN_ID or remove it")
-        self.record = dict(run_id=run_id, status="running", started=f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
+        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self.record = dict(run_id=run_id, status="running", started=started,
                            settings=dataclasses.asdict(settings), machine=runtime.describe(), results={}, events=[])
         if self.active:
             os.makedirs(settings.log_dir, exist_ok=True)
@@ -512,9 +515,9 @@ class RunLog:
             self.save()
 
     def event(self, kind: str, **fields) -> None:
-        """Log and record one event; floats appear in both as they are given here."""
+        """Log and record one event; floats appear in both as they are given here, NaN as text, which JSON lacks."""
         if self.active:
-            fields = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}  # JSON has no NaN
+            fields = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
             self.record["events"].append({"event": kind, **fields})
             self.write(" ".join([kind] + [f"{name}:{value}" for name, value in fields.items()]))
 
@@ -556,7 +559,7 @@ def open_shard(path: str) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from None
     if len(header) < 3 or header[2] < 1 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); prepare it with prepare_caseops_data.py")
+        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); use prepare_caseops_data.py")
     if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
         raise InputError(f"{path}: its header promises {header[2]} values but it has {size} bytes; it is truncated, "
                          "prepare or download it again")
@@ -989,7 +992,7 @@ class GPT(nn.Module):
         return norm(merged[self.settings.parallel_final_lane]).to(lane0.dtype)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's, if it is of the same segment."""
+        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
         if s.smear_gate_enabled:
@@ -1528,7 +1531,8 @@ def save_artifact(model: GPT, looping: bool, path: str, s: Settings) -> int:
     """Quantize the model and write it to `path`, all or nothing; returns the bytes written.
 
     Layout: header, table (JSON: the settings that change the function; whether looping is on; name, shape and encoding of
-    each tensor), payload (brotli over the tensors' bytes in table order: int8 values then float16 row scales, or float16 values).
+    each tensor), payload (brotli over the tensors' bytes in table order: int8 values then float16 row scales, or float16
+    values).
     """
     encodings, tensors, payload = tensor_encodings(s), [], []
     for name, parameter in model.named_parameters():

@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", type=int, default=0, metavar="K", help="print the K kernels that take most time")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device")
     settings = g.Settings.from_environment(os.environ)
     with g.Runtime.start(settings) as runtime:
         print(runtime.describe())
