@@ -11,6 +11,7 @@ usage() {
 ./run.sh [RECIPE]       train and score with recipes/RECIPE.env; default: record with CUDA, demo without
 ./run.sh test [ARGS]    run the tests (ARGS go to pytest)
 ./run.sh setup          only make .venv and install
+./run.sh pack-code [F]  write the single self-extracting train_gpt.py that a submission ships (default packed/train_gpt.py)
 ./run.sh help           this text; all settings: python train_gpt.py --help
 
 Settings are environment variables and win over the recipe: SEED=42 ./run.sh, NPROC_PER_NODE=4 ./run.sh,
@@ -68,6 +69,7 @@ case $recipe in
   help|-h|--help) usage; exit ;;
   setup) setup; exit ;;
   test) setup; shift; exec "$PY" -m pytest -q "$@" ;;
+  pack-code) setup; mkdir -p "$(dirname "${2:-packed/train_gpt.py}")"; exec "$PY" train_gpt.py --pack-code "${2:-packed/train_gpt.py}" ;;
 esac
 (( $# <= 1 )) || fail "one recipe at a time; see ./run.sh help"
 [[ -z $recipe || -f recipes/$recipe.env ]] ||

@@ -16,6 +16,8 @@ Launch: SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py (or plain 
 """
 from __future__ import annotations
 
+import base64
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -23,24 +25,31 @@ import glob
 import hashlib
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
 import queue
 import re
+import resource
+import shutil
 import signal
 import struct
+import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import brotli
+import constriction
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -73,16 +82,17 @@ REFUSED_SETTINGS = {
     "ROPE_TRAIN_SEQ_LEN": "no published system used it; positions count from the start of each segment",
     "ROPE_YARN": "it scaled by the length of the packed buffer, not of the document; leave it unset",
     "MATRIX_CLIP_SIGMAS": "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS",
+    "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back and compared, whatever the compressor; leave it unset",
     "TIE_EMBEDDINGS": "the output head is always the embedding; the untied head of earlier systems was never trained",
     "EMBED_LR": "it belonged to the untied embedding; use TIED_EMBED_LR",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter groups follow from the model, not from name fragments",
 }
 
 # Parts of the published systems that are not built yet. To ignore their variables would be a false record too.
-MISSING_PREFIXES = ("LQER_", "AWQ_LITE_", "OPTROT_", "COMPRESSOR", "PERGROUP_", "PHASED_TTT_", "GLOBAL_TTT_", "NGRAM_",
+MISSING_PREFIXES = ("PHASED_TTT_", "GLOBAL_TTT_", "NGRAM_",
                     "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "WITHIN_TAU", "WITHIN_BOOST", "WORD_ORDER",
                     "WORD_NORMALIZE", "WORD_TAU", "WORD_BOOST", "AGREE_ADD_BOOST", "TEMPERATURE_SCALE", "SKYLIGHT_",
-                    "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_", "FUSED_CE_", "QUANTIZE_ONLY")
+                    "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_", "FUSED_CE_")
 
 # First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
 SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_", "ARTIFACT_",
@@ -123,6 +133,7 @@ class Settings:
     val_loss_every: int = setting("Run", 0, "steps between validations while training (the clock stops); 0: none",
                                   unit="steps", low=0)
     ttt_eval_only: bool = setting("Run", False, "1: no training; load the saved artifact and score it")
+    quantize_only: bool = setting("Run", False, "1: no training; quantize the checkpoint that an earlier run saved")
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
@@ -183,7 +194,8 @@ class Settings:
     adam_wd: float = setting("Optimizer", 0.02, "weight decay of vectors, scalars and gates", low=0)
     adam_wd_mode: str = setting("Optimizer", "active", "what that decay does: active: pulls toward zero what has received "
                                 "gradient; init: pulls all toward the initial value; zero: pulls all toward zero, also what "
-                                "idles until looping starts, as the published systems did", choices=("active", "init", "zero"))
+                                "idles until looping starts, as the published systems did",
+                                choices=("active", "init", "zero"))
     embed_wd: float = setting("Optimizer", 0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting("Optimizer", 0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
     ema_decay: float = setting("Optimizer", 0.9965, "decay per step of the weight average that is kept; 0: the last "
@@ -203,8 +215,8 @@ class Settings:
     muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, below=1)
     muon_momentum_warmup_steps: int = setting("Schedule", 1500, "steps until MUON_MOMENTUM is reached", unit="steps",
                                               low=0)
-    gptq_reserve_seconds: float = setting("Schedule", 0.5, "taken off MAX_WALLCLOCK_SECONDS for what follows training",
-                                          unit="s", low=0)
+    gptq_reserve_seconds: float = setting("Schedule", 0.5, "taken off MAX_WALLCLOCK_SECONDS for calibration, unless its "
+                                          "measured estimate is longer", unit="s", low=0)
 
     # --- Artifact
     matrix_bits: int = setting("Artifact", 6, "bits of attention and MLP matrices", unit="bits", low=2, high=8)
@@ -212,6 +224,37 @@ class Settings:
     attn_clip_sigmas: float = setting("Artifact", 13.0, "clip of attention matrices, in deviations of the row", above=0)
     mlp_clip_sigmas: float = setting("Artifact", 11.5, "clip of MLP matrices, in deviations of the row", above=0)
     embed_clip_sigmas: float = setting("Artifact", 14.0, "clip of the embedding, in deviations of the row", above=0)
+    step_rule: str = setting("Artifact", "loss", "quantization steps: loss: every weight shall add the same predicted loss, "
+                             "sized to TARGET_BYTES; sigma: by the *_BITS and *_CLIP_SIGMAS", choices=("loss", "sigma"))
+    target_bytes: int = setting("Artifact", 15_998_000, "artifact and code together, for STEP_RULE=loss",
+                                unit="bytes", low=1)
+    trellis_enabled: bool = setting("Artifact", True, "1: trellis-coded quantization; 0: rounding to nearest")
+    scale_grid: str = setting("Artifact", "log", "row scales with STEP_RULE=sigma: a logarithmic grid or float16",
+                              choices=("log", "fp16"))
+    gptq_calibration_batches: int = setting("Artifact", 32, "training text for the Hessians, over all ranks, in eighths of "
+                                            "TRAIN_BATCH_TOKENS; 0: no Hessians, plain rounding", low=0)
+    gptq_calibration_mode: str = setting("Artifact", "random", "its windows begin anywhere or at document starts",
+                                         choices=("random", "doc_start"))
+    gated_attn_quant_gate: bool = setting("Artifact", False, "1: head gates as int8 rows; 0: as float16")
+    optrot_enabled: bool = setting("Artifact", False, "1: Hadamard rotation of each head's values and the output "
+                                   "projection before quantization")
+    awq_lite_enabled: bool = setting("Artifact", False, "1: some groups of columns get AWQ_LITE_BITS")
+    awq_lite_bits: int = setting("Artifact", 8, "bits of those groups", unit="bits", low=2, high=8)
+    awq_lite_group_top_k: int = setting("Artifact", 1, "how many groups at most, over all matrices", low=0)
+    awq_lite_group_size: int = setting("Artifact", 64, "columns of a group", low=1)
+    awq_lite_weighted: bool = setting("Artifact", False, "1: choose by predicted loss per byte; 0: by input RMS x weight")
+    lqer_enabled: bool = setting("Artifact", False, "1: low-rank correction of the matrices that need it most")
+    lqer_rank: int = setting("Artifact", 4, "rank of a correction", low=1, high=64)
+    lqer_top_k: int = setting("Artifact", 3, "how many matrices at most", low=0)
+    lqer_factor_bits: int = setting("Artifact", 4, "bits of both factors with LQER_ASYM_ENABLED=0", unit="bits", low=2,
+                                    high=8)
+    lqer_asym_enabled: bool = setting("Artifact", True, "1: left factor 2 bits, right 4; 0: both LQER_FACTOR_BITS")
+    lqer_asym_group: int = setting("Artifact", 64, "values of the right factor that share a scale", low=1)
+    lqer_scope: str = setting("Artifact", "all", "which matrices", choices=("all", "mlp", "attn", "embed"))
+    lqer_gain_select: bool = setting("Artifact", False, "1: choose by the error that goes away; 0: by its size")
+    lqer_weighted: bool = setting("Artifact", False, "1: fit to and choose by predicted loss, only what pays for its bytes")
+    compressor: str = setting("Artifact", "entropy", "how the integers are coded",
+                              choices=("entropy", "pergroup", "brotli", "lzma"))
 
     # --- Evaluation
     eval_seq_len: int = setting("Evaluation", 2560, "longest context of plain evaluation", unit="tokens", low=1)
@@ -288,6 +331,22 @@ class Settings:
         require(s.eval_batch_tokens >= s.eval_seq_len,
                 f"VAL_BATCH_TOKENS: one eighth of {s.val_batch_tokens} is below EVAL_SEQ_LEN={s.eval_seq_len}")
         require(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE: {s.eval_stride} is above EVAL_SEQ_LEN={s.eval_seq_len}")
+        if s.step_rule == "loss":
+            unread = {"matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "scale_grid"}
+            for f in dataclasses.fields(s):
+                require(f.name not in unread or getattr(s, f.name) == f.default,
+                        f"{f.name.upper()}: it is read only with STEP_RULE=sigma; set that or leave it unset")
+            require(not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own step; unset it")
+        if s.lqer_enabled and s.lqer_asym_enabled:
+            require(s.lqer_rank * s.model_dim % s.lqer_asym_group == 0 == s.lqer_rank * s.mlp_dim % s.lqer_asym_group,
+                    f"LQER_ASYM_GROUP: {s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
+        require(not s.lqer_enabled or s.lqer_rank <= s.kv_dim,
+                f"LQER_RANK: {s.lqer_rank} is above {s.kv_dim}, the rows of the key and value matrices")
+        require(s.gptq_calibration_batches or not s.uses_curvature,
+                "GPTQ_CALIBRATION_BATCHES: STEP_RULE=loss, LQER_WEIGHTED and AWQ_LITE_WEIGHTED need calibration; raise it")
+        require(not s.optrot_enabled or s.head_dim & (s.head_dim - 1) == 0,
+                f"OPTROT_ENABLED: the head width {s.head_dim} is no power of two; unset it")
+        require(not (s.ttt_eval_only and s.quantize_only), "QUANTIZE_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
         return found
 
     # Derived values; none of them is a setting of its own.
@@ -297,13 +356,15 @@ class Settings:
     rotary_dims = property(lambda s: s.rope_dims or s.head_dim)
     eval_batch_tokens = property(lambda s: s.val_batch_tokens // 8)
     loops_at_end = property(lambda s: s.num_loops > 0 and s.enable_looping_at < 1)
-    train_seconds = property(lambda s: s.max_wallclock_seconds - s.gptq_reserve_seconds if s.max_wallclock_seconds else 0)
     shards_dir = property(lambda s: s.data_path or os.path.join(
         s.data_dir, "datasets/fineweb10B_sp8192_caseops/datasets/datasets", f"fineweb10B_sp8192_{CASEOPS_NAME}"))
     tokenizer_file = property(lambda s: s.tokenizer_path or os.path.join(
         s.data_dir, "datasets/fineweb10B_sp8192_caseops/datasets/tokenizers", f"fineweb_8192_bpe_{CASEOPS_NAME}.model"))
     log_dir = property(lambda s: s.artifact_dir or "logs")
     artifact_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.int6.ptz"))
+    checkpoint_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.fp32.ptz"))
+    uses_curvature = property(lambda s: s.step_rule == "loss" or s.awq_lite_enabled and s.awq_lite_weighted
+                              or s.lqer_enabled and s.lqer_weighted)
 
     @property
     def accumulation(self) -> int:
@@ -363,8 +424,9 @@ def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
 
 def settings_help() -> str:
     """Every setting with default, unit, range and meaning, grouped as they are declared."""
-    lines = [__doc__.strip(), "", "Settings are environment variables.", "  --help   this text",
-             "  --check  validate settings and data, then stop"]
+    lines = [(__doc__ or "").strip(), "", "Settings are environment variables.", "  --help   this text",
+             "  --check  validate settings and data, then stop",
+             "  --pack-code FILE  write the one self-extracting script that a submission ships, then stop"]
     for group, fields in itertools.groupby(dataclasses.fields(Settings), key=lambda f: f.metadata["group"]):
         lines += ["", group]
         for f in fields:
@@ -475,9 +537,11 @@ def write_atomically(path: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = path
         raise
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
@@ -743,8 +807,8 @@ class ValidationData:
         if not settings.eval_include_tail:
             keep = (len(self.tokens) - 1) // settings.eval_seq_len * settings.eval_seq_len + 1
             if keep == 1:
-                raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of EVAL_SEQ_LEN="
-                                 f"{settings.eval_seq_len}; set EVAL_INCLUDE_TAIL=1")
+                raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of "
+                                 f"EVAL_SEQ_LEN={settings.eval_seq_len}; set EVAL_INCLUDE_TAIL=1")
             self.tokens, self.bytes = self.tokens[:keep], self.bytes[:keep]
 
 
@@ -789,13 +853,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The same, segment by segment."""
     group = q.size(1) // k.size(1)
-    outputs = []
-    bounds = segments.cu_seqlens.tolist()
-    for a, b in zip(bounds, bounds[1:]):
-        heads_first = [x[a:b].transpose(0, 1)[None] for x in
-                       (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]  # (1, heads, length, D)
-        outputs.append(F.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    lengths = segments.cu_seqlens.diff().tolist()
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in
+                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))))  # (1, heads, length, D) each
+    outputs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 # ======================================================================================================================
@@ -843,6 +905,11 @@ class Layer(NamedTuple):
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
+    adapter: Callable | None = None  # called with (site, inputs, outputs) of each product, returns the outputs
+
+    def product(self, site: str, x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight)
+        return y if self.adapter is None else self.adapter(site, x, y)
 
 
 class Skip(NamedTuple):
@@ -859,6 +926,8 @@ class GPT(nn.Module):
     Every per-layer tensor is stacked over the layers, so that there are 4 banks of matrices for Muon and a dozen small
     tensors, instead of hundreds. Parameters are float32 masters; matrix products run in `compute_dtype`.
     """
+
+    PARTS = ("layers", "embed", "block", "two_lane_block", "final_norm", "head_losses")  # compiled one by one
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -944,9 +1013,16 @@ class GPT(nn.Module):
         The parts' inputs and outputs are what the backward pass keeps; compiled as a whole, the residual stream would be
         recomputed through all layers instead.
         """
-        for part in ("layers", "embed", "block", "two_lane_block", "final_norm", "head_losses"):
+        for part in self.PARTS:
             setattr(self, part, runtime.compile(getattr(self, part), fullgraph=True))
         return self
+
+    def frozen(self) -> GPT:
+        """The same weights without compiled parts and without gradients of their own."""
+        plain = copy.copy(self)
+        plain.__dict__ = {name: value for name, value in self.__dict__.items() if name not in self.PARTS}
+        plain.__dict__["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
+        return plain
 
     def layers(self) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass; unbind gathers a bank's gradient in one stack.
@@ -967,12 +1043,14 @@ class GPT(nn.Module):
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
                       exclusive=i >= n - s.xsa_last_n) for i, vectors in enumerate(small)]
 
-    def forward(self, ids: Tensor, segments: Segments, looping: bool) -> Tensor:
+    def forward(self, ids: Tensor, segments: Segments, looping: bool, observer: Observer | None = None) -> Tensor:
         """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again."""
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
-        x0 = x = self.embed(ids, segments.positions)
+        x0 = x = self.embed(ids, segments.positions, observer)
         layers, skips, lanes = self.layers(), [], None
+        if observer is not None:
+            layers = [w._replace(adapter=observer.block(i)) for i, w in enumerate(layers)]
         encoder, decoder = self.orders[looping]
         for i in encoder:
             x = self.block(x, x0, None, layers[i], segments, rope)
@@ -991,10 +1069,12 @@ class GPT(nn.Module):
         merged = {"mean": (lane0.float() + lane1.float()) / 2, "attn": lane0, "mlp": lane1}
         return norm(merged[self.settings.parallel_final_lane]).to(lane0.dtype)
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, observer: Observer | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
+        if observer is not None:
+            observer.embedding(ids, x, s.vocab_size)
         if s.smear_gate_enabled:
             keep = positions[1:] > 0 if s.smear_gate_bos_fix else torch.ones_like(positions[1:])
             score = (x[1:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
@@ -1019,13 +1099,13 @@ class GPT(nn.Module):
     def mlp(self, x: Tensor, w: Layer) -> Tensor:
         """Scaled MLP output (T, d) for the stream x (T, d)."""
         u = (w.input_scale * norm(x)).to(x.dtype)
-        return F.linear(leaky_relu_squared(F.linear(u, w.w_up), self.settings.leaky_relu_sq_slope), w.w_down)
+        return w.product("down", leaky_relu_squared(w.product("up", u, w.w_up), self.settings.leaky_relu_sq_slope), w.w_down)
 
     def attend(self, x: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
         """Scaled attention output (T, d) for the stream x (T, d)."""
         s = self.settings
         u = (w.input_scale * norm(x)).to(x.dtype)
-        raw_q, k, v = F.linear(u, w.w_qkv).split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
+        raw_q, k, v = w.product("qkv", u, w.w_qkv).split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
         v = v.unflatten(-1, (s.num_kv_heads, s.head_dim))
         q = rotate(norm(raw_q.unflatten(-1, (s.num_heads, s.head_dim))), rope) * w.q_gain[:, None]
         k = rotate(norm(k.unflatten(-1, (s.num_kv_heads, s.head_dim))), rope)
@@ -1034,7 +1114,7 @@ class GPT(nn.Module):
             y = exclude_own_value(y, v, w.xsa_alpha)
         if w.attn_gate is not None:
             y = (y * self.head_gate(u, raw_q, w.attn_gate)[..., None]).to(x.dtype)
-        return F.linear(y.flatten(1), w.w_out)
+        return w.product("out", y.flatten(1), w.w_out)
 
     def head_gate(self, u: Tensor, raw_q: Tensor, weight: Tensor) -> Tensor:
         """Gate per token and head (T, heads) on the attention output, driven by the block's normalized input u (T, d)."""
@@ -1052,10 +1132,14 @@ class GPT(nn.Module):
             scores = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         else:
             scores = F.linear(hidden, weight).float()
-        cap = self.settings.logit_softcap
-        if self.softcap_pos is not None:
-            cap = torch.where(scores >= 0, self.softcap_pos, self.softcap_neg)
+        cap = self.softcaps(scores)
         return cap * torch.tanh(scores / cap)
+
+    def softcaps(self, scores: Tensor) -> Tensor | float:
+        """The cap of each score, by its sign."""
+        if self.softcap_pos is None:
+            return self.settings.logit_softcap
+        return torch.where(scores >= 0, self.softcap_pos, self.softcap_neg)
 
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), targets, reduction="none")
@@ -1325,9 +1409,11 @@ class WeightAverage:
         torch._foreach_lerp_(self.average, self.weights, 1 - self.decay)
 
     @torch.no_grad()
-    def install(self) -> None:
-        """Replace the weights by their average."""
+    def swap(self) -> None:
+        """Exchange the weights and their average."""
+        weights = [w.detach().clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
+        torch._foreach_copy_(self.average, weights)
 
 
 # ======================================================================================================================
@@ -1342,8 +1428,9 @@ class TrainingClock:
     complete, so that the device still has step s - 1 to do, and adds the length of one step to the time read.
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime):
+    def __init__(self, settings: Settings, runtime: Runtime, reserve: float):
         self.settings, self.runtime = settings, runtime
+        self.budget = settings.max_wallclock_seconds - reserve  # what is left for steps
         self.lag = 2 if runtime.on_cuda else 1
         self.marks: dict[int, torch.cuda.Event] = {}
         self.progress = 0.0
@@ -1365,8 +1452,8 @@ class TrainingClock:
         s = self.settings
         if s.max_wallclock_seconds:
             start = self.completed[-1] + (self.lag - 1) * self.step_seconds() if self.completed else self.elapsed()
-            progress = start / s.train_seconds
-            stop = start + self.step_seconds() > s.train_seconds
+            progress = start / self.budget
+            stop = start + self.step_seconds() > self.budget
         else:
             progress, stop = step / s.iterations, False
         progress, stop = self.runtime.from_rank0([progress, float(stop)])
@@ -1397,11 +1484,13 @@ class TrainingClock:
         self.origin += time.perf_counter() - began
 
 
-def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Settings, runtime: Runtime,
-          log: RunLog) -> bool:
-    """Train until the cap or the last iteration, evaluate the raw weights, install and evaluate their average.
+def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings, runtime: Runtime,
+          log: RunLog) -> tuple[bool, object]:
+    """Train until the cap or the last iteration, install the weights' average, calibrate; then evaluate raw and average.
 
-    Returns whether looping was on at the end: from then on it belongs to the model.
+    calibration(looping, share) returns what quantization will need; a share of it is run and timed before the clock starts,
+    so that training stops early enough for all of it. Returns whether looping was on at the end, from then on a property
+    of the model, and what calibration found.
     """
     s = settings
     optimizer = Optimizer(model, s, runtime)
@@ -1413,12 +1502,12 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Setti
             optimizer.add_loss(loss)
         return optimizer.step(multiplier, momentum)
 
-    warm_up(take_step, optimizer, data, s, runtime, log)
+    reserve = warm_up(take_step, optimizer, data, calibration, s, runtime, log)
     average = WeightAverage(optimizer.weights, s.ema_decay)
     batches, looping, looping_from = data.stream(), False, None
     host_figures: dict[int, Tensor] = {}
     graphs_before = compiled_graphs()
-    clock = TrainingClock(s, runtime)
+    clock = TrainingClock(s, runtime, reserve)
     for step in itertools.count():
         progress, stop = clock.begin_step(step)
         log_step(log, clock, host_figures, s)
@@ -1442,16 +1531,27 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, settings: Setti
     for earlier in range(len(clock.completed), step):
         clock.observe(earlier)
     log_step(log, clock, host_figures, s)
-    report_training(log, clock, step, looping_from, compiled_graphs() - graphs_before, s, runtime)
+    recompilations = compiled_graphs() - graphs_before
+    if s.ema_decay > 0:
+        average.swap()
+    found = calibration(looping, 1.0)
+    runtime.synchronize()
+    report_training(log, clock, step, looping_from, recompilations, s, runtime)
+    if s.ema_decay > 0:
+        average.swap()
     log.result("raw", **validation.score(model, looping))
     if s.ema_decay > 0:
-        average.install()
+        average.swap()
         log.result("averaged", **validation.score(model, looping))
-    return looping
+    return looping, found
 
 
-def warm_up(take_step, optimizer: Optimizer, data: TrainingData, s: Settings, runtime: Runtime, log: RunLog) -> None:
-    """Compile what training will run, by WARMUP_STEPS steps for each state of looping; the rehearsal undoes them."""
+def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Callable, s: Settings, runtime: Runtime,
+            log: RunLog) -> float:
+    """Compile what training will run, by WARMUP_STEPS steps for each state of looping; the rehearsal undoes them.
+
+    Returns the seconds to reserve for calibration: GPTQ_RESERVE_SECONDS, or the measured estimate where that is longer.
+    """
     began = time.perf_counter()
     batches = data.stream()
     with optimizer.rehearsal():
@@ -1460,7 +1560,20 @@ def warm_up(take_step, optimizer: Optimizer, data: TrainingData, s: Settings, ru
                 take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
     batches.close()
     runtime.synchronize()
-    log.event("warmup", steps=s.warmup_steps, seconds=round(time.perf_counter() - began, 1))
+    estimate = 0.0
+    if s.max_wallclock_seconds:
+        for share in (0.02, 0.02, 0.1):  # twice to warm up
+            started = time.perf_counter()
+            calibration(s.loops_at_end, share)
+            runtime.synchronize()
+            estimate = 1.1 * (time.perf_counter() - started) / share
+    reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
+    log.event("warmup", steps=s.warmup_steps, seconds=round(time.perf_counter() - began, 1),
+              reserve_seconds=round(reserve, 3))
+    if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
+        raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train, calibration alone "
+                         f"needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
+    return reserve
 
 
 def compiled_graphs() -> int:
@@ -1489,8 +1602,11 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
 
     switch = steps if looping_from is None else looping_from
     memory = torch.cuda.max_memory_allocated() / 2**20 if runtime.on_cuda else 0
-    log.result("training", steps=steps, seconds=round(clock.completed[-1] if steps else 0.0, 3),
-               tokens=steps * s.train_batch_tokens, looping_from=looping_from,
+    seconds, total = clock.completed[-1] if steps else 0.0, clock.elapsed()
+    log.result("training", steps=steps, seconds=round(seconds, 3), calibration_seconds=round(total - seconds, 3),
+               clock_seconds=round(total, 3), cap_seconds=s.max_wallclock_seconds,
+               within_cap=total <= (s.max_wallclock_seconds or math.inf), tokens=steps * s.train_batch_tokens,
+               looping_from=looping_from,
                tokens_per_second_plain=rate(0, switch), tokens_per_second_looping=rate(switch, steps),
                recompilations=recompilations, peak_memory_mib=round(memory))
 
@@ -1499,119 +1615,1169 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
 # 8. Quantization
 # ======================================================================================================================
 
+SCALES_PER_OCTAVE = 8  # grid of row scales: 2^(k / 8), k a small integer
+COLUMN_SCALES_PER_OCTAVE = 4
+HESSIAN_DAMPING = 0.01  # added to the diagonal, as a share of its mean
+# Trellis-coded quantization with 8 states (Marcellin & Fischer 1990; the trellis of JPEG 2000 part 2): in state t a code k
+# stands for step (k + TRELLIS_OFFSET[t]), and its parity chooses the next state TRELLIS_NEXT[t][k & 1].
+TRELLIS_NEXT = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
+TRELLIS_OFFSET = (-0.25, 0.25) * 4
 
-def quantize_rows(weight: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """Round each row of `weight` (..., columns) to signed integers of `bits` bits; returns (int8 like weight, fp16 scales).
 
-    The step is clip_sigmas standard deviations of the row over the largest integer; it never rounds to zero.
+class Role(NamedTuple):
+    """The matrices that do the same work in every layer; they are quantized together, as (layers, rows, columns)."""
+
+    stack: str  # the parameter that holds them
+    start: int  # where in it the first layer's lies
+    site: str  # the product in which they take part
+    rows: slice  # which outputs of that product are theirs
+    bits: int
+    clip_sigmas: float
+
+    def weights(self, model: GPT) -> Tensor:
+        parameter = getattr(model, self.stack).detach()
+        return parameter[None] if parameter.dim() == 2 else parameter[self.start:self.start + model.settings.num_layers]
+
+
+def matrix_roles(s: Settings) -> dict[str, Role]:
+    """Every matrix that is stored as integers, by the name of its role."""
+    n, q, kv = s.num_layers, s.model_dim, s.kv_dim
+    attn, mlp, every = (s.matrix_bits, s.attn_clip_sigmas), (s.matrix_bits, s.mlp_clip_sigmas), slice(None)
+    return {"tok_emb": Role("tok_emb", 0, "head", every, s.embed_bits, s.embed_clip_sigmas),
+            "attn.c_k": Role("kv_bank", 0, "qkv", slice(q, q + kv), *attn),
+            "attn.c_q": Role("qo_bank", 0, "qkv", slice(0, q), *attn),
+            "attn.c_v": Role("kv_bank", n, "qkv", slice(q + kv, None), *attn),
+            "attn.proj": Role("qo_bank", n, "out", every, *attn),
+            "mlp.fc": Role("mlp_up_bank", 0, "up", every, *mlp),
+            "mlp.proj": Role("mlp_down_bank", 0, "down", every, *mlp)}
+
+
+class Statistics(NamedTuple):
+    """What calibration saw at each site (head, qkv, out, up, down), per token, stacked over the layers.
+
+    A change E of a site's matrix raises the loss by about 1/2 sum over rows r of curvature[r] E[r] hessian E[r]^T (a
+    Kronecker-factored Fisher matrix, Martens & Grosse 2015, with the output factor's diagonal alone).
     """
-    largest = 2 ** (bits - 1) - 1
-    scale = clip_sigmas * weight.float().std(dim=-1) / largest
-    scale = scale.clamp(min=torch.finfo(torch.float16).tiny).half()
-    integers = (weight.float() / scale.float()[..., None]).round().clamp(-largest, largest)
-    return integers.to(torch.int8), scale
+
+    hessian: dict[str, Tensor]  # (layers, columns, columns): sum of x x^T over the inputs x of all visits
+    curvature: dict[str, Tensor]  # (layers, rows): mean square of the loss gradient at the outputs; ones if not asked for
+    visits: Tensor  # (layers,): how often a token passes each layer
+
+
+class Observer:
+    """Accumulates sums for Statistics inside the forward pass and, through hooks, in the backward pass."""
+
+    def __init__(self, gradients: bool):
+        self.gradients = gradients
+        self.sums: dict[tuple, Tensor] = {}
+
+    def add(self, kind: str, site: str, layer: int, value: Tensor) -> None:
+        key = (kind, site, layer)
+        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
+
+    def block(self, layer: int) -> Callable:
+        """What a visit of block `layer` calls with each product: site, inputs (T, columns), outputs (T, rows)."""
+        def see(site: str, x: Tensor, y: Tensor) -> Tensor:
+            self.add("hessian", site, layer, second_moment(x.detach()))
+            if self.gradients:
+                y.register_hook(lambda g: self.add("squares", site, layer, g.float().square().sum(0)))
+            return y
+        return see
+
+    def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
+        """The backward pass ends at the embedding's rows x (T, d) of `ids`."""
+        def see(g):
+            self.add("hessian", "embed", 0, second_moment(g))
+            self.add("squares", "embed", 0, torch.zeros(rows, device=g.device).index_add_(0, ids, g.square().sum(1)))
+        if self.gradients:
+            x.requires_grad_().register_hook(see)
+
+    def head(self, hidden: Tensor, logits: Tensor, caps: Tensor | float) -> None:
+        """The head's curvature is known in closed form: p (1 - p), times the soft cap's slope squared."""
+        self.add("hessian", "head", 0, second_moment(hidden))
+        if self.gradients:
+            p = logits.softmax(-1)
+            self.add("squares", "head", 0, ((p - p * p) * (1 - (logits / caps).square()).square()).sum(0))
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """x^T x of x (T, columns), float32. Products of bf16 are exact there, so tensor cores lose nothing."""
+    exact = x.is_cuda and x.dtype == torch.bfloat16
+    return torch.mm(x.T, x, out_dtype=torch.float32) if exact else x.T.float() @ x.float()
+
+
+def calibration_windows(data: TrainingData, s: Settings, share: float = 1.0) -> list[np.ndarray]:
+    """The training tokens that calibration reads: windows of EVAL_SEQ_LEN + 1, the same for every number of ranks.
+
+    They begin anywhere (GPTQ_CALIBRATION_MODE=random) or at the first document start from there on (doc_start).
+    """
+    draw, windows = np.random.default_rng(0), []
+    for _ in range(math.ceil(share * s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)):
+        at = int(draw.integers(data.total))
+        while s.gptq_calibration_mode == "doc_start":
+            starts = np.flatnonzero(data.read(at, 65536) == BOS_ID)
+            at += int(starts[0]) if len(starts) else 65536
+            if len(starts):
+                break
+        windows.append(data.read(at, s.eval_seq_len + 1))
+    return windows
+
+
+def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings, runtime: Runtime) -> Statistics:
+    """Send the windows, dealt out to the ranks, through the model's forward and backward pass; sum what is seen.
+
+    The weights take no gradient: the backward pass ends at the embedding. Attention stays inside documents.
+    """
+    plain, seen, per_pass = model.frozen(), Observer(s.uses_curvature), max(1, 32768 // s.eval_seq_len)
+    passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
+    for some in passes[runtime.rank::runtime.world_size]:
+        ids, targets = (np.concatenate([window[cut] for window in some]) for cut in (slice(-1), slice(1, None)))
+        starts = np.concatenate((np.arange(len(some)) * s.eval_seq_len, np.flatnonzero(ids == BOS_ID)))
+        segments = make_segments(segment_bounds(starts, len(ids), s.eval_seq_len), s.eval_seq_len)
+        batch = Batch(torch.from_numpy(ids), torch.from_numpy(targets), segments).to(runtime)
+        with torch.set_grad_enabled(s.uses_curvature):
+            hidden = plain(batch.inputs, batch.segments, looping, seen)
+            if s.uses_curvature:
+                plain.head_losses(hidden, batch.targets).sum().backward()
+        with torch.no_grad():
+            logits = plain.logits(hidden.detach())
+            seen.head(hidden.detach(), logits, plain.softcaps(logits))
+    return summarize(seen, model, len(windows) * s.eval_seq_len, looping, runtime)
+
+
+@torch.no_grad()
+def summarize(seen: Observer, model: GPT, tokens: int, looping: bool, runtime: Runtime) -> Statistics:
+    """Statistics from what all ranks have seen in `tokens` tokens."""
+    s, d = model.settings, model.settings.model_dim
+    shapes = dict(head=(s.vocab_size, d), embed=(s.vocab_size, d), qkv=(d + 2 * s.kv_dim, d), out=(d, d),
+                  up=(s.mlp_dim, d), down=(d, s.mlp_dim))  # rows, columns of each site's matrix
+
+    def total(kind, site, *shape):  # a rank without windows has seen nothing
+        layers = range(1 if site in ("head", "embed") else s.num_layers)
+        blank = torch.zeros(shape, device=runtime.device)
+        return runtime.sum(torch.stack([seen.sums.get((kind, site, i), blank) for i in layers])) / tokens
+
+    wanted = [site for site in shapes if site != "embed" or seen.gradients]
+    hessian = {site: total("hessian", site, shapes[site][1], shapes[site][1]) for site in wanted}
+    order = sum(model.orders[looping], [])
+    visits = torch.tensor([float(order.count(i)) for i in range(s.num_layers)], device=runtime.device)
+    if not seen.gradients:
+        ones = {site: torch.ones(len(h), shapes[site][0], device=h.device) for site, h in hessian.items()}
+        return Statistics(hessian, ones, visits)
+    curvature = {site: total("squares", site, shapes[site][0]) for site in wanted}
+    for site in ("qkv", "out", "up", "down"):
+        # A layer's visits feel the same change of its weights: if their gradients were independent, their mean square would
+        # count (sum / visits), if they were equal, visits times that. The geometric mean of both fits measurement.
+        curvature[site] /= visits[:, None].sqrt()
+    curvature["out"] *= model.attn_scale ** 2  # the products were seen with the residual scales multiplied in
+    curvature["down"] *= model.mlp_scale ** 2
+    # The embedding works twice: as the head, and as the input, whose rows feel their own tokens' gradients alone.
+    as_head, as_input = hessian["head"], hessian.pop("embed")
+    spread = as_head.diagonal(dim1=1, dim2=2).sum()
+    weight = curvature["head"].sum() * spread
+    share = spread * curvature["embed"].sum() / as_input.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-30)
+    hessian["head"] = (as_head * weight + as_input * share) / (weight + curvature["embed"].sum()).clamp(min=1e-30)
+    curvature["head"] += curvature.pop("embed") / spread.clamp(min=1e-30)
+    return Statistics(hessian, curvature, visits)
+
+
+def rotate_values(model: GPT) -> None:
+    """OptRot: turn each head's values by a Hadamard matrix and the output projection's columns back, in place.
+
+    Attention, XSA and the head gates commute with a rotation of a head's values, so the function stays the same; MLP
+    units cannot be turned so, because a nonlinearity stands between their two matrices.
+    """
+    s, n = model.settings, model.settings.num_layers
+    turn = torch.ones(1, 1, device=model.kv_bank.device)
+    while len(turn) < s.head_dim:
+        turn = torch.cat((torch.cat((turn, turn), 1), torch.cat((turn, -turn), 1))) / math.sqrt(2)
+    with torch.no_grad():
+        values, outputs = model.kv_bank[n:], model.qo_bank[n:]
+        values.copy_((turn @ values.unflatten(1, (-1, s.head_dim))).flatten(1, 2))
+        outputs.copy_((outputs.unflatten(2, (-1, s.head_dim)) @ turn.T).flatten(2, 3))
+
+
+class LowRank(NamedTuple):
+    """Rank-r correction left right of one matrix, in integers with float16 scales that broadcast."""
+
+    left: Tensor  # (rows, r) int8
+    left_scale: Tensor  # (1,) or (rows,)
+    right: Tensor  # (r, columns) int8
+    right_scale: Tensor  # (r x columns / group,) or (r,)
+
+    def product(self) -> Tensor:
+        left = self.left.float() * self.left_scale.float().view(-1, 1)
+        groups = self.right.float().view(len(self.right_scale), -1)
+        return left @ (groups * self.right_scale.float()[:, None]).view_as(self.right)
+
+
+def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
+    """Put each MLP's hidden units in the order of their rows' steps, in place, in both matrices and the statistics.
+
+    The function stays the same, and the row scales become cheap to code.
+    """
+    s, up, down = model.settings, model.mlp_up_bank.detach(), model.mlp_down_bank.detach()
+    key = statistics.curvature["up"] if statistics and s.step_rule == "loss" else up.std(2)
+    for i, order in enumerate(key.argsort(dim=1)):
+        up[i], down[i] = up[i, order], down[i][:, order]
+        if statistics:
+            statistics.curvature["up"][i] = statistics.curvature["up"][i, order]
+            statistics.hessian["down"][i] = statistics.hessian["down"][i][order][:, order]
+
+
+class Quantized(NamedTuple):
+    """One role's matrices as they are stored: row scale x column scale x (code + trellis offset) + low-rank correction."""
+
+    codes: Tensor  # (layers, rows, columns) int8
+    row_scale: Tensor  # (layers, rows): int16 k for 2^(k / SCALES_PER_OCTAVE), or the float16 scale itself
+    column_scale: Tensor | None  # (layers, columns): int8 k for 2^(k / COLUMN_SCALES_PER_OCTAVE)
+    fine: list  # AWQ-lite: [layer, first column, columns, numerator, denominator]: columns whose step is that fraction
+    low_rank: dict[int, LowRank]  # LQER corrections by layer
+    trellis: bool
+
+
+def steps(q: Quantized) -> Tensor:
+    """The quantization step of every weight, (layers, rows, columns) float32."""
+    row = row_steps(q.row_scale)
+    column = torch.ones_like(q.codes[:, :1], dtype=torch.float32) if q.column_scale is None else \
+        grid_value(q.column_scale, COLUMN_SCALES_PER_OCTAVE)[:, None]
+    step = row[..., None] * column
+    for layer, first, count, numerator, denominator in q.fine:
+        step[layer, :, first:first + count] *= numerator / denominator
+    return step
+
+
+def row_steps(row_scale: Tensor) -> Tensor:
+    return row_scale.float() if row_scale.is_floating_point() else grid_value(row_scale, SCALES_PER_OCTAVE)
+
+
+def grid_value(exponent: Tensor, per_octave: int) -> Tensor:
+    return torch.exp2(exponent.double() / per_octave).float()
+
+
+def trellis_order(column_scale: Tensor | None, like: Tensor) -> Tensor:
+    """The order (layers, columns) in which a trellis runs through columns: finest step first, as a decoder can tell too."""
+    if column_scale is None:
+        return torch.arange(like.size(2), device=like.device).repeat(like.size(0), 1)
+    return column_scale.argsort(dim=1, stable=True)
+
+
+def dequantize(q: Quantized) -> Tensor:
+    """The weights (layers, rows, columns) that the stored integers stand for, float32."""
+    levels = q.codes.float()
+    if q.trellis:
+        following, offset = (torch.tensor(t, device=q.codes.device) for t in (TRELLIS_NEXT, TRELLIS_OFFSET))
+        order = trellis_order(q.column_scale, q.codes)
+        codes = q.codes.gather(2, order[:, None].expand_as(q.codes)).permute(2, 0, 1).contiguous()
+        state = torch.zeros_like(codes[0], dtype=torch.long)
+        offsets = torch.empty_like(codes, dtype=torch.float32)
+        for j, code in enumerate(codes):
+            offsets[j] = offset[state]
+            state = following.flatten()[2 * state + (code & 1)]
+        levels.scatter_add_(2, order[:, None].expand_as(q.codes), offsets.permute(1, 2, 0))
+    weights = steps(q) * levels
+    for layer, correction in q.low_rank.items():
+        weights[layer] += correction.product()
+    return weights
+
+
+def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular R with R R^T = the damped Hessians (layers, columns, columns), columns taken in `order`.
+
+    Where a factorization fails the damping is raised tenfold until it succeeds.
+    """
+    n = hessian.size(-1)
+    if not hessian.isfinite().all():
+        raise FloatingPointError("a Hessian is not finite: training diverged")
+    h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    mean = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    h = h + torch.diag_embed(torch.where(dead, mean[:, None], 0.0))
+    damping = HESSIAN_DAMPING * mean
+    while True:
+        damped = h + damping[:, None, None] * torch.eye(n, device=h.device)
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        if not failed.any():
+            return factor.flip(1, 2)
+        damping = torch.where(failed > 0, 10 * damping, damping)
+
+
+def gptq(weight: Tensor, factor: Tensor, step: Tensor, largest: Tensor, trellis: bool) -> Tensor:
+    """Codes (layers, rows, columns) for `weight`, each column's error made good by those that follow (Frantar et al. 2022).
+
+    factor: hessian_factor of the same column order; step: like weight; largest: (layers, 1, columns), the codes' bound.
+    With a trellis the 8 best code sequences of each row compete within a block of columns, every one with its own errors.
+    """
+    layers, rows, columns = weight.shape
+    upper = torch.linalg.solve_triangular(factor, torch.eye(columns, device=factor.device).expand_as(factor), upper=True)
+    weight, codes = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
+    state = torch.zeros(layers, rows, dtype=torch.long, device=weight.device)
+    for a in range(0, columns, 128):
+        block = slice(a, min(a + 128, columns))
+        arguments = weight[..., block], upper[:, block, block], step[..., block], largest[..., block]
+        if trellis:
+            codes[..., block], errors, state = trellis_block(*arguments, state)
+        else:
+            codes[..., block], errors = greedy_block(*arguments)
+        weight[..., block.stop:] -= errors @ upper[:, block, block.stop:]
+    return codes
+
+
+def greedy_block(weight: Tensor, upper: Tensor, step: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of a block of columns, rounded to nearest in turn, and their errors over the diagonal of `upper`."""
+    weight, codes, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+    for j in range(weight.size(2)):
+        codes[..., j] = torch.clamp((weight[..., j] / step[..., j]).round(), -largest[..., j], largest[..., j])
+        errors[..., j] = (weight[..., j] - step[..., j] * codes[..., j]) / upper[:, j, j, None]
+        weight[..., j + 1:] -= errors[..., j, None] * upper[:, j, None, j + 1:]
+    return codes.to(torch.int8), errors
+
+
+def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, largest: Tensor, state: Tensor):
+    """The same by a Viterbi search from the rows' trellis `state` (layers, rows); returns codes, errors, final states."""
+    layers, rows, columns = weight.shape
+    device, states = weight.device, len(TRELLIS_NEXT)
+    arrivals = torch.tensor([[2 * t + p for t in range(states) for p in (0, 1) if TRELLIS_NEXT[t][p] == end]
+                             for end in range(states)], device=device)  # (states, 2): transitions into each state
+    offset, parity = torch.tensor(TRELLIS_OFFSET, device=device), torch.arange(2, device=device)
+    cost = torch.full((layers, rows, states), math.inf, device=device).scatter_(2, state[..., None], 0.0)
+    paths = weight[:, :, None].repeat(1, 1, states, 1)
+    history = []
+    for j in range(columns):
+        scale, bound = step[..., j, None, None], largest[..., j, None, None]
+        x = paths[..., 0, None] / scale - offset[:, None]
+        code = torch.maximum(torch.minimum(2 * ((x - parity) / 2).round() + parity, bound - 1 + parity), -bound + 1 - parity)
+        error = (x - code) * scale / upper[:, j, j, None, None, None]
+        reached = (cost[..., None] + error.square()).flatten(2)[..., arrivals]
+        cost, pick = reached.min(-1)
+        pick = arrivals.expand(layers, rows, states, 2).gather(3, pick[..., None])[..., 0]
+        error, parent = error.flatten(2).gather(2, pick), pick // 2
+        history.append((code.flatten(2).gather(2, pick), error, parent))
+        rest = paths[..., 1:]
+        paths = rest.gather(2, parent[..., None].expand_as(rest)) - error[..., None] * upper[:, j, None, None, j + 1:]
+    state = at = cost.argmin(2, keepdim=True)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for j in reversed(range(columns)):
+        code, error, parent = history[j]
+        codes[..., j], errors[..., j] = code.gather(2, at)[..., 0], error.gather(2, at)[..., 0]
+        at = parent.gather(2, at)
+    return codes.to(torch.int8), errors, state[..., 0]
+
+
+class Problem(NamedTuple):
+    """What is known about one role before it is quantized."""
+
+    role: Role
+    weight: Tensor  # (layers, rows, columns); zero in columns that never had an input
+    hessian: Tensor  # (layers, columns, columns)
+    curvature: Tensor  # (layers, rows)
+    live: Tensor  # (layers, 1, columns): whether a column ever had an input
+    visits: Tensor  # (layers,): how often a token passes
+
+    def loss(self, error: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Predicted rise of the loss in nats per token for a change `error` of these layers' weights, per layer."""
+        return 0.5 * ((error @ self.hessian[layers] * error).sum(2) * self.curvature[layers]).sum(1)
+
+
+class Plan(NamedTuple):
+    """How one role will be quantized. With STEP_RULE=loss the row scales still lack the common factor."""
+
+    row_scale: Tensor  # (layers, rows): float16, or int16 on the grid, or float32 octaves with STEP_RULE=loss
+    row_limits: Tensor | None  # (2, layers, rows): fewest octaves, at which the codes fit int8, and most
+    column_scale: Tensor | None
+    fine: list
+    order: Tensor  # (layers, columns)
+    factor: Tensor  # hessian_factor in that order
+
+
+def posed(model: GPT, statistics: Statistics | None) -> dict[str, Problem]:
+    """The problem of each role; without calibration the Hessians are identities and GPTQ becomes plain rounding."""
+    problems = {}
+    for name, role in matrix_roles(model.settings).items():
+        weight = role.weights(model).float()
+        layers, rows, columns = weight.shape
+        if statistics is None:
+            hessian = torch.eye(columns, device=weight.device).repeat(layers, 1, 1)
+            curvature, visits = torch.ones(layers, rows, device=weight.device), torch.ones(layers, device=weight.device)
+        else:
+            hessian, curvature = statistics.hessian[role.site], statistics.curvature[role.site][:, role.rows]
+            visits = statistics.visits if role.site != "head" else torch.ones(1, device=weight.device)
+        live = hessian.diagonal(dim1=1, dim2=2)[:, None] > 0
+        problems[name] = Problem(role, weight * live, hessian, curvature, live, visits)
+    return problems
+
+
+def planned(p: Problem, fine: list, s: Settings) -> Plan:
+    """Scales and column order of one role.
+
+    STEP_RULE=sigma, the published rule: a row's step is its role's clip_sigmas deviations over the largest integer. Loss:
+    every weight shall add the same loss, so row r's step goes with curvature[r]^(-1/2), and column j's with the inverse of
+    what the columns that follow cannot make good of its error, the diagonal of the Hessian's factor. At high rates that
+    spends bits best (reverse water-filling); no row's scale exceeds twice its deviation, where rounding only adds noise.
+    """
+    tiny = torch.finfo(torch.float16).tiny
+    order = p.hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    count = p.live.sum(2)
+    mean = p.weight.sum(2) / count.clamp(min=1)
+    deviation = (((p.weight - mean[..., None]) * p.live).square().sum(2) / (count - 1).clamp(min=1)).sqrt()
+    if s.step_rule == "loss":
+        factor = hessian_factor(p.hessian, order)
+        spread = torch.empty_like(factor[:, 0]).scatter_(1, order, factor.diagonal(dim1=1, dim2=2)).log2()
+        level = spread.mean(1, keepdim=True)
+        column = ((level - spread).clamp(-4, 4) * COLUMN_SCALES_PER_OCTAVE).round().to(torch.int8)
+        row = -0.5 * p.curvature.clamp(min=1e-30).log2() - level
+        reach = (p.weight.abs() / grid_value(column, COLUMN_SCALES_PER_OCTAVE)[:, None]).amax(2)
+        limits = torch.stack(((reach / 120).clamp(min=tiny).log2(), deviation.clamp(min=tiny).log2() + 1))
+        plan = Plan(row, limits, column, fine, order, factor)
+    else:
+        row = (p.role.clip_sigmas * deviation / (2 ** (p.role.bits - 1) - 1)).clamp(min=tiny)
+        row = (row.log2() * SCALES_PER_OCTAVE).round().to(torch.int16) if s.scale_grid == "log" else row.half()
+        plan = Plan(row, None, None, fine, order, torch.empty(0))
+    if s.trellis_enabled:
+        plan = plan._replace(order=trellis_order(plan.column_scale, p.weight))
+    elif s.step_rule == "loss":
+        return plan
+    return plan._replace(factor=hessian_factor(p.hessian, plan.order))
+
+
+def quantize_role(p: Problem, plan: Plan, s: Settings, octaves: float) -> Quantized:
+    """The codes of one role; `octaves` is log2 of the common factor that the steps of STEP_RULE=loss lack."""
+    row, largest = plan.row_scale, 2 ** (p.role.bits - 1) - 1
+    if s.step_rule == "loss":
+        row = torch.minimum(row + octaves, plan.row_limits[1]).maximum(plan.row_limits[0])
+        row = (row * SCALES_PER_OCTAVE).round().to(torch.int16)
+        largest = 127
+    codes = torch.zeros_like(p.weight, dtype=torch.int8)
+    q = Quantized(codes, row, plan.column_scale, plan.fine, {}, s.trellis_enabled)
+    bound = torch.full_like(codes[:, :1], largest, dtype=torch.float32)
+    for layer, first, count, _, finer in plan.fine:
+        bound[layer, :, first:first + count] = finer
+    arranged = [t.gather(2, plan.order[:, None].expand_as(t)) for t in (p.weight, steps(q), bound)]
+    arranged = gptq(arranged[0], plan.factor, *arranged[1:], q.trellis)
+    return q._replace(codes=codes.scatter(2, plan.order[:, None].expand_as(codes), arranged))
+
+
+def choose_fine(problems: dict[str, Problem], s: Settings) -> dict[str, list]:
+    """AWQ-lite: the AWQ_LITE_GROUP_TOP_K groups of columns that are worth AWQ_LITE_BITS, per role, as in Quantized.fine.
+
+    Unweighted, by input RMS x mean |weight|. Weighted, by predicted loss per byte, and only what saves more loss than the
+    same bytes would by making every step finer.
+    """
+    size, candidates, expected, count = s.awq_lite_group_size, [], 0.0, 0
+    for name, p in problems.items():
+        coarse, finer = (2 ** (bits - 1) - 1 for bits in (p.role.bits, s.awq_lite_bits))
+        layers, rows, columns = p.weight.shape
+        diagonal = p.hessian.diagonal(dim1=1, dim2=2)
+        if s.awq_lite_weighted:
+            plan = planned(p, [], s)
+            step = row_steps(plan.row_scale)
+            own = torch.empty_like(diagonal).scatter_(1, plan.order, plan.factor.diagonal(dim1=1, dim2=2).square())
+            loss = own * (p.curvature * step.square() / 24).sum(1, keepdim=True)  # of rounding, per column
+            expected, count = expected + float(loss.sum()), count + p.weight.numel()
+            score = loss * (1 - (coarse / finer) ** 2) / (rows * math.log2(finer / coarse) / 8) if finer > coarse else loss
+        else:
+            score = (diagonal / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)
+        if finer > coarse:
+            groups = score[:, :columns // size * size].unflatten(1, (-1, size)).sum(2)
+            groups = groups / size if s.awq_lite_weighted else groups
+            candidates += [(value, name, [i, g * size, size, coarse, finer])
+                           for i, row in enumerate(groups.tolist()) for g, value in enumerate(row)]
+    price = 16 * math.log(2) * expected / max(count, 1)  # nats per byte at the margin
+    chosen = sorted(candidates, key=lambda c: -c[0])[:s.awq_lite_group_top_k]
+    return {name: [fine for value, role, fine in chosen if role == name and value > price] for name in problems}
+
+
+def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left (..., rows, rank), right (..., rank, columns): the best approximation left right; right has orthonormal rows."""
+    wide = matrix.size(-2) < matrix.size(-1)
+    gram = matrix @ matrix.mT if wide else matrix.mT @ matrix
+    vectors = torch.linalg.eigh(gram.double())[1][..., -rank:].flip(-1).float()
+    if not wide:
+        return matrix @ vectors, vectors.mT
+    right = vectors.mT @ matrix
+    sizes = right.norm(dim=-1).clamp(min=1e-30)
+    return vectors * sizes[..., None, :], right / sizes[..., None]
+
+
+def fit_low_rank(error: Tensor, hessian: Tensor, curvature: Tensor, s: Settings) -> LowRank:
+    """LQER (Zhang et al. 2024): `error` (rows, columns) as a product of two thin integer matrices.
+
+    The fit minimizes the error's squared norm, or with LQER_WEIGHTED the predicted loss. LQER_ASYM_ENABLED: left -2..1 with
+    one scale, right -8..7 with a scale per LQER_ASYM_GROUP values; else a scale per row of each, +-(2^(bits-1) - 1).
+    """
+    if s.lqer_weighted:
+        factor = hessian_factor(hessian[None], torch.arange(len(hessian), device=hessian.device)[None])[0]
+        height = curvature.clamp(min=1e-30).sqrt()[:, None]
+        left, right = top_singular(height * error @ factor, s.lqer_rank)
+        left, right = left / height, torch.linalg.solve_triangular(factor, right, upper=True, left=False)
+    else:
+        left, right = top_singular(error, s.lqer_rank)
+
+    def integers(values, low, high, reach):  # one scale per row of `values`
+        scale = (values.abs().amax(1) / reach).clamp(min=torch.finfo(torch.float16).tiny).half()
+        return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
+
+    if s.lqer_asym_enabled:
+        a, a_scale = integers(left.reshape(1, -1), -2, 1, 1.5)
+        b, b_scale = integers(right.reshape(-1, s.lqer_asym_group), -8, 7, 7.5)
+        return LowRank(a.view_as(left), a_scale, b.view_as(right), b_scale)
+    largest = 2 ** (s.lqer_factor_bits - 1) - 1
+    return LowRank(*integers(left, -largest, largest, largest), *integers(right, -largest, largest, largest))
+
+
+def choose_low_rank(problems: dict[str, Problem], quantized: dict[str, Quantized], s: Settings) -> None:
+    """Give the LQER_TOP_K matrices that need it most a correction, in place.
+
+    Unweighted, by the norm of their error, or with LQER_GAIN_SELECT by how much of it the correction takes away. Weighted,
+    by predicted loss saved per byte, and only where that beats making every step finer for the same bytes.
+    """
+    scopes = {"all": "", "mlp": "mlp", "attn": "attn", "embed": "tok_emb"}
+    candidates, expected, count = [], 0.0, 0
+    for name, p in problems.items():
+        error = (p.weight - dequantize(quantized[name])) * p.live
+        losses = p.loss(error)
+        expected, count = expected + float(losses.sum()), count + error.numel()
+        for layer, e in enumerate(error if name.startswith(scopes[s.lqer_scope]) else ()):
+            correction, value = None, float(e.norm())
+            if s.lqer_weighted or s.lqer_gain_select:
+                correction = fit_low_rank(e, p.hessian[layer], p.curvature[layer], s)
+                left = e - correction.product()
+                value -= float(left.norm())
+            if s.lqer_weighted:
+                saved = float(losses[layer] - p.loss(left[None], slice(layer, layer + 1)))
+                value = saved / sum(stored_bytes(part) for part in correction)
+            candidates.append((value, name, layer, e, correction))
+    price = 16 * math.log(2) * expected / count if s.lqer_weighted else 0.0  # nats per byte at the margin
+    for value, name, layer, e, correction in sorted(candidates, key=lambda c: -c[0])[:s.lqer_top_k]:
+        if value > price:
+            p = problems[name]
+            quantized[name].low_rank[layer] = correction or fit_low_rank(e, p.hessian[layer], p.curvature[layer], s)
+
+
+def stored_bytes(integers: Tensor) -> float:
+    """What a small array costs once coded: its order-0 entropy if it holds integers, else its own size."""
+    if integers.is_floating_point():
+        return integers.numel() * integers.itemsize
+    counts = integers.flatten().unique(return_counts=True)[1].float()
+    return float(-(counts * (counts / counts.sum()).log2()).sum() / 8)
+
+
+@torch.no_grad()
+def quantize(problems: dict[str, Problem], s: Settings, wanted: float,
+             octaves: float | None = None) -> tuple[dict[str, Quantized], float]:
+    """Quantize every role; STEP_RULE=loss finds the common factor at which the coded integers take `wanted` bytes.
+
+    octaves: log2 of the factor to begin with; returned is the one that was found.
+    """
+    fine = choose_fine(problems, s) if s.awq_lite_enabled else {}
+    plans = {name: planned(p, fine.get(name, []), s) for name, p in problems.items()}
+    count = sum(p.weight.numel() for p in problems.values())
+    if s.step_rule == "loss" and octaves is None:  # a normal variable in steps of its deviation has 2.05 bits
+        wide = sum(float((plan.row_limits[1] - 1 - plan.row_scale).sum()) * p.weight.size(2)
+                   for plan, p in zip(plans.values(), problems.values()))
+        octaves = wide / count + 2.05 - 8 * wanted / count
+    slope, before = count / 8, None  # bytes per octave, while every step is below its weights' deviation
+    for _ in range(4):
+        quantized = {name: quantize_role(p, plans[name], s, octaves or 0.0) for name, p in problems.items()}
+        if s.step_rule != "loss":
+            break
+        size = float(sum(bits.sum() for bits in code_bits([q.codes for q in quantized.values()]))) / 8
+        if abs(size - wanted) < min(2000, 0.001 * wanted):
+            break
+        if before and octaves != before[0]:
+            slope = max(slope / 8, (before[1] - size) / (octaves - before[0]))
+        before = octaves, size
+        octaves += (size - wanted) / slope
+    if s.lqer_enabled:
+        choose_low_rank(problems, quantized, s)
+    return quantized, octaves
 
 
 # ======================================================================================================================
 # 9. Artifact
 # ======================================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 2
 ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, payload bytes, SHA-256 of table and payload
 SIZE_CAP = 16_000_000
+CLASS_PARTS, LOCATION_PARTS = (".row_class", ".column_class"), (".location_left", ".location_right")
+SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24  # classes of COMPRESSOR=entropy; the offset is that of spread 1
+PERGROUP_SORTED = ("tok_emb.codes", "attn.c_q.codes", "mlp.fc.codes")
 
 
-def tensor_encodings(s: Settings) -> dict[str, tuple[int, float]]:
-    """(bits, clip in deviations) of the tensors stored as integers; the others are stored as float16."""
-    attn, mlp = (s.matrix_bits, s.attn_clip_sigmas), (s.matrix_bits, s.mlp_clip_sigmas)
-    return dict(tok_emb=(s.embed_bits, s.embed_clip_sigmas), qo_bank=attn, kv_bank=attn, mlp_up_bank=mlp, mlp_down_bank=mlp)
+EVALUATION_FILES = ("train_gpt.py", "online_ngram_tilt.py", "online_ngram_state.c")  # all that an evaluation runs
+PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # set by the loader of a packed script: its own path
+LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code. Run it as the train_gpt.py it holds."""
+import atexit, base64, brotli, hashlib, json, os, runpy, shutil, sys, tempfile
+packed = base64.b85decode("%s")
+here = os.path.abspath(__file__)
+folder = os.path.join(os.path.dirname(here), "__pycache__", "packed-" + hashlib.sha256(packed).hexdigest()[:16])
+try:
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK): raise OSError
+except OSError:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+for name, text in json.loads(brotli.decompress(packed)).items():
+    part = os.path.join(folder, "%%s.%%d" %% (name, os.getpid()))
+    with open(part, "w", encoding="utf-8") as file: file.write(text)
+    os.replace(part, os.path.join(folder, name))
+sys.path.insert(0, folder)
+runpy.run_path(os.path.join(folder, "train_gpt.py"), {"PACKED_SCRIPT": here}, "__main__")
+'''
 
 
-def save_artifact(model: GPT, looping: bool, path: str, s: Settings) -> int:
-    """Quantize the model and write it to `path`, all or nothing; returns the bytes written.
+def packed_code() -> bytes:
+    """The script that a submission ships: every evaluation file, minified and compressed, behind a loader.
 
-    Layout: header, table (JSON: the settings that change the function; whether looping is on; name, shape and encoding of
-    each tensor), payload (brotli over the tensors' bytes in table order: int8 values then float16 row scales, or float16
-    values).
+    Its length is what the code counts for. A packed script returns itself.
     """
-    encodings, tensors, payload = tensor_encodings(s), [], []
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach().cpu()
-        if name in encodings:
-            parts, encoding = quantize_rows(weight, *encodings[name]), "int8_rows"
+    if PACKED_SCRIPT:
+        with open(PACKED_SCRIPT, "rb") as file:
+            return file.read()
+    try:
+        import python_minifier
+    except ImportError:
+        raise InputError("python-minifier: the size of the code is counted minified; pip install python-minifier") from None
+    texts = {}
+    for name in EVALUATION_FILES:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
+            texts[name] = file.read()
+        if name.endswith(".py"):
+            texts[name] = python_minifier.minify(texts[name], name, remove_literal_statements=True, rename_globals=False)
+        else:  # C: without comments, literals untouched
+            literal, comment = r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', r"/\*.*?\*/|//[^\n]*"
+            texts[name] = re.sub(f"{literal}|{comment}", lambda m: m[1] or " ", texts[name], flags=re.S)
+            texts[name] = re.sub(r"\s*\n\s*", "\n", texts[name])
+    packed = brotli.compress(json.dumps(texts).encode(), quality=11, lgwin=24)
+    return (LOADER % base64.b85encode(packed).decode()).encode()
+
+
+class OverCapError(Exception):
+    """The finished artifact is too large for a record."""
+
+
+class DamagedError(Exception):
+    """The bytes are no artifact that this program wrote."""
+
+
+def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes of rows (layers, rows) and columns (layers, columns), int16, whose sum gives the spread of each code.
+
+    A code's spread is modelled as row factor x column factor, fitted to the second moments by alternation, on a
+    logarithmic grid.
+    """
+    squares = codes.float().square() + 1e-3
+    row, column = squares.mean(2), torch.ones_like(squares[:, 0])
+    for _ in range(4):
+        column = ((1 / row)[:, None] @ squares)[:, 0] / codes.size(1)
+        column = column / column.log().mean(1, keepdim=True).exp()
+        row = (squares @ (1 / column)[..., None])[..., 0] / codes.size(2)
+    return tuple((0.5 * f.log2() * SPREADS_PER_OCTAVE).round().to(torch.int16) for f in (row, column))
+
+
+class CodeModel(NamedTuple):
+    """What the entropy coder assumes of a stack of codes: every one has a spread and a location.
+
+    Spread: row factor x column factor. Location, for a stack of one matrix (the embedding, whose columns have means and
+    whose rows resemble each other): spread x (mean of the column + a product of rank 2). All of it is stored, in integers,
+    and evaluated in integers, so that every machine sees the same model.
+    """
+
+    row: Tensor  # (layers, rows) int16, classes of spread_classes
+    column: Tensor  # (layers, columns) int16
+    left: Tensor | None = None  # (1, rows, rank) int8, in 1/4
+    right: Tensor | None = None  # (1, 1 + rank, columns) int8, in 1/16, the means first
+
+    def classes(self) -> Tensor:
+        """The class (layers, rows, columns) of every code, uint8 below SPREADS."""
+        return (self.row[:, :, None] + self.column[:, None] + SPREAD_OFFSET).clamp(0, SPREADS - 1).to(torch.uint8)
+
+    def locations(self, classes: Tensor) -> Tensor | int:
+        """The location of every code, rounded, int16."""
+        if self.left is None:
+            return 0
+        right = self.right.float()
+        product = self.left.float() @ right[:, 1:] + 4 * right[:, :1]  # exact: whole numbers below 2^24
+        spread = torch.tensor([round(2 ** (10 + (k - SPREAD_OFFSET) / SPREADS_PER_OCTAVE)) for k in range(SPREADS)],
+                              device=classes.device)
+        return (product.long() * spread[classes.int()] + (1 << 15) >> 16).clamp(-127, 127).short()
+
+
+def location_rank(shape) -> int:
+    return min(2, *shape[1:]) if shape[0] == 1 else 0
+
+
+def fit_code_model(codes: Tensor) -> CodeModel:
+    """The model of the codes (layers, rows, columns), int8."""
+    row, column = spread_classes(codes)
+    if len(codes) > 1:
+        return CodeModel(row, column)
+
+    def normalized():
+        return codes * torch.exp2((row[:, :, None] + column[:, None]) / -SPREADS_PER_OCTAVE)
+
+    rough = normalized()
+    mean = rough.mean(1, keepdim=True)
+    left, right = top_singular(rough - mean, location_rank(codes.shape))
+    row, column = spread_classes(codes - (mean + left @ right) * codes / torch.where(rough == 0, 1, rough))
+    exact = normalized()
+    mean = (16 * exact.mean(1, keepdim=True)).round().clamp(-127, 127)
+    left, right = top_singular(exact - mean / 16, location_rank(codes.shape))
+    size = left.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+    left, right = (4 * left / size).round().clamp(-127, 127), (16 * right * size.mT).round().clamp(-127, 127)
+    return CodeModel(row, column, left.to(torch.int8), torch.cat((mean, right), 1).to(torch.int8))
+
+
+def wrapped(values: Tensor) -> Tensor:
+    """Values modulo 256, in -128 .. 127, int8."""
+    return ((values + 128 & 255) - 128).to(torch.int8)
+
+
+def code_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
+    """Counts (SPREADS, 256) of the symbols -128 .. 127 in each class."""
+    return torch.bincount((classes.int() * 256 + symbols.int() + 128).flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
+
+
+def code_bits(codes: list[Tensor]) -> list[Tensor]:
+    """What each matrix costs with COMPRESSOR=entropy, in bits: one tensor (layers,) for each stack of codes."""
+    histograms = []
+    for stack in codes:
+        model = fit_code_model(stack)
+        classes = model.classes()
+        symbols = wrapped(stack.short() - model.locations(classes))
+        histograms.append(torch.stack([code_histogram(*pair) for pair in zip(symbols, classes)]))
+    total = sum(h.sum(0) for h in histograms).double()
+    length = -(total / total.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30).log2()
+    return [(h * length).sum((1, 2)) for h in histograms]
+
+
+def planes(array: np.ndarray) -> bytes:
+    """An array's bytes with the low bytes of all values first, then the next."""
+    little = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
+    return little.T.tobytes()
+
+
+def from_planes(raw: bytes, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+    return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(shape)
+
+
+def join(arrays: dict[str, np.ndarray]) -> bytes:
+    return b"".join(planes(a) for a in arrays.values())
+
+
+def split(raw: bytes, specs: list) -> dict[str, np.ndarray]:
+    """The arrays that `specs` [(name, dtype, shape)] promises, out of the bytes of `join`."""
+    sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in specs]
+    if len(raw) != sum(sizes):
+        raise DamagedError
+    ends = itertools.accumulate(sizes)
+    return {name: from_planes(raw[end - size:end], np.dtype(dtype), shape)
+            for (name, dtype, shape), size, end in zip(specs, sizes, ends)}
+
+
+def inflate(packed: bytes, specs: list, method: str = "brotli") -> dict[str, np.ndarray]:
+    """Undo `deflate`; never makes more bytes than the specs promise."""
+    expected = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in specs)
+    try:
+        if method == "brotli":
+            raw = brotli.Decompressor().process(packed, output_buffer_limit=expected + 1)
         else:
-            parts, encoding = (weight.half(),), "float16"
-        tensors.append([name, list(weight.shape), encoding])
-        payload += [part.numpy().tobytes() for part in parts]
-    table = json.dumps(dict(function=s.function_settings(), looping=looping, tensors=tensors)).encode()
-    packed = brotli.compress(b"".join(payload), quality=11, lgwin=24)
-    digest = hashlib.sha256(table + packed).digest()
-    data = ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(table), len(packed), digest) + table + packed
+            raw = lzma.LZMADecompressor(memlimit=1 << 27).decompress(packed, max_length=expected + 1)
+    except (brotli.error, lzma.LZMAError):
+        raise DamagedError from None
+    return split(raw, specs)
+
+
+def deflate(arrays: dict[str, np.ndarray], method: str = "brotli") -> bytes:
+    raw = join(arrays)
+    return brotli.compress(raw, quality=11, lgwin=24) if method == "brotli" else lzma.compress(raw, preset=9)
+
+
+def is_codes(name: str) -> bool:
+    return name.endswith(".codes")
+
+
+def entropy_models(table: np.ndarray) -> dict[int, tuple]:
+    """For each class in use its lowest symbol and constriction's model of the symbols from there on."""
+    models = {}
+    for spread in np.flatnonzero(table.any(1)):
+        used = np.flatnonzero(table[spread])
+        weights = table[spread, used[0]:used[-1] + 1] * 1000.0 + 1  # whole numbers: their sum is exact on every machine
+        if len(weights) == 1:
+            weights = np.append(weights, 1.0)  # a model needs two symbols
+        models[int(spread)] = int(used[0]), constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
+    return models
+
+
+def code_arrays(arrays: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    return [(name, a) for name, a in arrays.items() if is_codes(name)]
+
+
+def scale_classes(name: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What the scales beside the codes `name` say of the classes of rows and columns."""
+    row, column = (arrays.get(name.replace(".codes", part)) for part in (".row_scale", ".column_scale"))
+    if column is None:  # steps by deviation: the spread of the codes is smooth itself
+        return np.int16(0), np.int16(0)
+    return -(row >> (SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1)), -column.astype(np.int16)
+
+
+def stored_model(name: str, side: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> CodeModel:
+    """The model of the codes `name` from what is stored of it."""
+    known = scale_classes(name, arrays)
+    spreads = [torch.from_numpy(side[name + part] + offset) for part, offset in zip(CLASS_PARTS, known)]
+    return CodeModel(*spreads, *(torch.from_numpy(side[name + part]) for part in LOCATION_PARTS if name + part in side))
+
+
+def pack_entropy(arrays: dict[str, np.ndarray]) -> list[bytes]:
+    """Asymmetric numeral systems (Duda 2009) over the codes, class by class; brotli over the rest and the models."""
+    side, symbols, kinds, counts = {}, [], [], 0
+    for name, array in code_arrays(arrays):
+        fitted = fit_code_model(torch.from_numpy(array))
+        for part, spread, known in zip(CLASS_PARTS, fitted, scale_classes(name, arrays)):
+            side[name + part] = (spread.numpy() - known).astype(np.int8)
+        for part, factor in zip(LOCATION_PARTS, fitted[2:]):
+            if factor is not None:
+                side[name + part] = factor.numpy()
+        model = stored_model(name, side, arrays)
+        classes = model.classes()
+        kinds.append(classes.numpy().ravel())
+        shifted = wrapped(torch.from_numpy(array).short() - model.locations(classes))
+        symbols.append(shifted.numpy().ravel())
+        counts = counts + code_histogram(shifted, classes).numpy()
+    side["table"] = np.ceil(counts / counts.sum(1, keepdims=True).clip(min=1) * 65535).astype(np.uint16)
+    ordered = np.concatenate(symbols)[np.argsort(np.concatenate(kinds), kind="stable")]
+    coder, end = constriction.stream.stack.AnsCoder(), len(ordered)
+    for spread, (lowest, model) in reversed(entropy_models(side["table"]).items()):
+        start = end - int(counts[spread].sum())
+        coder.encode_reverse(ordered[start:end].astype(np.int32) + (128 - lowest), model)
+        end = start
+    rest = {name: a for name, a in arrays.items() if not is_codes(name)}
+    floats = {name: a for name, a in rest.items() if a.dtype.kind == "f"}
+    integers = {name: a for name, a in rest.items() if a.dtype.kind != "f"}
+    return [coder.get_compressed().astype("<u4").tobytes(), deflate(floats), deflate(integers | side)]
+
+
+def unpack_entropy(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
+    coded = [spec for spec in specs if is_codes(spec[0])]
+    rest = [spec for spec in specs if not is_codes(spec[0])]
+    side = []
+    for name, _, (layers, rows, columns) in coded:
+        rank = location_rank((layers, rows, columns))
+        shapes = [(layers, rows), (layers, columns)] + [(1, rows, rank), (1, 1 + rank, columns)] * (layers == 1)
+        side += [(name + part, "int8", shape) for part, shape in zip(CLASS_PARTS + LOCATION_PARTS, shapes)]
+    arrays = inflate(streams[1], [spec for spec in rest if spec[1][0] == "f"]) | inflate(
+        streams[2], [spec for spec in rest if spec[1][0] != "f"] + side + [("table", "uint16", (SPREADS, 256))])
+    stored = {name: stored_model(name, arrays, arrays) for name, _, _ in coded}
+    classes = {name: model.classes() for name, model in stored.items()}
+    merged = np.concatenate([kinds.numpy().ravel() for kinds in classes.values()])
+    counts, models = np.bincount(merged, minlength=SPREADS), entropy_models(arrays.pop("table"))
+    if len(streams[0]) % 4 or set(np.flatnonzero(counts)) != set(models):
+        raise DamagedError
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(streams[0], "<u4").astype(np.uint32))
+    ordered = np.concatenate([(coder.decode(model, int(counts[spread])) + (lowest - 128)).astype(np.int8)
+                              for spread, (lowest, model) in models.items()])
+    if not coder.is_empty():
+        raise DamagedError
+    symbols = np.empty_like(ordered)
+    symbols[np.argsort(merged, kind="stable")] = ordered
+    start = 0
+    for name, _, shape in coded:
+        shifted = torch.from_numpy(symbols[start:start + math.prod(shape)]).view(tuple(shape))
+        arrays[name] = wrapped(shifted.short() + stored[name].locations(classes[name])).numpy()
+        start += math.prod(shape)
+    return {name: arrays[name] for name, _, _ in specs}
+
+
+def similarity_order(codes: Tensor) -> Tensor:
+    """Row order (layers, rows) of a greedy walk: from row 0 on, always to the nearest unused row by L1 distance."""
+    layers, rows, _ = codes.shape
+    wide, which = codes.float(), torch.arange(layers, device=codes.device)
+    order = torch.zeros(layers, rows, dtype=torch.long, device=codes.device)
+    used = torch.zeros(layers, rows, dtype=torch.bool, device=codes.device)
+    for step in range(rows):
+        if step:
+            distance = torch.cdist(wide[which, order[:, step - 1]][:, None], wide, p=1)[:, 0]  # whole numbers, exact
+            order[:, step] = distance.masked_fill(used, math.inf).argmin(1)
+        used[which, order[:, step]] = True
+    return order
+
+
+def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
+    """Run the program lrzip over `data`; the result may have at most `limit` bytes."""
+    def bounded():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = os.path.join(folder, "in.lrz"), os.path.join(folder, "out")
+        with open(source, "wb") as file:
+            file.write(data)
+        try:
+            subprocess.run(["lrzip", "-q", *arguments, "-o", result, source], check=True, timeout=300, preexec_fn=bounded,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            with open(result, "rb") as file:
+                return file.read()
+        except (subprocess.SubprocessError, OSError) as error:
+            raise RuntimeError(f"lrzip {' '.join(arguments)} failed: {error}") from None
+
+
+def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
+    """Each role's codes, some with sorted rows, column after column through lrzip's ZPAQ; brotli for the rest."""
+    rest, streams = {name: a for name, a in arrays.items() if not is_codes(name)}, []
+    for name, codes in arrays.items():
+        if is_codes(name):
+            if name in PERGROUP_SORTED:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                order = similarity_order(torch.from_numpy(codes).to(device)).cpu().numpy()
+                codes = np.take_along_axis(codes, order[..., None], 1)
+                rest[name + ".order"] = order.astype(np.uint16)
+            streams.append(lrzip(codes.transpose(0, 2, 1).tobytes(), "-z", "-L", "9"))
+    return streams + [deflate(rest)]
+
+
+def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
+    coded = [spec for spec in specs if is_codes(spec[0])]
+    orders = [(name + ".order", "uint16", shape[:2]) for name, _, shape in coded if name in PERGROUP_SORTED]
+    rest = inflate(streams[-1], [spec for spec in specs if not is_codes(spec[0])] + orders)
+    for (name, _, shape), stream in zip(coded, streams):
+        layers, rows, columns = shape
+        try:
+            raw = lrzip(stream, "-d", limit=math.prod(shape))
+        except RuntimeError:
+            raise DamagedError from None
+        if len(raw) != math.prod(shape):
+            raise DamagedError
+        codes = np.frombuffer(raw, np.int8).reshape(layers, columns, rows).transpose(0, 2, 1)
+        if name in PERGROUP_SORTED:
+            order = rest.pop(name + ".order").astype(np.int64)
+            if (np.sort(order, 1) != np.arange(rows)).any():
+                raise DamagedError
+            codes = np.take_along_axis(codes, order.argsort(1)[..., None], 1)
+        rest[name] = np.ascontiguousarray(codes)
+    return {name: rest[name] for name, _, _ in specs}
+
+
+PACKERS = {  # name: (arrays -> streams, (streams, specs) -> arrays)
+    "entropy": (pack_entropy, unpack_entropy),
+    "pergroup": (pack_pergroup, unpack_pergroup),
+    "brotli": (lambda arrays: [deflate(arrays)], lambda streams, specs: inflate(streams[0], specs)),
+    "lzma": (lambda arrays: [deflate(arrays, "lzma")], lambda streams, specs: inflate(streams[0], specs, "lzma")),
+    "none": (lambda arrays: [join(arrays)], lambda streams, specs: split(streams[0], specs)),
+}
+
+
+def write_container(path: str, table: dict, arrays: dict[str, np.ndarray], compressor: str) -> int:
+    """Write named arrays with their table to `path`, all or nothing; returns the bytes written."""
+    data = container(table, arrays, compressor)
     write_atomically(path, data)
     return len(data)
 
 
-def load_artifact(model: GPT, path: str, s: Settings) -> bool:
-    """Put the weights stored in `path` into the model; returns whether looping is on. Nothing in the file is executed.
+def container(table: dict, arrays: dict[str, np.ndarray], compressor: str) -> bytes:
+    """Named arrays and their table in one byte string.
 
-    Raises InputError when the file is damaged, or was made for another function than the settings describe.
+    Layout: header; table (JSON under brotli: what the caller says of function and roles, the compressor, name, dtype and
+    shape of each array, lengths of the streams); streams. Nothing in it is code.
     """
+    streams = PACKERS[compressor][0](arrays)
+    table = table | dict(compressor=compressor, arrays=[[name, a.dtype.name, list(a.shape)] for name, a in arrays.items()],
+                         streams=[len(stream) for stream in streams])
+    head, payload = brotli.compress(json.dumps(table, separators=(",", ":")).encode()), b"".join(streams)
+    digest = hashlib.sha256(head + payload).digest()
+    return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(payload), digest) + head + payload
+
+
+def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
+    """Table and arrays of the file `path`; raises InputError when it is missing, or what open_container raises."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return open_container(file.read(5 * sum(p.numel() for p in model.parameters()) + (4 << 20)), path, model, s)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; train first, or set ARTIFACT_DIR to the artifact's folder") from None
-    damaged = InputError(f"{path}: not a whole artifact of version {ARTIFACT_VERSION}; copy it again or train again")
-    if len(data) < ARTIFACT_HEADER.size:
-        raise damaged
-    magic, version, table_bytes, payload_bytes, digest = ARTIFACT_HEADER.unpack_from(data)
-    body = data[ARTIFACT_HEADER.size:]
-    if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION) or len(body) != table_bytes + payload_bytes \
-            or hashlib.sha256(body).digest() != digest:
-        raise damaged
-    parameters = dict(model.named_parameters())
-    stored_as = [[name, list(p.shape), "int8_rows" if name in tensor_encodings(s) else "float16"]
-                 for name, p in parameters.items()]
+        raise InputError(f"{path}: {error.strerror}; train first, or set ARTIFACT_DIR to its folder") from None
+
+
+def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
+    """Undo `container`; nothing in the data is executed, and nothing larger than the model is allocated.
+
+    Raises InputError, naming `path`, when it is damaged or was made for another function than the settings describe.
+    """
+    damaged = InputError(f"{path}: no whole artifact of version {ARTIFACT_VERSION}; copy it again or train again")
+    body = memoryview(data)[ARTIFACT_HEADER.size:]
     try:
-        table = json.loads(body[:table_bytes])
-        made_with, looping, tensors = dict(table["function"]), bool(table["looping"]), table["tensors"]
-    except (ValueError, KeyError, TypeError):
+        magic, version, head_bytes, payload_bytes, digest = ARTIFACT_HEADER.unpack_from(data)
+        if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION) or len(body) != head_bytes + payload_bytes \
+                or hashlib.sha256(body).digest() != digest:
+            raise damaged
+        table = json.loads(brotli.Decompressor().process(bytes(body[:head_bytes]), output_buffer_limit=1 << 20))
+        made_with = dict(table["function"])
+        if made_with == s.function_settings():
+            check_table(table, model, s)
+    except (struct.error, brotli.error, DamagedError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            RecursionError):
         raise damaged from None
-    wrong = [f"{name.upper()}: {mine}, but {path} was made with {made_with.get(name)}; set it to that"
+    wrong = [f"{name.upper()}: {mine}, but {path} was made with {printable(made_with.get(name))}; set it to that"
              for name, mine in s.function_settings().items() if made_with.get(name) != mine]
-    if wrong:
-        raise InputError("\n".join(wrong))
-    if tensors != stored_as:
-        raise damaged
-    unpack_tensors(body[table_bytes:], stored_as, parameters, damaged)
-    return looping
+    if wrong or made_with != s.function_settings():
+        raise InputError("\n".join(wrong)) if wrong else damaged
+    if table["compressor"] == "pergroup" != s.compressor:
+        raise InputError(f"COMPRESSOR: {path} needs the program lrzip; set COMPRESSOR=pergroup if you trust the file")
+    cuts = [head_bytes + end for end in itertools.accumulate(table["streams"], initial=0)]
+    try:
+        if cuts[-1] != len(body):
+            raise DamagedError
+        streams = [bytes(body[a:b]) for a, b in zip(cuts, cuts[1:])]
+        arrays = PACKERS[table["compressor"]][1](streams, table["arrays"])
+    except (DamagedError, ValueError):
+        raise damaged from None
+    for a in arrays.values():  # no weight is infinite or 2^30
+        huge = a.dtype == np.int16 and np.abs(a).max() > 30 * SCALES_PER_OCTAVE
+        if huge or a.dtype.kind == "f" and not np.isfinite(a).all():
+            raise damaged
+    return table, arrays
+
+
+def printable(value) -> str:
+    """A value from a stranger's file, fit for a terminal."""
+    return re.sub(r"[^\w.+-]", "?", str(value)[:40], flags=re.A)
+
+
+def check_table(table: dict, model: GPT, s: Settings) -> None:
+    """Raise DamagedError unless the table promises this model's arrays, in one of the forms that this program writes."""
+    def require(condition):
+        if not condition:
+            raise DamagedError
+
+    def whole(value, low, high):
+        require(type(value) is int and low <= value <= high)
+        return value
+
+    require(type(table["looping"]) is bool and table["compressor"] in PACKERS)
+    promised = {name: (dtype, tuple(whole(n, 0, 1 << 24) for n in shape)) for name, dtype, shape in table["arrays"]}
+    require(len(promised) == len(table["arrays"]))
+    for length in table["streams"]:
+        whole(length, 0, 1 << 30)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if table["roles"] is None:  # a checkpoint
+        require(type(table["rotated"]) is bool and table["compressor"] == "none")
+        require(promised == {name: ("float32", shape) for name, shape in parameters.items()})
+        return
+    roles = matrix_roles(s)
+    require(table["roles"].keys() == roles.keys())
+    require(len(table["streams"]) == {"entropy": 3, "pergroup": len(roles) + 1}.get(table["compressor"], 1))
+    for name, role in roles.items():
+        form, shape = table["roles"][name], tuple(role.weights(model).shape)
+        layers, rows, columns = shape
+        require(type(form["trellis"]) is bool)
+        require(promised.pop(name + ".codes") == ("int8", shape))
+        require(promised.pop(name + ".row_scale") in (("int16", shape[:2]), ("float16", shape[:2])))
+        require(promised.pop(name + ".column_scale", None) in (None, ("int8", (layers, columns))))
+        for layer, first, count, numerator, denominator in form["fine"]:
+            whole(layer, 0, layers - 1), whole(first + whole(count, 1, columns), 1, columns), whole(first, 0, columns)
+            whole(numerator, 1, 127), whole(denominator, 1, 127)
+        require(sum(count for _, _, count, _, _ in form["fine"]) <= layers * columns)  # groups are disjoint
+        for layer in form["low_rank"]:
+            key = f"{name}.{whole(layer, 0, layers - 1)}."
+            left, right = promised.pop(key + "left"), promised.pop(key + "right")
+            rank = whole(right[1][0], 1, 64)
+            require(left == ("int8", (rows, rank)) and right == ("int8", (rank, columns)))
+            require(promised.pop(key + "left_scale") in (("float16", (1,)), ("float16", (rows,))))
+            dtype, (groups,) = promised.pop(key + "right_scale")
+            require(dtype == "float16" and groups > 0 and rank * columns % groups == 0)
+        parameters.pop(role.stack, None)
+    if "attn_gate.codes_by_row" in promised:
+        shape = parameters.pop("attn_gate")
+        require(promised.pop("attn_gate.codes_by_row") == ("int8", shape))
+        require(promised.pop("attn_gate.row_scale") == ("float16", shape[:2]))
+    require(promised == {name: ("float16", shape) for name, shape in parameters.items()})
+
+
+def artifact_arrays(model: GPT, quantized: dict[str, Quantized], s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
+    """The roles' entry in the table and every array of the artifact."""
+    forms, tensors = {}, {}
+    for name, q in quantized.items():
+        forms[name] = dict(trellis=q.trellis, fine=q.fine, low_rank=sorted(q.low_rank))
+        tensors |= {f"{name}.codes": q.codes, f"{name}.row_scale": q.row_scale}
+        if q.column_scale is not None:
+            tensors[f"{name}.column_scale"] = q.column_scale
+        for layer in sorted(q.low_rank):
+            tensors |= {f"{name}.{layer}.{part}": t for part, t in q.low_rank[layer]._asdict().items()}
+    stacks = {role.stack for role in matrix_roles(s).values()}
+    for name, parameter in model.named_parameters():
+        if name == "attn_gate" and s.gated_attn_quant_gate:
+            scale = (parameter.abs().amax(2) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
+            codes = (parameter / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+            tensors |= {"attn_gate.codes_by_row": codes, "attn_gate.row_scale": scale}
+        elif name not in stacks:
+            tensors[name] = parameter.half()
+    return forms, {name: t.detach().cpu().contiguous().numpy() for name, t in tensors.items()}
 
 
 @torch.no_grad()
-def unpack_tensors(packed: bytes, table: list, parameters: dict[str, nn.Parameter], damaged: InputError) -> None:
-    """Decode the payload into the parameters, in the order of the table; raises `damaged` if it does not fit them."""
-    parts = [part for _, shape, encoding in table for part in
-             ([(torch.int8, shape), (torch.float16, shape[:-1])] if encoding == "int8_rows" else [(torch.float16, shape)])]
-    expected = sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
-    try:
-        raw = bytearray(brotli.Decompressor().process(packed, output_buffer_limit=expected + 1))
-    except brotli.error:
-        raise damaged from None
-    if len(raw) != expected:
-        raise damaged
-    offset, values = 0, []
-    for dtype, shape in parts:
-        values.append(torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=offset).view(shape).float())
-        offset += dtype.itemsize * math.prod(shape)
-    values = iter(values)
-    for name, _, encoding in table:
-        weight = next(values)
-        parameters[name].copy_(weight * next(values)[..., None] if encoding == "int8_rows" else weight)
+def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code: int, s: Settings, log: RunLog) -> None:
+    """Quantize the model, code it, decode it again and compare, write the artifact, log what became of every matrix.
+
+    With STEP_RULE=loss the steps are chosen so that artifact and `code` bytes end just below TARGET_BYTES.
+    """
+    began, coding, octaves = time.perf_counter(), 0.0, None
+    sort_hidden_units(model, statistics)
+    problems = posed(model, statistics)
+    wanted = s.target_bytes - code - 90_000  # what is not codes is known after the first packing
+    most = 0.75 * sum(p.weight.numel() for p in problems.values())  # 6 bits per weight, for models too small for the target
+    for _ in range(4):
+        wanted = min(wanted, most)
+        quantized, octaves = quantize(problems, s, wanted, octaves)
+        forms, arrays = artifact_arrays(model, quantized, s)
+        started = time.perf_counter()
+        data = container(dict(function=s.function_settings(), looping=looping, roles=forms), arrays, s.compressor)
+        coding += time.perf_counter() - started
+        spare = s.target_bytes - code - len(data)
+        if s.step_rule != "loss" or 0 <= spare < 6000 or wanted == most and spare >= 0:
+            break
+        wanted += spare - 2000
+    started = time.perf_counter()
+    again = open_container(data, s.artifact_path, model, s)[1]
+    unpacking = time.perf_counter() - started
+    if any(again[name].dtype != a.dtype or again[name].tobytes() != a.tobytes() for name, a in arrays.items()):
+        raise AssertionError(f"COMPRESSOR={s.compressor} did not give back what it was given; nothing was written")
+    write_atomically(s.artifact_path, data)
+    bits = code_bits([q.codes for q in quantized.values()])
+    expected = 0.0
+    for (name, q), p, spent in zip(quantized.items(), problems.values(), bits):
+        error = p.weight - dequantize(q)
+        losses, size_of = p.loss(error), p.weight[0].numel()
+        relative = ((error @ p.hessian) * error).sum((1, 2)) / ((p.weight @ p.hessian) * p.weight).sum((1, 2))
+        expected += float(losses.sum())
+        for i in range(len(p.weight)):
+            extra = sum(stored_bytes(part) for part in q.low_rank.get(i, ()))
+            log.event("matrix", name=name if name == "tok_emb" else f"blocks.{i}.{name}", rows=p.weight.size(1),
+                      columns=p.weight.size(2), weighted_error=float(relative[i]),
+                      predicted_loss=float(losses[i]) if s.uses_curvature else None,
+                      bits_per_weight=round(float(spent[i]) / size_of, 4), bytes=round(float(spent[i]) / 8 + extra),
+                      awq_columns=sum(f[2] for f in q.fine if f[0] == i), lqer=i in q.low_rank)
+    log.result("artifact", file=s.artifact_path, compressor=s.compressor, quantization_seconds=round(
+        started - began - coding, 1), packing_seconds=round(coding, 1), unpacking_seconds=round(unpacking, 1),
+        predicted_loss=round(expected, 6) if s.uses_curvature else None, round_trip="exact")
 
 
-def code_bytes() -> int:
-    """Size of the code that an evaluation needs, as it lies in the folder."""
-    return os.path.getsize(os.path.abspath(__file__))
+@torch.no_grad()
+def install(model: GPT, table: dict, arrays: dict[str, np.ndarray], s: Settings) -> bool:
+    """Put the stored weights into the model; returns whether looping is on."""
+    tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    for name, role in matrix_roles(s).items() if table["roles"] else ():
+        form = table["roles"][name]
+        low_rank = {layer: LowRank(*(tensors[f"{name}.{layer}.{part}"] for part in LowRank._fields))
+                    for layer in form["low_rank"]}
+        role.weights(model).copy_(dequantize(Quantized(
+            tensors[name + ".codes"], tensors[name + ".row_scale"], tensors.get(name + ".column_scale"), form["fine"],
+            low_rank, form["trellis"])))
+    if "attn_gate.codes_by_row" in tensors:
+        tensors["attn_gate"] = tensors["attn_gate.codes_by_row"] * tensors["attn_gate.row_scale"].float()[..., None]
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.copy_(tensors[name])
+    return table["looping"]
 
 
 # ======================================================================================================================
@@ -1709,40 +2875,70 @@ class Evaluator:
 
 
 def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
-    """Train, save, load and score; or only load and score."""
-    s = settings
+    """Train, calibrate, quantize, save, load and score; or start from a checkpoint; or only load and score."""
+    s, first = settings, runtime.rank == 0
     changed = {f.name.upper(): getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
-    log.event("code", sha256=file_sha256(__file__))
+    if s.compressor == "pergroup" and not shutil.which("lrzip"):
+        raise InputError("COMPRESSOR: pergroup needs the program lrzip; install it, or choose entropy, brotli or lzma")
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
     validation = Evaluator(ValidationData(s), s, runtime)
     log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0, val_targets=validation.targets,
               **check_manifest(s))
+    code = len(packed_code()) if first and not s.prequant_only else 0  # before training: a missing tool must show now
+    log.event("code", sha256=file_sha256(PACKED_SCRIPT or __file__), packed_bytes=code)
     model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
     runtime.share(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,
               micro_batches=s.accumulation, attention="flash" if runtime.on_cuda else "reference")
+
+    def calibration(looping: bool, share: float) -> Statistics | None:
+        if s.optrot_enabled and share == 1.0 and not s.prequant_only:
+            rotate_values(model)
+        if s.prequant_only or not s.gptq_calibration_batches:
+            return None
+        return calibrate(model, calibration_windows(data, s, share), looping, s, runtime)
+
+    def load(path: str) -> bool:  # rank 0's file counts, whichever disks the ranks see
+        looping = False
+        if first:
+            table, arrays = read_container(path, model, s)
+            looping = install(model, table, arrays, s)
+            if (table["roles"] is None) != (path == s.checkpoint_path):
+                raise InputError(f"{path}: a checkpoint where an artifact belongs, or the reverse; train again")
+            if table["roles"] is None and table["rotated"]:
+                rotate_values(model)  # a Hadamard rotation undoes itself
+        looping = bool(runtime.from_rank0([float(looping)])[0])
+        runtime.share(model.parameters())
+        return looping
+
     if data:
-        if runtime.rank == 0:
+        if first:
             bits = data.unigram_bits(validation.data.tokens[1:])
             log.result("unigram", val_bpb=round(bits / validation.bytes, 8))
-        looping = train(model, data, validation, s, runtime, log)
+        if s.quantize_only:
+            looping = load(s.checkpoint_path)
+            statistics = calibration(looping, 1.0)
+            log.result("averaged", **validation.score(model, looping))
+        else:
+            looping, statistics = train(model, data, validation, calibration, s, runtime, log)
         if s.prequant_only:
             return
-        if runtime.rank == 0:
-            began = time.perf_counter()
-            save_artifact(model, looping, s.artifact_path, s)
-            log.result("artifact", file=s.artifact_path, seconds=round(time.perf_counter() - began, 1))
-    looping = False
-    if runtime.rank == 0:  # one file is scored, whichever disks the ranks see
-        looping = load_artifact(model, s.artifact_path, s)
+        if first:
+            if not s.quantize_only:
+                arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+                table = dict(function=s.function_settings(), looping=looping, roles=None, rotated=s.optrot_enabled)
+                write_container(s.checkpoint_path, table, arrays, "none")
+            save_artifact(model, looping, statistics, code, s, log)
+    looping = load(s.artifact_path)
+    if first:
         artifact = os.path.getsize(s.artifact_path)
-        log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact, code_bytes=code_bytes(),
-                   total_bytes=artifact + code_bytes(), cap=SIZE_CAP)
-    looping = bool(runtime.from_rank0([float(looping)])[0])
-    runtime.share(model.parameters())
+        log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact, code_bytes=code,
+                   total_bytes=artifact + code, cap=SIZE_CAP, within_cap=artifact + code < SIZE_CAP)
     log.result("quantized", **validation.score(model, looping))
+    if first and artifact + code >= SIZE_CAP:
+        raise OverCapError(f"artifact and code take {artifact + code:,} bytes, not below {SIZE_CAP:,}: no valid record")
 
 
 def summary(record: dict) -> str:
@@ -1777,12 +2973,17 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
         return 0
     rank = environ.get("RANK", "0")
     try:
-        if arguments not in ([], ["--check"]):
-            raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are --help, --check")
+        if arguments not in ([], ["--check"]) and (len(arguments), *arguments[:1]) != (2, "--pack-code"):
+            raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are --help, "
+                             "--check, --pack-code FILE")
         settings = Settings.from_environment(environ)
     except InputError as error:
         return complain(error, rank) if rank in ("0", "") or not rank.isdigit() else 2  # the same on every rank
     try:
+        if arguments[:1] == ["--pack-code"]:
+            write_atomically(arguments[1], packed_code())
+            print(f"{arguments[1]}: {os.path.getsize(arguments[1]):,} bytes")
+            return 0
         if arguments == ["--check"]:
             check_manifest(settings)
             ValidationData(settings)
@@ -1807,6 +3008,9 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
         return 0
     except (InputError, OSError) as error:
         return complain(error, rank)
+    except OverCapError as error:
+        complain(error, rank)
+        return 1
     except KeyboardInterrupt:
         return 130
 

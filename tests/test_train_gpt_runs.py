@@ -87,14 +87,14 @@ def test_looping_starts_at_its_share_of_the_run(finished):
 
 def test_size_in_the_log_is_the_size_on_disk(finished):
     size = finished.record["results"]["size"]
-    code = g.__file__
     assert size["artifact_bytes"] == (finished.folder / "out" / "final_model.int6.ptz").stat().st_size
     assert size["total_bytes"] == size["artifact_bytes"] + size["code_bytes"] and size["cap"] == 16_000_000
-    assert size["code_bytes"] >= len(open(code, "rb").read())
+    assert size["code_bytes"] == len(g.packed_code()) and size["within_cap"]
 
 
 def test_nothing_but_log_record_and_artifact_is_left(finished):
-    assert {p.name for p in (finished.folder / "out").iterdir()} == {"tiny.txt", "tiny.json", "final_model.int6.ptz"}
+    assert {p.name for p in (finished.folder / "out").iterdir()} == {"tiny.txt", "tiny.json", "final_model.int6.ptz",
+                                                                     "final_model.fp32.ptz"}
 
 
 def test_evaluation_of_the_saved_artifact_repeats_the_score(finished):
@@ -117,6 +117,15 @@ def test_what_is_no_training_changes_nothing(place, changes):
     for stage in ("raw", "averaged"):
         assert plain["results"][stage]["val_bpb"] == other["results"][stage]["val_bpb"]
     assert bool(events(other, "val")) == ("VAL_LOSS_EVERY" in changes)
+
+
+def test_steps_leave_time_for_calibration(place):
+    result = run_here(place, MAX_WALLCLOCK_SECONDS=8, ITERATIONS=100000, GPTQ_CALIBRATION_BATCHES=16, GPTQ_RESERVE_SECONDS=0)
+    [warmup], times = events(result, "warmup"), result["results"]["training"]
+    assert warmup["reserve_seconds"] > 0 and times["calibration_seconds"] > 0
+    assert times["seconds"] < 8 - warmup["reserve_seconds"] + 1  # the clock of a loaded machine may jump by a step
+    assert times["clock_seconds"] == pytest.approx(times["seconds"] + times["calibration_seconds"], abs=0.01)
+    assert times["within_cap"] == (times["clock_seconds"] <= 8) and times["cap_seconds"] == 8
 
 
 def test_prequant_only_stops_before_the_artifact(place):

@@ -1,0 +1,1022 @@
+"""Quantization in train_gpt.py against plain references, brute force and hand arithmetic, on the CPU."""
+import ast
+import itertools
+import math
+import signal
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as g
+from tests.synthetic import BOS, ROOT, changed, documents, runtime, tiny, write_data
+from tests.test_train_gpt import (CONFIGURATIONS, packed_documents, problems as complaints, random_model, reference_settings)
+
+torch.set_num_threads(1)  # the matrices are tiny
+
+# The state machine, once more: next state by state and parity, and what a code's value is off by.
+NEXT = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
+OFFSET = (-0.25, 0.25) * 4
+
+
+def rule(**environ) -> g.Settings:
+    """The published rule without trellis, unless told otherwise."""
+    given = dict(STEP_RULE="sigma", TRELLIS_ENABLED="0", SCALE_GRID="fp16") | environ
+    return g.Settings.from_environment({name: str(value) for name, value in given.items()})
+
+
+def by_loss(**environ) -> g.Settings:
+    return g.Settings.from_environment({name: str(value) for name, value in environ.items()})
+
+
+def normal(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(layers: int, columns: int, seed: int = 1, spread: float = 0.5) -> torch.Tensor:
+    """Hessians of correlated inputs, each layer's with an order of variances of its own."""
+    mix = torch.eye(columns) + 1.5 * normal(layers, columns, columns, seed=seed) / math.sqrt(columns)
+    scale = (spread * normal(layers, 1, columns, seed=seed + 2)).exp()
+    x = normal(layers, 4 * columns, columns, seed=seed + 1) @ mix * scale
+    return x.mT @ x / (4 * columns)
+
+
+def posed(weight, hessian=None, curvature=None, bits=6, clip=12.0, visits=None) -> g.Problem:
+    layers, rows, columns = weight.shape
+    hessian = torch.eye(columns).repeat(layers, 1, 1) if hessian is None else hessian
+    live = hessian.diagonal(dim1=1, dim2=2)[:, None] > 0
+    return g.Problem(g.Role("", 0, "", slice(None), bits, clip), weight * live, hessian,
+                     torch.ones(layers, rows) if curvature is None else curvature, live,
+                     torch.ones(layers) if visits is None else visits)
+
+
+def damped(hessian: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    """One layer's Hessian without dead columns, with `share` of its mean diagonal on the diagonal, float64."""
+    h = hessian.double()
+    return h + share * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+
+
+def losses_of(p: g.Problem, error: torch.Tensor) -> torch.Tensor:
+    """The predicted loss per layer, by its definition, float64."""
+    e, h, c = error.double(), p.hessian.double(), p.curvature.double()
+    return torch.einsum("lr,lrj,ljk,lrk->l", c, e, h, e) / 2
+
+
+def quantized(p: g.Problem, s: g.Settings, fine=(), octaves: float = 0.0) -> tuple[g.Plan, g.Quantized]:
+    plan = g.planned(p, list(fine), s)
+    return plan, g.quantize_role(p, plan, s, octaves)
+
+
+def octaves_for(p: g.Problem, plan: g.Plan, bits: float) -> float:
+    """A common factor that gives about `bits` bits per weight."""
+    deviation = p.weight.std(2).clamp(min=1e-4).log2()
+    return float((deviation - plan.row_scale).mean()) + 2.05 - bits
+
+
+def order_0_bits(codes) -> float:
+    counts = np.unique(np.asarray(codes), return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+# --- hessian_factor
+
+
+def test_factor_of_the_permuted_damped_hessian():
+    hessian = correlated(3, 40)
+    order = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    factor = g.hessian_factor(hessian, order)
+    assert not factor.tril(-1).any()
+    for h, o, r in zip(hessian, order, factor.double()):
+        torch.testing.assert_close(r @ r.T, damped(h)[o][:, o], rtol=1e-5, atol=1e-5)
+
+
+def test_dead_columns_do_not_touch_the_others():
+    hessian, dead = correlated(2, 20), torch.tensor([3, 4, 19])
+    hessian[1, dead] = 0
+    hessian[1, :, dead] = 0
+    order = torch.arange(20).flip(0).repeat(2, 1)
+    factor = g.hessian_factor(hessian, order).double()
+    product = (factor @ factor.mT).flip(1, 2)
+    torch.testing.assert_close(product[0], damped(hessian[0]), rtol=1e-5, atol=1e-5)
+    live = torch.tensor([i for i in range(20) if i not in dead])
+    torch.testing.assert_close(product[1][live][:, live], damped(hessian[1][live][:, live]), rtol=1e-5, atol=1e-5)
+    assert product[1][dead][:, live].abs().max() < 1e-6 and (product[1].diagonal()[dead] > 0).all()
+
+
+def test_a_layer_without_any_input_has_a_factor_too():
+    factor = g.hessian_factor(torch.zeros(1, 5, 5), torch.arange(5)[None])
+    assert factor.isfinite().all() and (factor.diagonal(dim1=1, dim2=2) > 0).all()
+
+
+def test_damping_rises_tenfold_only_where_it_must():
+    turn = torch.linalg.qr(normal(16, 16))[0]
+    good = correlated(1, 16)[0]
+    spectra = [torch.linspace(0.2, 1.8, 16), torch.linspace(0.2, 1.8, 16)]  # mean 1, but for the lowest
+    spectra[0][0], spectra[1][0] = -0.05, -0.5
+    hessian = torch.stack([good, *(turn @ torch.diag(v) @ turn.T for v in spectra)])
+    hessian = (hessian + hessian.mT) / 2
+    factor = g.hessian_factor(hessian, torch.arange(16).repeat(3, 1)).double()
+    for h, r, share in zip(hessian, factor, (0.01, 0.1, 1.0)):
+        torch.testing.assert_close(r @ r.T, damped(h, share), rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def at_most(seconds: float):
+    """Break off what takes longer."""
+    def stop(number, frame):
+        raise TimeoutError(f"no end after {seconds} s")
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_hessian_that_is_not_finite_does_not_raise_the_damping_for_ever(value):
+    hessian = torch.eye(4)[None].clone()
+    hessian[0, 1, 1] = value
+    with at_most(3), pytest.raises((ArithmeticError, ValueError, RuntimeError, AssertionError)):
+        g.hessian_factor(hessian, torch.arange(4)[None])
+
+
+# --- GPTQ
+
+
+def obs_codes(weight, hessian, order, step, bound):
+    """Optimal brain quantization of one layer, column after column: invert what is left, round, make good. Float64."""
+    h, w, step = damped(hessian)[order][:, order], weight.double()[:, order].clone(), step.double()
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    for j, column in enumerate(order.tolist()):
+        inverse = torch.linalg.inv(h[j:, j:])
+        code = (w[:, j] / step[:, column]).round().clamp(-bound[column], bound[column])
+        w[:, j:] -= ((w[:, j] - code * step[:, column]) / inverse[0, 0])[:, None] * inverse[0]
+        codes[:, column] = code.to(torch.int8)
+    return codes
+
+
+@pytest.mark.parametrize("fine", [[], [[1, 32, 16, 31, 127], [2, 144, 16, 31, 127]]], ids=["one step", "AWQ-lite"])
+def test_gptq_is_column_by_column_obs(fine):
+    weight, hessian = normal(3, 12, 160), correlated(3, 160)
+    p = posed(weight, hessian)
+    plan, q = quantized(p, rule(), fine)
+    step = (12 * weight.std(2) / 31).half().float()[..., None].repeat(1, 1, 160)
+    bound = torch.full((3, 160), 31)
+    for layer, first, count, *_ in fine:
+        step[layer, :, first:first + count] *= 31 / 127
+        bound[layer, first:first + count] = 127
+    torch.testing.assert_close(g.steps(q), step)
+    orders = [torch.from_numpy(np.argsort(-h.diagonal().numpy(), kind="stable")) for h in hessian]
+    assert not torch.equal(orders[0], orders[1])
+    expected = torch.stack([obs_codes(*each) for each in zip(weight, hessian, orders, step, bound)])
+    same = (q.codes == expected).all(2)
+    assert same.float().mean() > 0.9, "rounding in float32 may tip a row over, not many"
+    error = [losses_of(p, weight - step * codes.float()) for codes in (q.codes, expected)]
+    torch.testing.assert_close(error[0], error[1], rtol=0.02, atol=0)
+
+
+def test_without_correlation_gptq_is_plain_rounding():
+    weight = normal(2, 30, 140)
+    for grid in ("fp16", "log"):
+        _, q = quantized(posed(weight), rule(SCALE_GRID=grid))
+        step = g.row_steps(q.row_scale)[..., None]
+        assert torch.equal(q.codes, (weight / step).round().to(torch.int8))
+        assert (weight - g.dequantize(q)).abs().max() <= 0.5001 * step.max()
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_gptq_loses_less_than_rounding(columns):
+    p = posed(normal(2, 40, columns), correlated(2, columns))
+    _, q = quantized(p, rule())
+    plain = g.steps(q) * (p.weight / g.steps(q)).round()
+    assert (losses_of(p, p.weight - g.dequantize(q)) < 0.8 * losses_of(p, p.weight - plain)).all()
+
+
+@pytest.mark.parametrize("trellis", [0, 1])
+def test_codes_stay_within_their_bits(trellis):
+    weight = normal(2, 30, 64)
+    _, q = quantized(posed(weight, correlated(2, 64), bits=3, clip=2.0), rule(TRELLIS_ENABLED=trellis))
+    assert q.codes.min() == -3 and q.codes.max() == 3
+    _, q = quantized(posed(weight, correlated(2, 64), bits=3, clip=2.0), rule(TRELLIS_ENABLED=trellis), [[1, 16, 32, 3, 31]])
+    inside = torch.zeros(2, 64, dtype=torch.bool)
+    inside[1, 16:48] = True
+    inside = inside[:, None].expand_as(q.codes)
+    assert q.codes[~inside].abs().max() == 3 and 20 < q.codes[inside].abs().max() <= 31
+
+
+# --- Trellis
+
+
+def decoded(q: g.Quantized) -> torch.Tensor:
+    """The weights by the state machine, one code at a time."""
+    layers, rows, columns = q.codes.shape
+    result = torch.empty(q.codes.shape)
+    for i in range(layers):
+        scales = [0] * columns if q.column_scale is None else q.column_scale[i].tolist()
+        order = sorted(range(columns), key=lambda j: scales[j])
+        for r in range(rows):
+            k, state = q.row_scale[i, r], 0
+            row = k.item() if k.is_floating_point() else 2.0 ** (k.item() / 8)
+            for j in order:
+                code = q.codes[i, r, j].item()
+                result[i, r, j] = row * 2.0 ** (scales[j] / 4) * (code + OFFSET[state])
+                state = NEXT[state][code % 2]
+    return result
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_trellis_finds_the_best_of_all_sequences(start):
+    sequences = np.array(list(itertools.product(range(-3, 4), repeat=6)))
+    state, values = np.full(len(sequences), start), np.empty(sequences.shape)
+    for j, codes in enumerate(sequences.T):
+        values[:, j] = codes + np.array(OFFSET)[state]
+        state = np.array(NEXT)[state, codes % 2]
+    weight, step = 1.5 * normal(2, 6, 6), 0.5 + normal(2, 6, 6, seed=1).abs()
+    diagonal = 0.5 + normal(2, 6, seed=2).abs()
+    codes, errors, ends = g.trellis_block(weight, torch.diag_embed(diagonal), step, torch.full((2, 1, 6), 3.0),
+                                          torch.full((2, 6), start))
+    for i, r in itertools.product(range(2), range(6)):
+        all_errors = (weight[i, r].numpy() - step[i, r].numpy() * values) / diagonal[i].numpy()
+        cost = (all_errors ** 2).sum(1)
+        best = cost.argmin()
+        assert (errors[i, r] ** 2).sum().item() == pytest.approx(cost[best], rel=1e-4)
+        assert codes[i, r].tolist() == sequences[best].tolist() and ends[i, r] == state[best]
+        np.testing.assert_allclose(errors[i, r].numpy(), all_errors[best], atol=1e-4)
+
+
+@pytest.mark.parametrize("s", [rule(TRELLIS_ENABLED=1), rule(TRELLIS_ENABLED=1, SCALE_GRID="log"), by_loss()],
+                         ids=["sigma", "sigma, log grid", "loss"])
+def test_the_decoder_sees_what_the_encoder_saw(s, monkeypatch):
+    """160 columns: the state crosses a block's border. The encoder's errors, squared, must add up to the weighted error."""
+    p = posed(normal(2, 8, 160), correlated(2, 160), curvature=normal(2, 8, seed=3).exp())
+    seen, plain = [], g.trellis_block
+    monkeypatch.setattr(g, "trellis_block", lambda *a: seen.append(plain(*a)) or seen[-1])
+    plan = g.planned(p, [], s)
+    q = g.quantize_role(p, plan, s, octaves_for(p, plan, 3.3) if s.step_rule == "loss" else 0.0)
+    assert len(seen) == 2 and (q.column_scale is None) == (s.step_rule == "sigma")
+    if q.column_scale is not None:
+        assert len(q.column_scale.unique()) > 4 and not torch.equal(plan.order[0], torch.arange(160))
+    weights = g.dequantize(q)
+    torch.testing.assert_close(weights, decoded(q), rtol=1e-6, atol=0)
+    believed = torch.cat([errors for _, errors, _ in seen], dim=2).double().square().sum(2)
+    for i in range(2):
+        error = (p.weight - weights)[i].double()
+        torch.testing.assert_close(believed[i], ((error @ damped(p.hessian[i])) * error).sum(1), rtol=1e-3, atol=0)
+
+
+def test_a_trellis_with_finer_groups_is_read_back():
+    p = posed(normal(2, 6, 140), correlated(2, 140))
+    _, q = quantized(p, rule(TRELLIS_ENABLED=1), [[1, 64, 32, 31, 127]])
+    expected = decoded(q)
+    expected[1, :, 64:96] *= 31 / 127
+    torch.testing.assert_close(g.dequantize(q), expected, rtol=1e-6, atol=0)
+
+
+def test_trellis_gain_on_a_gaussian_source():
+    """At step 0.4 deviations rounding loses step^2 / 12; the trellis at least 18 % less, for as many bits."""
+    weight = normal(1, 1024, 128)
+    p = posed(weight, clip=12.4)  # 12.4 / 31 = 0.4
+    _, plain = quantized(p, rule())
+    _, coded = quantized(p, rule(TRELLIS_ENABLED=1))
+    loss = [float((weight - g.dequantize(q)).square().mean()) for q in (plain, coded)]
+    assert loss[0] == pytest.approx(0.4 ** 2 / 12, rel=0.01)
+    assert loss[1] < 0.82 * loss[0]
+    assert order_0_bits(coded.codes) < 1.005 * order_0_bits(plain.codes)
+
+
+@pytest.mark.parametrize("step_rule", ["sigma", "loss"])
+def test_trellis_gain_with_correlated_inputs(step_rule):
+    """The same steps in the same order of columns, with and without trellis."""
+    p = posed(normal(2, 64, 192), correlated(2, 192))
+    s = rule(TRELLIS_ENABLED=1) if step_rule == "sigma" else by_loss()
+    plan = g.planned(p, [], s)
+    octaves = octaves_for(p, plan, 3.4) if step_rule == "loss" else 0.0
+    plain, coded = (g.quantize_role(p, plan, changed(s, trellis_enabled=on), octaves) for on in (False, True))
+    assert torch.equal(g.steps(plain), g.steps(coded))
+    loss = [losses_of(p, p.weight - g.dequantize(q)).sum() for q in (plain, coded)]
+    assert loss[1] < 0.85 * loss[0]
+    assert order_0_bits(coded.codes) < 1.01 * order_0_bits(plain.codes)
+
+
+# --- Steps
+
+
+def test_published_steps_leave_dead_columns_out():
+    hessian = correlated(2, 50)
+    dead = [0, 7, 8]
+    hessian[0, dead] = 0
+    hessian[0, :, dead] = 0
+    weight = normal(2, 20, 50) * normal(2, 20, 1, seed=4).exp() + 0.3
+    p = posed(weight, hessian, bits=5, clip=9.0)
+    alive = [j for j in range(50) if j not in dead]
+    deviation = np.stack([weight[0][:, alive].double().numpy().std(1, ddof=1), weight[1].double().numpy().std(1, ddof=1)])
+    exact = 9.0 * deviation / 15
+    fp16, grid = (g.planned(p, [], rule(SCALE_GRID=name)).row_scale for name in ("fp16", "log"))
+    assert fp16.dtype == torch.float16 and grid.dtype == torch.int16
+    np.testing.assert_allclose(fp16.double().numpy(), exact, rtol=2 ** -10)
+    assert np.abs(grid.double().numpy() / 8 - np.log2(exact)).max() <= 1 / 16 + 1e-5
+
+
+@pytest.mark.parametrize("s", [
+    rule(), rule(SCALE_GRID="log"), rule(TRELLIS_ENABLED=1), by_loss(), by_loss(TRELLIS_ENABLED=0)],
+    ids=["fp16", "log", "trellis", "loss, trellis", "loss"])
+def test_no_step_is_zero(s):
+    weight = normal(2, 8, 32)
+    weight[0, 0], weight[0, 1], weight[1, 2] = 0, weight[0, 1] * 1e-12, 1e-30
+    weight[1] *= 1e-6
+    curvature = torch.ones(2, 8)
+    curvature[:, 3], curvature[1, 4] = 0, 1e30
+    p = posed(weight, correlated(2, 32), curvature)
+    for octaves in (-40.0, 0.0, 40.0):
+        _, q = quantized(p, s, octaves=octaves)
+        steps, weights = g.steps(q), g.dequantize(q)
+        assert (steps > 0).all() and steps.isfinite().all() and weights.isfinite().all()
+        if not s.trellis_enabled:
+            assert not weights[0, 0].any()
+        assert weights[0, :2].abs().max() < 1e-2, "rows of zeros stay next to zero"
+
+
+@pytest.mark.parametrize("trellis", [0, 1])
+def test_steps_by_loss_never_cut_a_weight_off(trellis):
+    """However fine the steps were wanted, outliers included, int8 holds the codes without clipping."""
+    weight = normal(2, 24, 96)
+    weight[0, 3, 5], weight[1, 7, 90], weight[1, 8, 0] = 90, -300, 1e4
+    curvature = (2 * normal(2, 24, seed=5)).exp()
+    p = posed(weight, correlated(2, 96, spread=1.0), curvature)
+    s = by_loss(TRELLIS_ENABLED=trellis)
+    plan = g.planned(p, [], s)
+    for bits in (2, 4, 7, 12):
+        q = g.quantize_role(p, plan, s, octaves_for(p, plan, bits))
+        error, steps = (weight - g.dequantize(q)).abs(), g.steps(q)
+        big = weight.abs() > 50
+        assert q.codes.dtype == torch.int8 and q.codes.min() >= -127
+        assert (error[big] < 0.06 * weight.abs()[big] + 2 * steps[big]).all()
+    plain = posed(weight, None, curvature)  # nothing to make good: every error is a rounding error
+    q = g.quantize_role(plain, g.planned(plain, [], s), s, -30.0)
+    error = (weight - g.dequantize(q)).abs() / g.steps(q)
+    assert error.max() < (1.3 if trellis else 0.5001) and q.codes.abs().max() <= 127
+
+
+def test_steps_by_loss_follow_curvature_and_input():
+    """Between the limits: a row's step goes with curvature^-1/2, a column's with its input's deviation^-1."""
+    curvature = torch.tensor([[1.0, 4.0, 64.0]])
+    deviation = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    p = posed(normal(1, 3, 4), torch.diag(deviation.square())[None], curvature)
+    s = by_loss(TRELLIS_ENABLED=0)
+    plan = g.planned(p, [], s)
+    limits = torch.tensor([-99.0, 99.0])[:, None, None].expand(2, 1, 3)
+    q = g.quantize_role(p, plan._replace(row_limits=limits), s, 0.0)
+    step = g.steps(q)[0].log2()
+    assert (step[0] - step[1]).tolist() == pytest.approx([1.0] * 4, abs=1 / 8)
+    assert (step[0] - step[2]).tolist() == pytest.approx([3.0] * 4, abs=1 / 8)
+    assert (step[0, 0] - step[0]).tolist() == pytest.approx([0.0, 1.0, -1.0, 0.0], abs=1 / 8 + 0.02)
+
+
+@pytest.mark.parametrize("trellis", [0, 1])
+def test_steps_by_loss_lose_less_at_equal_bytes(trellis):
+    curvature = (1.2 * normal(3, 48, seed=6)).exp()
+    p = posed(normal(3, 48, 160), correlated(3, 160, spread=0.7), curvature)
+    _, published = quantized(p, rule(TRELLIS_ENABLED=trellis))
+    allowed = float(g.code_bits([published.codes])[0].sum())
+    s = by_loss(TRELLIS_ENABLED=trellis)
+    plan = g.planned(p, [], s)
+    low, high, best = -20.0, 20.0, None  # the smallest octaves that need no more bits
+    for _ in range(10):
+        middle = (low + high) / 2
+        q = g.quantize_role(p, plan, s, middle)
+        fits = float(g.code_bits([q.codes])[0].sum()) <= allowed
+        low, high, best = (low, middle, q) if fits else (middle, high, best)
+    loss = [float(losses_of(p, p.weight - g.dequantize(x)).sum()) for x in (published, best)]
+    assert loss[1] < 0.8 * loss[0]
+
+
+@pytest.mark.parametrize("trellis, wanted, first", [
+    (0, 50_000, None), (0, 80_000, None), (0, 80_000, -3.0), (1, 60_000, None)])
+def test_wanted_bytes_are_found(trellis, wanted, first):
+    curvature = normal(2, 256, seed=7).exp()
+    problems = {"a": posed(normal(2, 256, 128), correlated(2, 128), curvature),
+                "b": posed(0.1 * normal(1, 512, 128, seed=8), correlated(1, 128, seed=9))}
+    s = by_loss(TRELLIS_ENABLED=trellis)
+    result, octaves = g.quantize(problems, s, wanted, first)
+    got = sum(float(bits.sum()) for bits in g.code_bits([q.codes for q in result.values()])) / 8
+    assert abs(got - wanted) < max(2000, 0.01 * wanted) and math.isfinite(octaves)
+
+
+# --- LQER
+
+
+def low_rank_settings(**environ):
+    return rule(**dict(LQER_ENABLED=1) | environ)
+
+
+def truncated(matrix, rank):
+    u, sizes, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u[:, :rank] * sizes[:rank], v[:rank]
+
+
+@pytest.mark.parametrize("rows, columns", [(60, 24), (24, 60), (30, 30)])
+def test_top_singular_is_the_truncated_svd(rows, columns):
+    matrix = normal(rows, columns) @ torch.diag(torch.linspace(2, 0.1, columns))
+    left, right = g.top_singular(matrix, 5)
+    a, b = truncated(matrix, 5)
+    torch.testing.assert_close((left @ right).double(), a @ b, rtol=0, atol=1e-4)
+    torch.testing.assert_close(right @ right.T, torch.eye(5), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, columns", [(60, 24), (24, 60)])
+def test_unweighted_fit_is_the_truncated_svd(rows, columns):
+    s = low_rank_settings(LQER_ASYM_ENABLED=0, LQER_FACTOR_BITS=8, LQER_RANK=3)
+    error = normal(rows, 3) @ torch.diag(torch.tensor([4.0, 2.0, 1.0])) @ normal(3, columns, seed=1) + 0.3 * normal(
+        rows, columns, seed=2)
+    fit = g.fit_low_rank(error, torch.eye(columns), torch.ones(rows), s)
+    a, b = truncated(error, 3)
+    assert (fit.product().double() - a @ b).norm() < 0.01 * (a @ b).norm()
+    assert fit.left.shape == (rows, 3) and fit.right.shape == (3, columns) and fit.left_scale.shape == (rows,)
+    assert fit.left.dtype == fit.right.dtype == torch.int8 and fit.left_scale.dtype == fit.right_scale.dtype == torch.float16
+    assert fit.right_scale.shape == (3,) and fit.left.abs().amax(1).eq(127).all() and fit.right.abs().amax(1).eq(127).all()
+
+
+@pytest.mark.parametrize("rows, columns, group", [(60, 24, 8), (24, 60, 20), (24, 60, 90)])
+def test_asymmetric_integers_by_hand(rows, columns, group):
+    s = low_rank_settings(LQER_RANK=3, LQER_ASYM_GROUP=1)
+    s = changed(s, lqer_asym_group=group)
+    error = normal(rows, 3) @ torch.diag(torch.tensor([4.0, 2.0, 1.0])) @ normal(3, columns, seed=1)
+    fit = g.fit_low_rank(error, torch.eye(columns), torch.ones(rows), s)
+    a, b = truncated(error, 3)
+    signs = (fit.right.double() * b).sum(1).sign()  # those of singular vectors are free
+    a, b = a * signs, b * signs[:, None]
+    left_scale = float(a.abs().max() / 1.5)
+    assert fit.left_scale.tolist() == pytest.approx([left_scale], rel=2e-3)
+    groups = b.reshape(-1, group)
+    right_scale = groups.abs().amax(1) / 7.5
+    torch.testing.assert_close(fit.right_scale.double(), right_scale, rtol=2e-3, atol=0)
+    left = torch.clamp((a / left_scale).round(), -2, 1)
+    right = torch.clamp((groups / right_scale[:, None]).round(), -8, 7)
+    near = 0.02  # codes on the brink may tip over, as scales are float16
+    for got, exact, want in ((fit.left.double(), a / left_scale, left),
+                             (fit.right.double().view_as(groups), groups / right_scale[:, None], right)):
+        brink = (exact - exact.floor() - 0.5).abs() < near
+        assert torch.equal(got[~brink], want[~brink]) and (got - want).abs().max() <= 1 and brink.float().mean() < 0.25
+    assert fit.left.min() >= -2 and fit.left.max() <= 1 and fit.right.min() >= -8 and fit.right.max() <= 7
+    product = (fit.left.double() * float(fit.left_scale)) @ (
+        fit.right.double().view(-1, group) * fit.right_scale.double()[:, None]).view(3, columns)
+    torch.testing.assert_close(fit.product().double(), product, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, columns", [(70, 30), (30, 70)])
+def test_weighted_fit_is_the_best_in_predicted_loss(rows, columns):
+    hessian, curvature = correlated(1, columns, spread=1.5), (1.5 * normal(1, rows, seed=3)).exp()
+    error = normal(rows, columns)
+    p = posed(error[None], hessian, curvature)
+    loss = {}
+    for weighted in (0, 1):
+        s = low_rank_settings(LQER_WEIGHTED=weighted, LQER_ASYM_ENABLED=0, LQER_FACTOR_BITS=8)
+        fit = g.fit_low_rank(error, hessian[0], curvature[0], s)
+        loss[weighted] = losses_of(p, (error - fit.product())[None]).item()
+    root = torch.linalg.cholesky(damped(hessian[0], 1e-9))
+    tail = torch.linalg.svdvals(curvature[0].double().sqrt()[:, None] * error.double() @ root)[4:]
+    assert tail.square().sum().item() / 2 <= loss[1] < 1.03 * tail.square().sum().item() / 2
+    assert loss[1] < 0.9 * loss[0] < 0.9 * losses_of(p, error[None]).item()
+
+
+def uncorrected(problems: dict[str, g.Problem]) -> dict[str, g.Quantized]:
+    """All codes 0: the error of every matrix is the matrix itself."""
+    return {name: g.Quantized(torch.zeros_like(p.weight, dtype=torch.int8), torch.ones(p.weight.shape[:2]).half(), None, [],
+                              {}, False) for name, p in problems.items()}
+
+
+def chosen(problems, s) -> set:
+    q = uncorrected(problems)
+    g.choose_low_rank(problems, q, s)
+    for name, one in q.items():
+        for layer, fit in one.low_rank.items():
+            torch.testing.assert_close(g.dequantize(one)[layer], fit.product())
+    return {(name, layer) for name, one in q.items() for layer in one.low_rank}
+
+
+def matrices() -> dict[str, g.Problem]:
+    """Norms and structure in different orders: tok_emb is the largest, mlp.fc 1 has rank one, attn.c_q 0 nearly so."""
+    thin = normal(32, 1, seed=11) @ normal(1, 16, seed=12)
+    fc = torch.stack((1.5 * normal(32, 16), thin))
+    query = torch.stack((thin[:16] + 0.05 * normal(16, 16, seed=13), 0.1 * normal(16, 16, seed=14)))
+    return {"tok_emb": posed(3 * normal(1, 64, 16, seed=15)), "mlp.fc": posed(fc), "attn.c_q": posed(query)}
+
+
+SYMMETRIC = dict(LQER_ASYM_ENABLED=0, LQER_FACTOR_BITS=8, LQER_RANK=1)
+
+
+@pytest.mark.parametrize("environ, expected", [
+    (dict(LQER_TOP_K=1), {("tok_emb", 0)}),
+    (dict(LQER_TOP_K=2), {("tok_emb", 0), ("mlp.fc", 0)}),
+    (dict(LQER_TOP_K=0), set()),
+    (dict(LQER_TOP_K=1, LQER_SCOPE="mlp"), {("mlp.fc", 0)}),
+    (dict(LQER_TOP_K=9, LQER_SCOPE="mlp"), {("mlp.fc", 0), ("mlp.fc", 1)}),
+    (dict(LQER_TOP_K=1, LQER_SCOPE="attn"), {("attn.c_q", 0)}),
+    (dict(LQER_TOP_K=3, LQER_SCOPE="embed"), {("tok_emb", 0)}),
+    (dict(LQER_TOP_K=9), {("tok_emb", 0), ("mlp.fc", 0), ("mlp.fc", 1), ("attn.c_q", 0), ("attn.c_q", 1)}),
+    (dict(LQER_TOP_K=1, LQER_GAIN_SELECT=1), {("mlp.fc", 1)}),
+    (dict(LQER_TOP_K=2, LQER_GAIN_SELECT=1), {("mlp.fc", 1), ("attn.c_q", 0)})])
+def test_which_matrices_are_corrected(environ, expected):
+    """By the size of their error, or by what the correction takes away: all of a thin matrix, little of a full one."""
+    assert chosen(matrices(), low_rank_settings(**SYMMETRIC | environ)) == expected
+
+
+def test_norms_and_gains_that_were_assumed_above():
+    problems = matrices()
+    norms = {(name, i): e.norm().item() for name, p in problems.items() for i, e in enumerate(p.weight)}
+    assert sorted(norms, key=norms.get, reverse=True)[:2] == [("tok_emb", 0), ("mlp.fc", 0)]
+    gains = {(name, i): e.norm().item() - torch.linalg.svdvals(e)[1:].norm().item()
+             for name, p in problems.items() for i, e in enumerate(p.weight)}
+    assert sorted(gains, key=gains.get, reverse=True)[:2] == [("mlp.fc", 1), ("attn.c_q", 0)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 99])
+def test_weighted_choice_is_by_loss_per_byte(top_k):
+    """Against the definition: loss saved / bytes, and only above the price 16 ln 2 x loss / weights of finer steps."""
+    problems = {name: p._replace(hessian=correlated(len(p.weight), 16, seed=20 + i), curvature=normal(
+        *p.weight.shape[:2], seed=30 + i).exp()) for i, (name, p) in enumerate(matrices().items())}
+    problems["mlp.fc"].weight[1].mul_(6)
+    problems["attn.c_q"].weight[0].mul_(6)
+    s = low_rank_settings(LQER_WEIGHTED=1, LQER_TOP_K=top_k, **SYMMETRIC)
+    values, total, count = {}, 0.0, 0
+    for name, p in problems.items():
+        before = losses_of(p, p.weight)
+        total, count = total + before.sum().item(), count + p.weight.numel()
+        for i, e in enumerate(p.weight):
+            fit = g.fit_low_rank(e, p.hessian[i], p.curvature[i], s)
+            left = p.weight.clone()
+            left[i] -= fit.product()
+            scales = fit.left_scale.numel() + fit.right_scale.numel()
+            size = (order_0_bits(fit.left) + order_0_bits(fit.right)) / 8 + 2 * scales
+            values[name, i] = (before - losses_of(p, left))[i].item() / size
+    price = 16 * math.log(2) * total / count
+    best = sorted(values, key=values.get, reverse=True)[:top_k]
+    expected = {key for key in best if values[key] > price}
+    assert chosen(problems, s) == expected and expected and (top_k < 99 or len(expected) < len(values))
+
+
+@pytest.mark.parametrize("environ", [dict(LQER_GAIN_SELECT=1), dict(LQER_WEIGHTED=1)])
+def test_a_correction_that_would_raise_the_error_is_left_out(environ):
+    """Both factors have one large value and many just above half a step, which coarse rounding doubles."""
+    left, right = torch.full((200, 1), 0.51), torch.full((1, 64), 0.51)
+    left[17], right[0, 30] = 1.5, 7.5
+    s = low_rank_settings(LQER_RANK=1, LQER_ASYM_GROUP=64, **environ)
+    p = posed((left @ right)[None])
+    fit = g.fit_low_rank(p.weight[0], p.hessian[0], p.curvature[0], s)
+    assert (p.weight[0] - fit.product()).norm() > 1.2 * p.weight.norm()
+    assert chosen({"mlp.fc": p}, s) == set()
+    assert chosen({"mlp.fc": p}, low_rank_settings(LQER_RANK=1, LQER_ASYM_GROUP=64)) == {("mlp.fc", 0)}, "the published rule"
+
+
+def test_dead_columns_are_no_error():
+    hessian = torch.eye(16).repeat(2, 1, 1)
+    hessian[0, 3:, 3:] = 0
+    p = posed(torch.stack((3 * normal(8, 16), 2 * normal(8, 16, seed=1))), hessian)
+    q = uncorrected({"mlp.fc": p})
+    q["mlp.fc"].codes[0, :, 3:] = 100  # what is stored there does not matter
+    g.choose_low_rank({"mlp.fc": p}, q, low_rank_settings(LQER_TOP_K=1, **SYMMETRIC))
+    assert list(q["mlp.fc"].low_rank) == [1]
+
+
+def test_stored_bytes_by_hand():
+    assert g.stored_bytes(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]], dtype=torch.int8)) == pytest.approx(2.0)
+    assert g.stored_bytes(torch.zeros(50, dtype=torch.int8)) == 0 and g.stored_bytes(torch.zeros(5).half()) == 10
+
+
+# --- AWQ-lite
+
+
+def fine_settings(**environ):
+    return rule(**dict(AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=8) | environ)
+
+
+def saliency_problems() -> dict[str, g.Problem]:
+    """Two matrices of 2 x 20 columns; what stands out are groups of a role at 8 bits and columns in no whole group."""
+    hessian, weight = torch.diag_embed(1 + normal(2, 20).square()), normal(2, 30, 20, seed=1)
+    eight = posed(50 * weight, hessian, bits=8)
+    weight[:, :, 16:] *= 90
+    return {"attn.c_q": posed(weight, hessian, visits=torch.tensor([1.0, 9.0])), "tok_emb": eight,
+            "mlp.fc": posed(0.9 * weight.flip(1), hessian.flip(0))}
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 50])
+def test_unweighted_groups_by_rms_times_mean_weight(top_k):
+    problems, scores = saliency_problems(), {}
+    for name in ("attn.c_q", "mlp.fc"):
+        p = problems[name]
+        for layer, group in itertools.product(range(2), range(2)):
+            scores[name, layer, 8 * group] = sum(
+                math.sqrt(p.hessian[layer, j, j] / p.visits[layer]) * p.weight[layer, :, j].abs().mean().item()
+                for j in range(8 * group, 8 * group + 8))
+    best = sorted(scores, key=scores.get, reverse=True)[:top_k]
+    fine = g.choose_fine(problems, fine_settings(AWQ_LITE_GROUP_TOP_K=top_k))
+    assert {(name, layer, first) for name in fine for layer, first, *_ in fine[name]} == set(best)
+    assert all(rest == [8, 31, 127] for groups in fine.values() for _, _, *rest in groups) and not fine["tok_emb"]
+
+
+def test_weighted_groups_must_pay():
+    """Equal columns never pay: finer steps everywhere save as much. Columns with a far stronger input do."""
+    s = fine_settings(AWQ_LITE_WEIGHTED=1, AWQ_LITE_GROUP_TOP_K=99)
+    weight, diagonal = normal(2, 30, 32), torch.ones(2, 32)
+    assert not any(g.choose_fine({"mlp.fc": posed(weight, torch.diag_embed(diagonal))}, s).values())
+    diagonal[1, 8:16] = 40
+    diagonal[0, 24:] = 1.5  # of little use
+    problems = {"mlp.fc": posed(weight, torch.diag_embed(diagonal)), "attn.c_q": posed(0.3 * weight)}
+    assert g.choose_fine(problems, s) == {"mlp.fc": [[1, 8, 8, 31, 127]], "attn.c_q": []}
+
+
+def test_weighted_groups_by_loss_per_byte():
+    """With uncorrelated inputs the loss of rounding is known: curvature x H_jj x step^2 / 24, summed over the rows."""
+    s = fine_settings(AWQ_LITE_WEIGHTED=1, AWQ_LITE_GROUP_TOP_K=5)
+    diagonal = (1.5 * normal(3, 40)).exp()
+    curvature, weight = normal(3, 30, seed=1).exp(), normal(3, 30, 40, seed=2) * normal(3, 30, 1, seed=3).exp()
+    p = posed(weight, torch.diag_embed(diagonal), curvature)
+    step = 12 * weight.double().std(2) / 31
+    loss = (curvature * step.square() / 24).sum(1, keepdim=True) * (diagonal + 0.01 * diagonal.mean(1, keepdim=True))
+    saved = (loss * (1 - (31 / 127) ** 2)).unflatten(1, (5, 8)).sum(2)
+    value = saved / (30 * 8 * math.log2(127 / 31) / 8)
+    price = 16 * math.log(2) * loss.sum().item() / weight.numel()
+    best = sorted(((value[i, k].item(), i, k) for i in range(3) for k in range(5)), reverse=True)[:5]
+    expected = {(i, 8 * k) for v, i, k in best if v > price}
+    got = g.choose_fine({"mlp.fc": p}, s)["mlp.fc"]
+    assert {(layer, first) for layer, first, *_ in got} == expected and 0 < len(expected) < 5
+
+
+# --- The model's symmetries
+
+
+def outputs(model, looping=True):
+    ids, targets, segments = packed_documents((20, 1, 30, 13))
+    with torch.no_grad():
+        return model.logits(model(ids, segments, looping)), model.token_losses(ids, targets, segments, looping)
+
+
+@pytest.mark.parametrize("name", ["record", "gated XSA and dense gate", "gate of raw query", "one lane",
+                                  "slope 0.3, gate scale 1, all heads own"])
+def test_rotated_values_leave_the_function_alone(name):
+    model = random_model(reference_settings(**CONFIGURATIONS[name]))
+    before, weights = outputs(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    g.rotate_values(model)
+    for a, b in zip(before, outputs(model)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+    n = model.settings.num_layers
+    for key, p in model.named_parameters():
+        if key in ("kv_bank", "qo_bank"):
+            assert torch.equal(p[:n], weights[key][:n]) and (p[n:] - weights[key][n:]).abs().mean() > 0.1
+            torch.testing.assert_close(p.norm(), weights[key].norm())
+        else:
+            assert torch.equal(p, weights[key])
+    assert model.kv_bank.requires_grad and model.kv_bank.is_leaf
+
+
+def test_the_rotation_spreads_an_outlier():
+    model = random_model(reference_settings())
+    with torch.no_grad():
+        model.kv_bank.zero_()
+        model.kv_bank[6, 3, 7] = 8.0  # the first layer's values: head 0, dimension 3
+    g.rotate_values(model)
+    column = model.kv_bank[6, :, 7]
+    torch.testing.assert_close(column[:8].abs(), torch.full((8,), 8 / math.sqrt(8)))
+    assert not column[8:].any()
+
+
+def test_optrot_is_switched_by_its_setting():
+    """A knob that nothing reads would be a false record: the rotation must be called from somewhere."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text())
+    called = {getattr(node.func, "id", "") for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "rotate_values" in called, "OPTROT_ENABLED=1 does nothing: rotate_values is never called"
+
+
+@pytest.mark.parametrize("step_rule", ["sigma", "loss"])
+def test_sorted_hidden_units_leave_the_function_alone(step_rule):
+    s = reference_settings(STEP_RULE=step_rule, TRELLIS_ENABLED=0, EVAL_SEQ_LEN=48, VAL_BATCH_TOKENS=4096)
+    model = random_model(s)
+    windows = calibration_text(s, 3)
+    statistics = g.calibrate(model, windows, True, s, runtime())
+    before, weights = outputs(model), model.mlp_up_bank.detach().clone()
+    g.sort_hidden_units(model, statistics)
+    assert not torch.equal(model.mlp_up_bank, weights)
+    for a, b in zip(before, outputs(model)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for i in range(s.num_layers):  # the same rows, put in order
+        assert sorted(map(tuple, model.mlp_up_bank[i].tolist())) == sorted(map(tuple, weights[i].tolist()))
+    keys = statistics.curvature["up"] if step_rule == "loss" else model.mlp_up_bank.detach().std(2)
+    assert (keys.diff(dim=1) >= 0).all()
+    again = g.calibrate(model, windows, True, s, runtime())
+    for kind in ("hessian", "curvature"):
+        for site, want in getattr(again, kind).items():
+            torch.testing.assert_close(getattr(statistics, kind)[site], want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+def test_hidden_units_are_sorted_without_statistics_too():
+    model = random_model(reference_settings(STEP_RULE="sigma", GPTQ_CALIBRATION_BATCHES=0))
+    before = outputs(model)
+    g.sort_hidden_units(model, None)
+    assert (model.mlp_up_bank.std(2).diff(dim=1) >= 0).all()
+    torch.testing.assert_close(before[1], outputs(model)[1], rtol=1e-4, atol=1e-4)
+
+
+# --- Problems
+
+
+def test_every_role_has_its_own_matrices_inputs_and_outputs():
+    """Against what the layers multiply with; the joint matrix holds 32 rows of queries, 16 of keys, 16 of values."""
+    s = reference_settings(EVAL_SEQ_LEN=48, VAL_BATCH_TOKENS=4096)
+    model = random_model(s)
+    with torch.no_grad():
+        model.attn_scale.fill_(1), model.mlp_scale.fill_(1)
+        model.mlp_up_bank[2, :, 5] = 0
+    statistics = g.calibrate(model, calibration_text(s, 3), True, s, runtime())
+    statistics.hessian["up"][2, 5] = 0
+    statistics.hessian["up"][2, :, 5] = 0
+    problems, layers = g.posed(model, statistics), model.layers()
+    places = {"attn.c_q": ("qkv", "w_qkv", 0, 32), "attn.c_k": ("qkv", "w_qkv", 32, 48),
+              "attn.c_v": ("qkv", "w_qkv", 48, 64), "attn.proj": ("out", "w_out", 0, 32),
+              "mlp.fc": ("up", "w_up", 0, 128), "mlp.proj": ("down", "w_down", 0, 32)}
+    assert set(problems) == {*places, "tok_emb"}
+    for name, (site, matrix, first, last) in places.items():
+        p = problems[name]
+        for i, layer in enumerate(layers):
+            assert torch.equal(p.weight[i], getattr(layer, matrix)[first:last].detach()), name
+        assert torch.equal(p.hessian, statistics.hessian[site]) and p.visits.tolist() == [1, 1, 3, 3, 1, 1]
+        assert torch.equal(p.curvature, statistics.curvature[site][:, first:last])
+        assert (~p.live).nonzero().tolist() == ([[2, 0, 5]] if name == "mlp.fc" else [])
+    head = problems["tok_emb"]
+    assert torch.equal(head.weight[0], model.tok_emb) and torch.equal(head.curvature, statistics.curvature["head"])
+    assert sum(p.weight.numel() for p in problems.values()) == sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith("_bank") or n == "tok_emb")
+    for p in problems.values():
+        error = normal(*p.weight.shape)
+        torch.testing.assert_close(p.loss(error).double(), losses_of(p, error), rtol=1e-4, atol=0)
+
+
+def test_without_calibration_quantization_is_rounding():
+    s = reference_settings(STEP_RULE="sigma", TRELLIS_ENABLED=0, GPTQ_CALIBRATION_BATCHES=0)
+    problems = g.posed(random_model(s), None)
+    result, octaves = g.quantize(problems, s, 0)
+    assert octaves is None
+    for name, p in problems.items():
+        bits, clip = (7, 14.0) if name == "tok_emb" else (6, 11.5 if name.startswith("mlp") else 13.0)
+        step = g.row_steps(result[name].row_scale)[..., None]
+        wanted = clip * p.weight.std(2, keepdim=True) / (2 ** (bits - 1) - 1)
+        assert ((step / wanted).log2().abs() <= 1 / 16 + 1e-4).all()
+        assert torch.equal(result[name].codes, (p.weight / step).round().to(torch.int8))
+
+
+# --- Calibration
+
+
+def calibration_text(s: g.Settings, count: int, seed: int = 0, documents: int = 3) -> list[np.ndarray]:
+    """Windows of EVAL_SEQ_LEN + 1 tokens that begin inside documents and hold several."""
+    draw = np.random.default_rng(seed)
+    windows = [draw.integers(2, s.vocab_size, s.eval_seq_len + 1) for _ in range(count)]
+    for window in windows:
+        window[draw.integers(0, s.eval_seq_len + 1, documents)] = BOS
+    return windows
+
+
+def watched(model, windows, looping, monkeypatch):
+    """Every product's inputs and its outputs' gradients, by plain autograd, one document at a time, float64 sums.
+
+    Returns ({(site, layer): [sum of x x^T, sum of squared gradients]}, [hidden states], [(ids, gradient at the embedding)]).
+    """
+    order, sums, hiddens, embedded = sum(model.orders[looping], []), {}, [], []
+    product, lookup = g.Layer.product, torch.nn.functional.embedding
+    for window in windows:
+        cuts = [0, *(t for t in range(1, len(window) - 1) if window[t] == BOS), len(window) - 1]
+        for a, b in zip(cuts, cuts[1:]):
+            ids, targets = torch.tensor(window[a:b]), torch.tensor(window[a + 1:b + 1])
+            calls, rows = [], []
+
+            def note(layer, site, x, weight):
+                calls.append((site, x, product(layer, site, x, weight)))
+                return calls[-1][2]
+
+            def look_up(*arguments):
+                rows.append(lookup(*arguments))
+                return rows[-1]
+
+            monkeypatch.setattr(g.Layer, "product", note)
+            monkeypatch.setattr(torch.nn.functional, "embedding", look_up)
+            hidden = model(ids, g.make_segments(np.array([0, b - a], dtype=np.int32), 10_000), looping)
+            monkeypatch.undo()
+            loss = model.head_losses(hidden, targets).sum()
+            gradients = torch.autograd.grad(loss, [y for *_, y in calls] + rows)
+            visit = -1
+            for (site, x, _), gradient in zip(calls, gradients):
+                visit += site == "qkv"
+                x, gradient = x.detach().double(), gradient.double()
+                entry = sums.setdefault((site, order[visit]), [0, 0])
+                entry[0] = entry[0] + x.T @ x
+                entry[1] = entry[1] + gradient.square().sum(0)
+            assert visit == len(order) - 1
+            hiddens.append(hidden.detach())
+            embedded.append((ids, gradients[-1].double()))
+    return sums, hiddens, embedded
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("name", ["record", "one softcap"])
+def test_statistics_are_those_of_plain_autograd(name, looping, monkeypatch):
+    s = reference_settings(EVAL_SEQ_LEN=90, VAL_BATCH_TOKENS=4096, **CONFIGURATIONS[name])
+    model, windows = random_model(s), calibration_text(s, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    statistics = g.calibrate(model, windows, looping, s, runtime())
+    assert all(p.grad is None and p.requires_grad and torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    sums, hiddens, embedded = watched(model, windows, looping, monkeypatch)
+    tokens = 4 * 90
+    assert sum(len(h) for h in hiddens) == tokens
+    visits = [sum(model.orders[looping], []).count(i) for i in range(6)]
+    assert statistics.visits.tolist() == visits == ([1, 1, 3, 3, 1, 1] if looping else [1] * 6)
+    assert set(statistics.hessian) == set(statistics.curvature) == {"head", "qkv", "out", "up", "down"}
+
+    def close(got, want):
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-4 * want.abs().max().item())
+
+    for (site, i), (moments, squares) in sums.items():
+        close(statistics.hessian[site][i], moments / tokens)
+        scale = {"out": model.attn_scale[i], "down": model.mlp_scale[i]}.get(site, torch.ones(1)).detach().double()
+        close(statistics.curvature[site][i], squares / tokens / math.sqrt(visits[i]) * scale ** 2)
+
+    # The head: second derivatives of the loss by the raw scores, with the soft cap's slope from autograd.
+    hidden = torch.cat(hiddens)
+    scores = (hidden @ model.tok_emb.detach().T).requires_grad_()
+    cap = torch.where(scores >= 0, model.softcap_pos, model.softcap_neg) if s.asym_logit_rescale else s.logit_softcap
+    logits = cap * torch.tanh(scores / cap)
+    slope = torch.autograd.grad(logits.sum(), scores)[0].double()
+    p = logits.detach().double().softmax(1)
+    head = (p * (1 - p) * slope ** 2).sum(0) / tokens
+    as_head = (hidden.double().T @ hidden.double()) / tokens
+    as_input, rows = torch.zeros(32, 32, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
+    for ids, gradient in embedded:
+        as_input += gradient.T @ gradient / tokens
+        rows.index_add_(0, ids, gradient.square().sum(1) / tokens)
+    # Both roles in one product: rows and columns add up as in the sum of two products, of which each has its own trace.
+    close(statistics.curvature["head"][0], head + rows / as_head.trace())
+    both = (head.sum() * as_head + rows.sum() * as_input / as_input.trace()) / (head.sum() + rows.sum() / as_head.trace())
+    close(statistics.hessian["head"][0], both)
+
+
+def test_without_curvature_there_is_no_backward_pass(monkeypatch):
+    s = reference_settings(EVAL_SEQ_LEN=60, VAL_BATCH_TOKENS=4096, STEP_RULE="sigma")
+    model, windows = random_model(s), calibration_text(s, 2)
+    with_gradients = g.calibrate(model, windows, True, changed(s, step_rule="loss"), runtime())
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("no gradient was asked for"))
+    statistics = g.calibrate(model, windows, True, s, runtime())
+    assert all((c == 1).all() for c in statistics.curvature.values())
+    assert {site: c.shape for site, c in statistics.curvature.items()} == {
+        site: c.shape for site, c in with_gradients.curvature.items()}
+    for site in ("qkv", "out", "up", "down"):
+        torch.testing.assert_close(statistics.hessian[site], with_gradients.hessian[site], rtol=1e-4, atol=1e-5)
+
+
+def test_second_moment_by_hand():
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    assert g.second_moment(x).tolist() == [[10.0, -1.0], [-1.0, 5.0]]
+    assert g.second_moment(x.bfloat16()).dtype == torch.float32
+
+
+class TwoRanks:
+    """Two threads as ranks, whose sums meet, in place as all_reduce's do."""
+
+    def __init__(self):
+        self.barrier, self.given = threading.Barrier(2, timeout=30), [None, None]
+
+    def rank(self, number: int) -> g.Runtime:
+        meeting = self
+
+        class Rank(g.Runtime):
+            def sum(self, tensor):
+                meeting.given[number] = tensor.clone()
+                meeting.barrier.wait()
+                tensor.copy_(meeting.given[0] + meeting.given[1])
+                meeting.barrier.wait()
+                return tensor
+
+        return Rank(number, 2, torch.device("cpu"))
+
+    def run(self, function) -> list:
+        results, errors = [None, None], []
+
+        def work(number):
+            try:
+                results[number] = function(self.rank(number))
+            except Exception as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        if errors:
+            raise errors[0]
+        return results
+
+
+def assert_same_on_two_ranks(s, windows):
+    model, looping = random_model(s), s.num_loops > 0
+    alone = g.calibrate(model, windows, looping, s, runtime())
+    for shared in TwoRanks().run(lambda rank: g.calibrate(model, windows, looping, s, rank)):
+        for kind in ("hessian", "curvature"):
+            for site, want in getattr(alone, kind).items():
+                got = getattr(shared, kind)[site]
+                torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item(), msg=lambda text: (
+                    f"{kind} of {site}: {text}"))
+
+
+def test_two_ranks_see_what_one_sees():
+    s = reference_settings(NUM_LAYERS=2, MODEL_DIM=8, NUM_HEADS=1, NUM_KV_HEADS=1, XSA_LAST_N=2, GATE_WINDOW=8, NUM_LOOPS=0,
+                           PARALLEL_START_LAYER=0, EVAL_SEQ_LEN=16_400, VAL_BATCH_TOKENS=200_000)  # one window a pass
+    assert_same_on_two_ranks(s, calibration_text(s, 3, documents=60))
+
+
+@pytest.mark.parametrize("step_rule", ["loss", "sigma"])
+def test_a_rank_without_windows_changes_nothing(step_rule):
+    s = reference_settings(EVAL_SEQ_LEN=90, VAL_BATCH_TOKENS=4096, STEP_RULE=step_rule)
+    assert_same_on_two_ranks(s, calibration_text(s, 3))  # all in one pass
+
+
+# --- Calibration windows
+
+
+@pytest.fixture(scope="module")
+def stream_of(tmp_path_factory):
+    """A function from tokens to the settings of a data set of them."""
+    def make(tokens, **changes):
+        folder = tmp_path_factory.mktemp("windows")
+        write_data(folder / "data", tokens, [1, 2, 3])
+        return tiny(folder, **changes)
+    return make
+
+
+def read_windows(s, rank=0, world_size=1, share=1.0, **fields):
+    s = changed(s, **fields)
+    return g.calibration_windows(g.TrainingData(s, runtime(rank, world_size)), s, share)
+
+
+def test_windows_come_from_the_stream_whatever_the_number_of_ranks(stream_of):
+    stream = np.concatenate(documents(60, 1)).astype(np.int64)
+    s = stream_of(stream, EVAL_SEQ_LEN=100, GPTQ_CALIBRATION_BATCHES=3)
+    windows = read_windows(s)
+    assert len(windows) == math.ceil(3 * 512 / 100) and all(len(w) == 101 for w in windows)
+    assert len(read_windows(s, share=0.25)) == math.ceil(0.25 * 3 * 512 / 100)
+    for rank in range(4):
+        for a, b in zip(windows, read_windows(changed(s, world_size=4, rank=rank), rank, 4), strict=True):
+            assert np.array_equal(a, b)
+    circle = np.concatenate((stream, stream[:100]))
+    every = np.lib.stride_tricks.sliding_window_view(circle, 101)
+    starts = [np.flatnonzero((every == window).all(1)) for window in windows]
+    assert all(len(found) for found in starts) and len({found[0] for found in starts}) == len(windows)
+    assert sum(window[0] == BOS for window in windows) < len(windows) / 2
+
+
+def test_windows_at_document_starts(stream_of):
+    """Each begins with the first document that starts where the random window begins, or behind."""
+    stream = np.concatenate(documents(60, 1)).astype(np.int64)
+    s = stream_of(stream, EVAL_SEQ_LEN=100, GPTQ_CALIBRATION_BATCHES=3)
+    anywhere, at_starts = read_windows(s), read_windows(s, gptq_calibration_mode="doc_start")
+    twice = np.concatenate((stream, stream))
+    every = np.lib.stride_tricks.sliding_window_view(twice, 101)
+    for random_window, window in zip(anywhere, at_starts, strict=True):
+        at = np.flatnonzero((every == random_window).all(1))[0]
+        first = at + np.flatnonzero(twice[at:] == BOS)[0]
+        assert window[0] == BOS and np.array_equal(window, twice[first:first + 101])
+
+
+def test_a_document_start_is_found_behind_a_very_long_document(stream_of):
+    stream = np.full(200_000, 7)
+    stream[[0, 50]] = BOS
+    s = stream_of(stream, EVAL_SEQ_LEN=100, GPTQ_CALIBRATION_BATCHES=2)
+    windows = read_windows(s, gptq_calibration_mode="doc_start")
+    for window in windows:  # the first document start behind a random place is nearly always the stream's first token
+        assert window[0] == BOS and window[50] == BOS and (window == BOS).sum() == 2
+
+
+# --- Settings
+
+
+@pytest.mark.parametrize("environ, name, words", [
+    (dict(MATRIX_BITS=5), "MATRIX_BITS", "STEP_RULE=sigma"), (dict(EMBED_BITS=8), "EMBED_BITS", "STEP_RULE=sigma"),
+    (dict(ATTN_CLIP_SIGMAS=12), "ATTN_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(MLP_CLIP_SIGMAS=12), "MLP_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(EMBED_CLIP_SIGMAS=12), "EMBED_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(SCALE_GRID="fp16"), "SCALE_GRID", "STEP_RULE=sigma"),
+    (dict(GPTQ_CALIBRATION_BATCHES=0), "GPTQ_CALIBRATION_BATCHES", "STEP_RULE=loss"),
+    (dict(AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=loss"),
+    (dict(LQER_ENABLED=1, LQER_ASYM_GROUP=48), "LQER_ASYM_GROUP", "48"),
+    (dict(OPTROT_ENABLED=1, MODEL_DIM=384), "OPTROT_ENABLED", "48"),
+    (dict(QUANTIZE_ONLY=1, TTT_EVAL_ONLY=1), "QUANTIZE_ONLY", "TTT_EVAL_ONLY")])
+def test_artifact_settings_that_do_not_go_together(environ, name, words):
+    [line] = complaints(**environ)
+    assert line.startswith(f"{name}: ") and words in line and len(line) < 200
+
+
+@pytest.mark.parametrize("environ", [
+    dict(STEP_RULE="sigma", MATRIX_BITS=5, EMBED_CLIP_SIGMAS=15, SCALE_GRID="fp16", AWQ_LITE_ENABLED=1,
+         GPTQ_CALIBRATION_BATCHES=0), dict(LQER_ENABLED=1, LQER_ASYM_ENABLED=0, LQER_ASYM_GROUP=48),
+    dict(LQER_ASYM_GROUP=48), dict(MODEL_DIM=384), dict(OPTROT_ENABLED=1), dict(QUANTIZE_ONLY=1)])
+def test_artifact_settings_that_go_together(environ):
+    g.Settings.from_environment({name: str(value) for name, value in environ.items()})
