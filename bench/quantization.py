@@ -1,0 +1,98 @@
+"""What quantization costs: val_bpb, bytes and seconds of each method on the checkpoint that a run left in ARTIFACT_DIR.
+
+    ARTIFACT_DIR=... DATA_PATH=... python bench/quantization.py [--json FILE] [--only NAME ...]
+
+Settings come from the environment as in the run that trained the checkpoint. Calibration runs once; every method then
+quantizes the same weights, codes them with COMPRESSOR=entropy, reads them back and scores them. Bytes are artifact and code.
+"""
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import train_gpt as g  # noqa: E402
+
+SEEDS = dict(step_rule="sigma", trellis_enabled=False, scale_grid="fp16", awq_lite_enabled=False, lqer_enabled=False,
+             compressor="entropy", quantize_only=True)
+AWQ = dict(SEEDS, awq_lite_enabled=True)
+LQER = dict(SEEDS, lqer_enabled=True, lqer_rank=4, lqer_top_k=3, lqer_asym_group=32)
+METHODS = {
+    "rounding": dict(SEEDS, gptq_calibration_batches=0),
+    "GPTQ": SEEDS,
+    "GPTQ + AWQ-lite": AWQ,
+    "GPTQ + AWQ-lite, weighted": dict(AWQ, awq_lite_weighted=True, awq_lite_group_top_k=8),
+    "GPTQ + LQER asymmetric": LQER,
+    "GPTQ + LQER symmetric": dict(LQER, lqer_asym_enabled=False),
+    "GPTQ + LQER asym., weighted": dict(LQER, lqer_weighted=True, lqer_top_k=67),
+    "GPTQ + LQER sym., weighted": dict(LQER, lqer_asym_enabled=False, lqer_weighted=True, lqer_top_k=67),
+    "GPTQ, scales on a grid": dict(SEEDS, scale_grid="log"),
+    "GPTQ with trellis": dict(SEEDS, scale_grid="log", trellis_enabled=True),
+    "GPTQ, steps by loss": dict(SEEDS, scale_grid="log", step_rule="loss"),
+    "both: the default": dict(SEEDS, scale_grid="log", step_rule="loss", trellis_enabled=True),
+    "the default + LQER, weighted": dict(LQER, scale_grid="log", step_rule="loss", trellis_enabled=True, lqer_weighted=True,
+                                         lqer_top_k=67),
+}
+
+
+class Figures(dict):
+    """Takes the place of the run log and keeps what it is told."""
+
+    def event(self, kind, **fields):
+        self.setdefault(kind, []).append(fields)
+
+    result = event
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=METHODS, default=list(METHODS))
+    options = parser.parse_args()
+    settings = g.Settings.from_environment(os.environ)
+    with g.Runtime.start(settings) as runtime, tempfile.TemporaryDirectory() as folder:
+        data, validation = g.TrainingData(settings, runtime), g.Evaluator(g.ValidationData(settings), settings, runtime)
+        model = g.GPT(settings, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
+        checkpoint, code = g.read_container(settings.checkpoint_path, model, settings), len(g.packed_code())
+        looping = g.install(model, *checkpoint, settings)
+        before = validation.score(model, looping)["val_bpb"]
+        with_gradients = dataclasses.replace(settings, **METHODS["both: the default"])  # they serve every method
+        runtime.synchronize()
+        began = time.perf_counter()
+        windows = g.calibration_windows(data, settings)
+        statistics = g.calibrate(model, windows, looping, with_gradients, runtime)
+        runtime.synchronize()
+        print(f"{runtime.describe()['device']}; before: val_bpb {before:.5f}; calibration with gradients on {len(windows)} "
+              f"windows of {settings.eval_seq_len}: {time.perf_counter() - began:.1f} s")
+        print(f"{'':30}{'val_bpb':>9}{'change':>10}{'bytes':>12}{'bits/w':>8}{'quantize s':>12}{'pack s':>8}"
+              f"{'unpack s':>10}")
+        rows = []
+        for name in options.only:
+            s = dataclasses.replace(settings, **METHODS[name], artifact_dir=folder)
+            g.install(model, *checkpoint, s)
+            model.settings, figures = s, Figures()
+            runtime.synchronize()
+            seen = copy.deepcopy(statistics) if s.gptq_calibration_batches else None
+            g.save_artifact(model, looping, seen, code, s, figures)
+            looping = g.install(model, *g.read_container(s.artifact_path, model, s), s)
+            after, [times] = validation.score(model, looping)["val_bpb"], figures["artifact"]
+            sizes = [m["rows"] * m["columns"] for m in figures["matrix"]]
+            bits = sum(size * m["bits_per_weight"] for size, m in zip(sizes, figures["matrix"]))
+            row = dict(method=name, val_bpb=after, change=round(after - before, 8),
+                       total_bytes=os.path.getsize(s.artifact_path) + code,
+                       bits_per_weight=bits / sum(sizes), corrected=sum(m["lqer"] for m in figures["matrix"]), **times)
+            rows.append(row)
+            print(f"{name:30}{after:>9.5f}{row['change']:>+10.5f}{row['total_bytes']:>12,}{row['bits_per_weight']:>8.3f}"
+                  f"{row['quantization_seconds']:>12.1f}{row['packing_seconds']:>8.1f}{row['unpacking_seconds']:>10.1f}",
+                  flush=True)
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(dict(machine=runtime.describe(), before=before, code_bytes=code, rows=rows), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
