@@ -2752,8 +2752,8 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
         for i in range(len(p.weight)):
             extra = sum(stored_bytes(part) for part in q.low_rank.get(i, ()))
             log.event("matrix", name=name if name == "tok_emb" else f"blocks.{i}.{name}", rows=p.weight.size(1),
-                      columns=p.weight.size(2), weighted_error=float(relative[i]),
-                      predicted_loss=float(losses[i]) if s.uses_curvature else None,
+                      columns=p.weight.size(2), weighted_error=float(f"{relative[i]:.4g}"),
+                      predicted_loss=float(f"{losses[i]:.4g}") if s.uses_curvature else None,
                       bits_per_weight=round(float(spent[i]) / size_of, 4), bytes=round(float(spent[i]) / 8 + extra),
                       awq_columns=sum(f[2] for f in q.fine if f[0] == i), lqer=i in q.low_rank)
     log.result("artifact", file=s.artifact_path, compressor=s.compressor, quantization_seconds=round(
