@@ -1797,20 +1797,6 @@ def rotate_values(model: GPT) -> None:
         outputs.copy_((outputs.unflatten(2, (-1, s.head_dim)) @ turn.T).flatten(2, 3))
 
 
-class LowRank(NamedTuple):
-    """Rank-r correction left right of one matrix, in integers with float16 scales that broadcast."""
-
-    left: Tensor  # (rows, r) int8
-    left_scale: Tensor  # (1,) or (rows,)
-    right: Tensor  # (r, columns) int8
-    right_scale: Tensor  # (r x columns / group,) or (r,)
-
-    def product(self) -> Tensor:
-        left = self.left.float() * self.left_scale.float().view(-1, 1)
-        groups = self.right.float().view(len(self.right_scale), -1)
-        return left @ (groups * self.right_scale.float()[:, None]).view_as(self.right)
-
-
 def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
     """Put each MLP's hidden units in the order of their rows' steps, in place, in both matrices and the statistics.
 
@@ -1823,6 +1809,20 @@ def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
         if statistics:
             statistics.curvature["up"][i] = statistics.curvature["up"][i, order]
             statistics.hessian["down"][i] = statistics.hessian["down"][i][order][:, order]
+
+
+class LowRank(NamedTuple):
+    """Rank-r correction left right of one matrix, in integers with float16 scales that broadcast."""
+
+    left: Tensor  # (rows, r) int8
+    left_scale: Tensor  # (1,) or (rows,)
+    right: Tensor  # (r, columns) int8
+    right_scale: Tensor  # (r x columns / group,) or (r,)
+
+    def product(self) -> Tensor:
+        left = self.left.float() * self.left_scale.float().view(-1, 1)
+        groups = self.right.float().view(len(self.right_scale), -1)
+        return left @ (groups * self.right_scale.float()[:, None]).view_as(self.right)
 
 
 class Quantized(NamedTuple):
@@ -2205,8 +2205,6 @@ SIZE_CAP = 16_000_000
 CLASS_PARTS, LOCATION_PARTS = (".row_class", ".column_class"), (".location_left", ".location_right")
 SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24  # classes of COMPRESSOR=entropy; the offset is that of spread 1
 PERGROUP_SORTED = ("tok_emb.codes", "attn.c_q.codes", "mlp.fc.codes")
-
-
 EVALUATION_FILES = ("train_gpt.py", "online_ngram_tilt.py", "online_ngram_state.c")  # all that an evaluation runs
 PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # set by the loader of a packed script: its own path
 LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code. Run it as the train_gpt.py it holds."""
@@ -2315,20 +2313,15 @@ def fit_code_model(codes: Tensor) -> CodeModel:
     row, column = spread_classes(codes)
     if len(codes) > 1:
         return CodeModel(row, column)
-
-    def normalized():
-        return codes * torch.exp2((row[:, :, None] + column[:, None]) / -SPREADS_PER_OCTAVE)
-
-    rough = normalized()
-    mean = rough.mean(1, keepdim=True)
-    left, right = top_singular(rough - mean, location_rank(codes.shape))
-    row, column = spread_classes(codes - (mean + left @ right) * codes / torch.where(rough == 0, 1, rough))
-    exact = normalized()
-    mean = (16 * exact.mean(1, keepdim=True)).round().clamp(-127, 127)
-    left, right = top_singular(exact - mean / 16, location_rank(codes.shape))
+    for final in (False, True):  # first a rough location, about which the spreads can be taken
+        spread = torch.exp2((row[:, :, None] + column[:, None]) / SPREADS_PER_OCTAVE)
+        mean = (codes / spread).mean(1, keepdim=True)
+        left, right = top_singular(codes / spread - mean, location_rank(codes.shape))
+        if not final:
+            row, column = spread_classes(codes - spread * (mean + left @ right))
     size = left.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
-    left, right = (4 * left / size).round().clamp(-127, 127), (16 * right * size.mT).round().clamp(-127, 127)
-    return CodeModel(row, column, left.to(torch.int8), torch.cat((mean, right), 1).to(torch.int8))
+    left, right = 4 * left / size, 16 * torch.cat((mean, right * size.mT), 1)
+    return CodeModel(row, column, *(factor.round().clamp(-127, 127).to(torch.int8) for factor in (left, right)))
 
 
 def wrapped(values: Tensor) -> Tensor:
