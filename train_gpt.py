@@ -82,6 +82,7 @@ REFUSED_SETTINGS = {
     "ROPE_TRAIN_SEQ_LEN": "no published system used it; positions count from the start of each segment",
     "ROPE_YARN": "it scaled by the length of the packed buffer, not of the document; leave it unset",
     "MATRIX_CLIP_SIGMAS": "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS",
+    "LQER_GROUP_SIZE": "no published system reads it; use LQER_ASYM_GROUP",
     "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back and compared, whatever the compressor; leave it unset",
     "TIE_EMBEDDINGS": "the output head is always the embedding; the untied head of earlier systems was never trained",
     "EMBED_LR": "it belonged to the untied embedding; use TIED_EMBED_LR",
@@ -227,12 +228,12 @@ class Settings:
     step_rule: str = setting("Artifact", "loss", "quantization steps: loss: every weight shall add the same predicted loss, "
                              "sized to TARGET_BYTES; sigma: by the *_BITS and *_CLIP_SIGMAS", choices=("loss", "sigma"))
     target_bytes: int = setting("Artifact", 15_998_000, "artifact and code together, for STEP_RULE=loss",
-                                unit="bytes", low=1)
+                                unit="bytes", low=1, high=15_999_999)
     trellis_enabled: bool = setting("Artifact", True, "1: trellis-coded quantization; 0: rounding to nearest")
     scale_grid: str = setting("Artifact", "log", "row scales with STEP_RULE=sigma: a logarithmic grid or float16",
                               choices=("log", "fp16"))
     gptq_calibration_batches: int = setting("Artifact", 32, "training text for the Hessians, over all ranks, in eighths of "
-                                            "TRAIN_BATCH_TOKENS; 0: no Hessians, plain rounding", low=0)
+                                            "TRAIN_BATCH_TOKENS; 0: no Hessians, no error feedback", low=0)
     gptq_calibration_mode: str = setting("Artifact", "random", "its windows begin anywhere or at document starts",
                                          choices=("random", "doc_start"))
     gated_attn_quant_gate: bool = setting("Artifact", False, "1: head gates as int8 rows; 0: as float16")
@@ -336,7 +337,15 @@ class Settings:
             for f in dataclasses.fields(s):
                 require(f.name not in unread or getattr(s, f.name) == f.default,
                         f"{f.name.upper()}: it is read only with STEP_RULE=sigma; set that or leave it unset")
-            require(not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own step; unset it")
+            require(not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own step; set "
+                    "STEP_RULE=sigma or unset it")
+        require(s.step_rule == "loss" or s.target_bytes == Settings.target_bytes,
+                "TARGET_BYTES: it is read only with STEP_RULE=loss; set that or leave it unset")
+        require(not (s.lqer_enabled and s.lqer_weighted and s.lqer_gain_select),
+                "LQER_GAIN_SELECT: LQER_WEIGHTED=1 chooses by predicted loss; unset one of them")
+        require(gates or not s.gated_attn_quant_gate, "GATED_ATTN_QUANT_GATE: no head gate is on; unset it or turn one on")
+        require(not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits),
+                f"AWQ_LITE_BITS: {s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it")
         if s.lqer_enabled and s.lqer_asym_enabled:
             require(s.lqer_rank * s.model_dim % s.lqer_asym_group == 0 == s.lqer_rank * s.mlp_dim % s.lqer_asym_group,
                     f"LQER_ASYM_GROUP: {s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
@@ -470,7 +479,7 @@ class Runtime:
         distributed = settings.world_size > 1
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-                                    timeout=datetime.timedelta(minutes=10), device_id=device if on_cuda else None)
+                                    timeout=datetime.timedelta(minutes=30), device_id=device if on_cuda else None)
         try:
             yield cls(max(settings.rank, 0), settings.world_size, device)
         finally:
@@ -1488,9 +1497,9 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
           log: RunLog) -> tuple[bool, object]:
     """Train until the cap or the last iteration, install the weights' average, calibrate; then evaluate raw and average.
 
-    calibration(looping, share) returns what quantization will need; a share of it is run and timed before the clock starts,
-    so that training stops early enough for all of it. Returns whether looping was on at the end, from then on a property
-    of the model, and what calibration found.
+    calibration(looping, rehearsal) returns what quantization will need; one round of it is run and timed before the clock
+    starts, so that training stops early enough for all of it. Returns whether looping was on at the end, from then on a
+    property of the model, and what calibration found.
     """
     s = settings
     optimizer = Optimizer(model, s, runtime)
@@ -1534,7 +1543,7 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     recompilations = compiled_graphs() - graphs_before
     if s.ema_decay > 0:
         average.swap()
-    found = calibration(looping, 1.0)
+    found = calibration(looping, rehearsal=False)
     runtime.synchronize()
     report_training(log, clock, step, looping_from, recompilations, s, runtime)
     if s.ema_decay > 0:
@@ -1562,11 +1571,11 @@ def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Ca
     runtime.synchronize()
     estimate = 0.0
     if s.max_wallclock_seconds:
-        for share in (0.02, 0.02, 0.1):  # twice to warm up
+        for _ in range(2):  # the first warms up
             started = time.perf_counter()
-            calibration(s.loops_at_end, share)
+            calibration(s.loops_at_end, rehearsal=True)
             runtime.synchronize()
-            estimate = 1.1 * (time.perf_counter() - started) / share
+            estimate = 1.1 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
     reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
     log.event("warmup", steps=s.warmup_steps, seconds=round(time.perf_counter() - began, 1),
               reserve_seconds=round(reserve, 3))
@@ -1706,13 +1715,27 @@ def second_moment(x: Tensor) -> Tensor:
     return torch.mm(x.T, x, out_dtype=torch.float32) if exact else x.T.float() @ x.float()
 
 
-def calibration_windows(data: TrainingData, s: Settings, share: float = 1.0) -> list[np.ndarray]:
+def calibration_pass(s: Settings, runtime: Runtime) -> int:
+    """How many windows of calibration go through the model at once."""
+    return max(1, (32768 if runtime.on_cuda else 4096) // s.eval_seq_len)
+
+
+def calibration_rounds(s: Settings, runtime: Runtime) -> int:
+    """How often every rank makes a pass."""
+    return math.ceil(calibration_count(s) / (calibration_pass(s, runtime) * runtime.world_size))
+
+
+def calibration_count(s: Settings) -> int:
+    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
+
+
+def calibration_windows(data: TrainingData, s: Settings, most: int | None = None) -> list[np.ndarray]:
     """The training tokens that calibration reads: windows of EVAL_SEQ_LEN + 1, the same for every number of ranks.
 
     They begin anywhere (GPTQ_CALIBRATION_MODE=random) or at the first document start from there on (doc_start).
     """
     draw, windows = np.random.default_rng(0), []
-    for _ in range(math.ceil(share * s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)):
+    for _ in range(min(calibration_count(s), most or calibration_count(s))):
         at = int(draw.integers(data.total))
         while s.gptq_calibration_mode == "doc_start":
             starts = np.flatnonzero(data.read(at, 65536) == BOS_ID)
@@ -1728,7 +1751,7 @@ def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
 
     The weights take no gradient: the backward pass ends at the embedding. Attention stays inside documents.
     """
-    plain, seen, per_pass = model.frozen(), Observer(s.uses_curvature), max(1, 32768 // s.eval_seq_len)
+    plain, seen, per_pass = model.frozen(), Observer(s.uses_curvature), calibration_pass(s, runtime)
     passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
     for some in passes[runtime.rank::runtime.world_size]:
         ids, targets = (np.concatenate([window[cut] for window in some]) for cut in (slice(-1), slice(1, None)))
@@ -2219,8 +2242,8 @@ except OSError:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
 for name, text in json.loads(brotli.decompress(packed)).items():
-    part = os.path.join(folder, "%%s.%%d" %% (name, os.getpid()))
-    with open(part, "w", encoding="utf-8") as file: file.write(text)
+    handle, part = tempfile.mkstemp(dir=folder)
+    with open(handle, "w", encoding="utf-8") as file: file.write(text)
     os.replace(part, os.path.join(folder, name))
 sys.path.insert(0, folder)
 runpy.run_path(os.path.join(folder, "train_gpt.py"), {"PACKED_SCRIPT": here}, "__main__")
@@ -2625,7 +2648,7 @@ def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dic
     except (DamagedError, ValueError):
         raise damaged from None
     for a in arrays.values():  # no weight is infinite or 2^30
-        huge = a.dtype == np.int16 and np.abs(a).max() > 30 * SCALES_PER_OCTAVE
+        huge = a.dtype == np.int16 and np.abs(a.astype(np.int32)).max() > 30 * SCALES_PER_OCTAVE
         if huge or a.dtype.kind == "f" and not np.isfinite(a).all():
             raise damaged
     return table, arrays
@@ -2646,14 +2669,14 @@ def check_table(table: dict, model: GPT, s: Settings) -> None:
         require(type(value) is int and low <= value <= high)
         return value
 
-    require(type(table["looping"]) is bool and table["compressor"] in PACKERS)
+    require(type(table["looping"]) is bool and (s.num_loops or not table["looping"]) and table["compressor"] in PACKERS)
     promised = {name: (dtype, tuple(whole(n, 0, 1 << 24) for n in shape)) for name, dtype, shape in table["arrays"]}
     require(len(promised) == len(table["arrays"]))
     for length in table["streams"]:
         whole(length, 0, 1 << 30)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if table["roles"] is None:  # a checkpoint
-        require(type(table["rotated"]) is bool and table["compressor"] == "none")
+        require(type(table["rotated"]) is bool and table["compressor"] == "none" and len(table["streams"]) == 1)
         require(promised == {name: ("float32", shape) for name, shape in parameters.items()})
         return
     roles = matrix_roles(s)
@@ -2664,12 +2687,15 @@ def check_table(table: dict, model: GPT, s: Settings) -> None:
         layers, rows, columns = shape
         require(type(form["trellis"]) is bool)
         require(promised.pop(name + ".codes") == ("int8", shape))
-        require(promised.pop(name + ".row_scale") in (("int16", shape[:2]), ("float16", shape[:2])))
-        require(promised.pop(name + ".column_scale", None) in (None, ("int8", (layers, columns))))
+        scales = promised.pop(name + ".row_scale"), promised.pop(name + ".column_scale", None)
+        require(scales in ((("float16", shape[:2]), None), (("int16", shape[:2]), None),
+                           (("int16", shape[:2]), ("int8", (layers, columns)))))
         for layer, first, count, numerator, denominator in form["fine"]:
             whole(layer, 0, layers - 1), whole(first + whole(count, 1, columns), 1, columns), whole(first, 0, columns)
             whole(numerator, 1, 127), whole(denominator, 1, 127)
-        require(sum(count for _, _, count, _, _ in form["fine"]) <= layers * columns)  # groups are disjoint
+        fine = [(layer, column) for layer, first, count, *_ in form["fine"][:layers * columns]
+                for column in range(first, first + count)]
+        require(len(fine) == len(set(fine)) and len(form["fine"]) <= layers * columns)  # groups are disjoint
         for layer in form["low_rank"]:
             key = f"{name}.{whole(layer, 0, layers - 1)}."
             left, right = promised.pop(key + "left"), promised.pop(key + "right")
@@ -2718,6 +2744,7 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
     problems = posed(model, statistics)
     wanted = s.target_bytes - code - 90_000  # what is not codes is known after the first packing
     most = 0.75 * sum(p.weight.numel() for p in problems.values())  # 6 bits per weight, for models too small for the target
+    fitting = None  # the largest that keeps to the target
     for _ in range(4):
         wanted = min(wanted, most)
         quantized, octaves = quantize(problems, s, wanted, octaves)
@@ -2726,9 +2753,17 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
         data = container(dict(function=s.function_settings(), looping=looping, roles=forms), arrays, s.compressor)
         coding += time.perf_counter() - started
         spare = s.target_bytes - code - len(data)
-        if s.step_rule != "loss" or 0 <= spare < 6000 or wanted == most and spare >= 0:
+        if s.step_rule != "loss":
+            break
+        if spare >= 0 and (fitting is None or len(data) > len(fitting[0])):
+            fitting = data, arrays, quantized
+        if 0 <= spare < 6000 or wanted == most and spare >= 0:
             break
         wanted += spare - 2000
+    if fitting:
+        data, arrays, quantized = fitting
+    elif s.step_rule == "loss":
+        log.event("target_missed", target_bytes=s.target_bytes, total_bytes=len(data) + code)
     started = time.perf_counter()
     again = open_container(data, s.artifact_path, model, s)[1]
     unpacking = time.perf_counter() - started
@@ -2873,7 +2908,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     changed = {f.name.upper(): getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
-    if s.compressor == "pergroup" and not shutil.which("lrzip"):
+    if first and s.compressor == "pergroup" and not s.prequant_only and not shutil.which("lrzip"):
         raise InputError("COMPRESSOR: pergroup needs the program lrzip; install it, or choose entropy, brotli or lzma")
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
     validation = Evaluator(ValidationData(s), s, runtime)
@@ -2886,12 +2921,13 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,
               micro_batches=s.accumulation, attention="flash" if runtime.on_cuda else "reference")
 
-    def calibration(looping: bool, share: float) -> Statistics | None:
-        if s.optrot_enabled and share == 1.0 and not s.prequant_only:
+    def calibration(looping: bool, rehearsal: bool) -> Statistics | None:
+        if s.optrot_enabled and not rehearsal and not s.prequant_only:
             rotate_values(model)
         if s.prequant_only or not s.gptq_calibration_batches:
             return None
-        return calibrate(model, calibration_windows(data, s, share), looping, s, runtime)
+        one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
+        return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime)
 
     def load(path: str) -> bool:  # rank 0's file counts, whichever disks the ranks see
         looping = False
@@ -2912,7 +2948,10 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
             log.result("unigram", val_bpb=round(bits / validation.bytes, 8))
         if s.quantize_only:
             looping = load(s.checkpoint_path)
-            statistics = calibration(looping, 1.0)
+            began = time.perf_counter()
+            statistics = calibration(looping, rehearsal=False)
+            runtime.synchronize()
+            log.event("calibration", windows=calibration_count(s), seconds=round(time.perf_counter() - began, 3))
             log.result("averaged", **validation.score(model, looping))
         else:
             looping, statistics = train(model, data, validation, calibration, s, runtime, log)
@@ -2922,7 +2961,10 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
             if not s.quantize_only:
                 arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
                 table = dict(function=s.function_settings(), looping=looping, roles=None, rotated=s.optrot_enabled)
-                write_container(s.checkpoint_path, table, arrays, "none")
+                try:
+                    write_container(s.checkpoint_path, table, arrays, "none")
+                except OSError as error:  # the artifact is what counts
+                    log.event("no_checkpoint", error=str(error))
             save_artifact(model, looping, statistics, code, s, log)
     looping = load(s.artifact_path)
     if first:
@@ -2942,7 +2984,9 @@ def summary(record: dict) -> str:
              ("from the artifact", "quantized")) if key in results]
     lines = ["", f"{'':20}{'val_bpb':>9}{'seconds':>10}"] + [f"{name:20}{bpb:>9} {seconds}" for name, bpb, seconds in rows]
     if "training" in results:
-        lines.append(f"{'training':20}{results['training']['steps']:>9} steps in {results['training']['seconds']} s")
+        times = results["training"]
+        lines.append(f"{'training':20}{times['steps']:>9} steps and calibration in {times['clock_seconds']} s"
+                     + ("" if times["within_cap"] else f", over the cap of {times['cap_seconds']} s"))
     if "size" in results:
         size = results["size"]
         lines.append(f"{'artifact + code':20}{size['total_bytes']:>9,} bytes of {size['cap']:,}")

@@ -60,14 +60,16 @@ def main() -> None:
         checkpoint, code = g.read_container(settings.checkpoint_path, model, settings), len(g.packed_code())
         looping = g.install(model, *checkpoint, settings)
         before = validation.score(model, looping)["val_bpb"]
-        with_gradients = dataclasses.replace(settings, **METHODS["both: the default"])  # they serve every method
-        runtime.synchronize()
-        began = time.perf_counter()
-        windows = g.calibration_windows(data, settings)
-        statistics = g.calibrate(model, windows, looping, with_gradients, runtime)
-        runtime.synchronize()
-        print(f"{runtime.describe()['device']}; before: val_bpb {before:.5f}; calibration with gradients on {len(windows)} "
-              f"windows of {settings.eval_seq_len}: {time.perf_counter() - began:.1f} s")
+        windows, statistics, seconds = g.calibration_windows(data, settings), {}, {}
+        for name in ("GPTQ", "both: the default"):  # without and with gradients
+            s = dataclasses.replace(settings, **METHODS[name])
+            runtime.synchronize()
+            began = time.perf_counter()
+            statistics[s.uses_curvature] = g.calibrate(model, windows, looping, s, runtime)
+            runtime.synchronize()
+            seconds[s.uses_curvature] = round(time.perf_counter() - began, 2)
+        print(f"{runtime.describe()['device']}; before: val_bpb {before:.5f}; calibration on {len(windows)} windows of "
+              f"{settings.eval_seq_len}: {seconds[False]} s, with gradients {seconds[True]} s")
         print(f"{'':30}{'val_bpb':>9}{'change':>10}{'bytes':>12}{'bits/w':>8}{'quantize s':>12}{'pack s':>8}"
               f"{'unpack s':>10}")
         rows = []
@@ -76,10 +78,11 @@ def main() -> None:
             g.install(model, *checkpoint, s)
             model.settings, figures = s, Figures()
             runtime.synchronize()
-            seen = copy.deepcopy(statistics) if s.gptq_calibration_batches else None
+            seen = copy.deepcopy(statistics[s.uses_curvature]) if s.gptq_calibration_batches else None
             g.save_artifact(model, looping, seen, code, s, figures)
             looping = g.install(model, *g.read_container(s.artifact_path, model, s), s)
             after, [times] = validation.score(model, looping)["val_bpb"], figures["artifact"]
+            del times["file"]
             sizes = [m["rows"] * m["columns"] for m in figures["matrix"]]
             bits = sum(size * m["bits_per_weight"] for size, m in zip(sizes, figures["matrix"]))
             row = dict(method=name, val_bpb=after, change=round(after - before, 8),
@@ -91,7 +94,8 @@ def main() -> None:
                   flush=True)
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(dict(machine=runtime.describe(), before=before, code_bytes=code, rows=rows), file, indent=1)
+                json.dump(dict(machine=runtime.describe(), before=before, code_bytes=code,
+                               calibration_seconds=seconds, rows=rows), file, indent=1)
 
 
 if __name__ == "__main__":

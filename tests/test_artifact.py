@@ -498,6 +498,38 @@ def test_no_more_fine_groups_than_columns(forms, tmp_path):
     assert refusal(path, made.model, made.s) == one_line(path)
 
 
+def test_overlapping_fine_groups_are_refused(forms, tmp_path):
+    made, path = forms["awq and lqer"], tmp_path / "a.ptz"
+    roles = json.loads(json.dumps(made.table["roles"]))
+    roles["mlp.fc"]["fine"] = [[0, 0, 2, 127, 1], [0, 1, 2, 127, 1]]
+    g.write_container(str(path), made.table | dict(roles=roles), made.arrays, "none")
+    assert refusal(path, made.model, made.s) == one_line(path)
+
+
+def test_float_row_scales_beside_column_scales_are_refused(forms, tmp_path):
+    made, path = next(f for f in forms.values() if "mlp.fc.column_scale" in f.arrays), tmp_path / "a.ptz"
+    arrays = made.arrays | {"mlp.fc.row_scale": made.arrays["mlp.fc.row_scale"].astype(np.float16)}
+    g.write_container(str(path), made.table, arrays, "none")
+    assert refusal(path, made.model, made.s) == one_line(path)
+
+
+def test_a_checkpoint_without_its_stream_is_refused(forms, tmp_path):
+    made, path = next(iter(forms.values())), tmp_path / "a.ptz"
+    arrays = [[name, "float32", list(p.shape)] for name, p in made.model.named_parameters()]
+    table = dict(function=made.s.function_settings(), looping=True, roles=None, rotated=False, compressor="none",
+                 arrays=arrays, streams=[])
+    path.write_bytes(rebuilt(table, b""))
+    assert refusal(path, made.model, made.s) == one_line(path)
+
+
+def test_looping_without_loops_is_refused(tmp_path):
+    s, path = tiny(**SMALL | dict(NUM_LOOPS=0)), tmp_path / "a.ptz"
+    model = random_model(s)
+    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    g.write_container(str(path), dict(function=s.function_settings(), looping=True, roles=None, rotated=False), arrays, "none")
+    assert refusal(path, model, s) == one_line(path)
+
+
 def modules(tree: ast.Module) -> set[str]:
     """The first names of all modules that a script imports."""
     names = set()

@@ -952,9 +952,9 @@ def stream_of(tmp_path_factory):
     return make
 
 
-def read_windows(s, rank=0, world_size=1, share=1.0, **fields):
+def read_windows(s, rank=0, world_size=1, most=None, **fields):
     s = changed(s, **fields)
-    return g.calibration_windows(g.TrainingData(s, runtime(rank, world_size)), s, share)
+    return g.calibration_windows(g.TrainingData(s, runtime(rank, world_size)), s, most)
 
 
 def test_windows_come_from_the_stream_whatever_the_number_of_ranks(stream_of):
@@ -962,7 +962,7 @@ def test_windows_come_from_the_stream_whatever_the_number_of_ranks(stream_of):
     s = stream_of(stream, EVAL_SEQ_LEN=100, GPTQ_CALIBRATION_BATCHES=3)
     windows = read_windows(s)
     assert len(windows) == math.ceil(3 * 512 / 100) and all(len(w) == 101 for w in windows)
-    assert len(read_windows(s, share=0.25)) == math.ceil(0.25 * 3 * 512 / 100)
+    assert len(read_windows(s, most=5)) == 5 and len(read_windows(s, most=500)) == len(windows)
     for rank in range(4):
         for a, b in zip(windows, read_windows(changed(s, world_size=4, rank=rank), rank, 4), strict=True):
             assert np.array_equal(a, b)
