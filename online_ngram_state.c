@@ -4,6 +4,10 @@
  * Entry i of a feed belongs to the token after the i-th fed one and is computed from the tokens up to and including the
  * i-th. Counts change only when a token is fed, so the state cannot know more than a decoder does.
  *
+ * Restarts. Contexts never reach behind the last restart: the first `width` tokens after it are context alone, neither
+ * hinted nor counted. So rows of targets of several documents can take turns, each fed after the context of its first
+ * target, which is stored once more but not counted again.
+ *
  * Contexts. `slots` is an open-addressing table with linear probing, 8 bytes a slot, at most 3/4 full. The upper half of a
  * slot is the 32-bit hash of the context, whose leading bits are its home; the lower half says where the context stands:
  * once seen, the position of its continuation in `tokens`; seen again, OFTEN plus its index in `contexts`. Equal hashes only
@@ -17,8 +21,9 @@
  * Odds. Every found context puts its hint into a bucket by its occurrences and the hint's share of them. The odds of a hint
  * are hits : misses of its bucket so far, plus PRIOR imaginary hints split like (top_count + 1/2) : (rest + 1/2).
  *
- * Speed. The hash is a polynomial over the window, modulo 2^64, updated in constant time and mixed. Slots are known AHEAD
- * positions before they are read, and prefetched; a feed makes room for all its tokens first, so that slots stay put.
+ * Speed. The hash is a polynomial over the window, modulo 2^64, updated in constant time and mixed. Slots are known up
+ * to AHEAD positions before they are read, and prefetched; a feed makes room for all its tokens first, so that slots
+ * stay put.
  */
 #ifdef __linux__
 #define _DEFAULT_SOURCE /* madvise */
@@ -61,7 +66,7 @@ typedef struct {
     int width, slot_bits, pair_bits;
     float threshold;
     uint16_t *tokens;
-    int64_t length, token_room;
+    int64_t length, token_room, origin; /* origin: where the last restart was */
     uint64_t hash, leading; /* polynomial of the last width tokens hashed; FACTOR^width */
     uint64_t *slots;
     int64_t n_slots_used;
@@ -70,7 +75,7 @@ typedef struct {
     Pair *pairs;
     int64_t n_pairs;
     Bucket buckets[COUNTS][SHARES];
-    /* The present context; slot is NULL while fewer than width tokens have been fed. total is 0 if it is new. */
+    /* The present context; slot is NULL while it has fewer than width tokens. total is 0 if it is new. */
     uint64_t *slot;
     uint32_t key, total, top_count;
     uint16_t hint;
@@ -199,43 +204,91 @@ void ngram_destroy(void *state) {
     free(s->tokens), free(s->slots), free(s->contexts), free(s->pairs), free(s);
 }
 
-/* Feeds n tokens; hints, gates and odds get n entries each, odds may be NULL. Ungated entries are 0. After OUT_OF_MEMORY
- * the state may only be destroyed. */
-int ngram_feed(void *state, const uint16_t *fed, int64_t n, uint16_t *hints, uint8_t *gates, float *odds) {
-    State *s = state;
+/* Makes room for n tokens and so many contexts more. */
+static int make_room(State *s, int64_t n, int64_t contexts) {
     if (n > MAX_TOKENS - s->length) return TOO_MANY_TOKENS;
-    if (n < 1) return OK;
-    const int64_t start = s->length;
-    if (start + n > s->token_room) {
-        const int64_t room = start + n > 2 * s->token_room ? start + n : 2 * s->token_room;
+    const int64_t needed = s->length + n;
+    if (needed > s->token_room) {
+        const int64_t room = needed > 2 * s->token_room ? needed : 2 * s->token_room;
         uint16_t *tokens = realloc(s->tokens, (size_t)room * sizeof *tokens);
         if (!tokens) return OUT_OF_MEMORY;
         s->tokens = tokens, s->token_room = room;
     }
-    const uint16_t *tokens = memcpy(s->tokens + start, fed, (size_t)n * sizeof *fed);
-    if (!reserve_slots(s, s->n_slots_used + n)) return OUT_OF_MEMORY;
-    if (s->slot) look_up(s, s->key);
+    return reserve_slots(s, s->n_slots_used + contexts) ? OK : OUT_OF_MEMORY;
+}
 
+/* Feeds n tokens, for which there is room, and writes the entries first to last - 1. */
+static int feed(State *s, const uint16_t *fed, int64_t n, int64_t first, int64_t last, uint16_t *hints, uint8_t *gates,
+                float *odds) {
+    const int64_t before = s->length - s->origin, lag = n < AHEAD ? n : AHEAD;
+    const uint16_t *tokens = memcpy(s->tokens + s->length, fed, (size_t)n * sizeof *fed);
     uint32_t keys[AHEAD];
-    for (int64_t ahead = 0; ahead < n + AHEAD; ahead++) {
-        const int64_t i = ahead - AHEAD;
+    for (int64_t ahead = 0; ahead < n + lag; ahead++) {
+        const int64_t i = ahead - lag;
         if (i >= 0) {
             if (s->slot && !learn(s, tokens[i])) return OUT_OF_MEMORY;
-            if (++s->length >= s->width) look_up(s, keys[ahead % AHEAD]);
+            if (++s->length - s->origin >= s->width) look_up(s, keys[i % AHEAD]);
+        }
+        if (i >= first && i < last) {
             const int gated = s->total && (float)((double)s->top_count / s->total) >= s->threshold;
-            gates[i] = (uint8_t)gated, hints[i] = gated ? s->hint : 0;
+            gates[i - first] = (uint8_t)gated, hints[i - first] = gated ? s->hint : 0;
             if (odds) {
                 const double prior = gated ? PRIOR * (s->top_count + .5) / (s->total + 1.) : 0;
-                odds[i] = gated ? (float)((s->bucket->hits + prior) / (s->bucket->misses + PRIOR - prior)) : 0;
+                const Bucket *b = s->bucket;
+                odds[i - first] = gated ? (float)((b->hits + prior) / (b->misses + PRIOR - prior)) : 0;
             }
         }
         if (ahead < n) {
             s->hash = s->hash * FACTOR + tokens[ahead] + 1;
-            if (start + ahead >= s->width) s->hash -= s->leading * (tokens[ahead - s->width] + UINT64_C(1));
+            if (before + ahead >= s->width) s->hash -= s->leading * (tokens[ahead - s->width] + UINT64_C(1));
             const uint64_t mixed = (s->hash ^ s->hash >> 32) * FACTOR;
             const uint32_t key = keys[ahead % AHEAD] = (uint32_t)((mixed ^ mixed >> 29) * FACTOR >> 32);
-            PREFETCH(&s->slots[key >> (32 - s->slot_bits)]);
+            if (before + ahead + 1 >= s->width) PREFETCH(&s->slots[key >> (32 - s->slot_bits)]);
         }
     }
     return OK;
+}
+
+/* Feeds n tokens; hints, gates and odds get n entries each, odds may be NULL. Ungated entries are 0. After
+ * OUT_OF_MEMORY the state may only be destroyed. */
+int ngram_feed(void *state, const uint16_t *fed, int64_t n, uint16_t *hints, uint8_t *gates, float *odds) {
+    State *s = state;
+    if (n < 1) return OK;
+    const int problem = make_room(s, n, n);
+    if (problem) return problem;
+    if (s->slot) look_up(s, s->key); /* slots may have moved */
+    return feed(s, fed, n, 0, n, hints, gates, odds);
+}
+
+/* Forgets the present context, not the counts: what is fed next does not follow what was fed before. */
+void ngram_restart(void *state) {
+    State *s = state;
+    s->origin = s->length, s->hash = 0, s->slot = NULL, s->total = 0;
+}
+
+/* Tokens of context that target t has in a document whose first token is stream[first]. */
+static int64_t context_length(const State *s, int64_t first, int64_t t) {
+    return t - first < s->width ? t - first + 1 : s->width;
+}
+
+/* Feeds rows of targets, target t being stream[t + 1]: restarts for each row r, feeds the context of target begin[r]
+ * within the document whose first token is stream[first[r]], then targets begin[r] to end[r] - 1, each of which gets an
+ * entry. Reads nothing behind stream[end[r]], the last of them. 0 <= first[r] <= begin[r] <= end[r]. Otherwise as
+ * ngram_feed. */
+int ngram_feed_rows(void *state, const uint16_t *stream, int64_t n_rows, const int64_t *first, const int64_t *begin,
+                    const int64_t *end, uint16_t *hints, uint8_t *gates, float *odds) {
+    State *s = state;
+    int64_t targets = 0, contexts = 0;
+    for (int64_t r = 0; r < n_rows; r++) {
+        targets += end[r] - begin[r], contexts += context_length(s, first[r], begin[r]);
+        if (targets + contexts > MAX_TOKENS) return TOO_MANY_TOKENS;
+    }
+    int problem = make_room(s, targets + contexts, targets);
+    for (int64_t r = 0; r < n_rows && !problem; r++) {
+        const int64_t n = end[r] - begin[r], context = context_length(s, first[r], begin[r]), entry = context - 1;
+        ngram_restart(s);
+        problem = feed(s, stream + begin[r] - entry, context + n, entry, entry + n, hints, gates, odds);
+        hints += n, gates += n, odds = odds ? odds + n : NULL;
+    }
+    return problem;
 }

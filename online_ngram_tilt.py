@@ -5,11 +5,12 @@ they are counted). The distribution p becomes
 
     p'(h) = p(h) e^beta / Z,    p'(a) = p(a) / Z for a != h,    Z = 1 + p(h) (e^beta - 1),
 
-which sums to 1 because neither h nor beta nor the gate knows the target. Two boosts:
+which sums to 1 because neither h nor beta nor the gate knows the target. Three boosts:
 
     fixed        beta is a constant; pays where hints come true more often than the model expects
     calibrated   beta = logit(s) - logit(p(h)), at least 0: p'(h) becomes s, the smoothed hit rate so far of hints whose
                  contexts occurred about as often and agreed about as much; a model that is surer than s is left alone
+    learned      p'(h) is a logistic mixture of p(h) and s whose weights follow from what came true (LearnedBoost)
 
 The token expert of the Parameter Golf systems #2018 to #2140, with contexts compared instead of hashed.
 """
@@ -29,11 +30,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 SOURCE = Path(__file__).with_name("online_ngram_state.c")
 FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC")
-MODES = ("fixed", "calibrated")
+MODES = ("fixed", "calibrated", "learned")
 
 
 class NgramError(ValueError):
@@ -45,16 +48,16 @@ class Hints(NamedTuple):
 
     ids: np.ndarray  # uint16, the hinted token
     gate: np.ndarray  # bool, whether there is a hint
-    boost: np.ndarray  # float32, nats: beta in mode fixed, logit(s) in mode calibrated
+    boost: np.ndarray  # float32, nats: beta in mode fixed, logit(s) in the others
 
 
 class NgramState:
     """Counts of one token stream that is fed in pieces; how it is cut changes nothing. For one thread at a time.
 
-    order: the context is the last order - 1 tokens, across document borders. threshold: smallest share of a context's
-    occurrences, as float32, that the hint must have followed; a context seen once has share 1. boost: beta of mode fixed,
-    nats. compiler: C compiler command, empty for cc or gcc of the search path. cache: folder of the compiled library, None
-    for ~/.cache/online_ngram. Raises NgramError.
+    order: the context is the last order - 1 tokens, across document borders but not restarts. threshold: smallest
+    share of a context's occurrences, as float32, that the hint must have followed; a context seen once has share 1.
+    boost: beta of mode fixed, nats. compiler: C compiler command, empty for cc or gcc of the search path. cache: folder
+    of the compiled library, None for ~/.cache/online_ngram. Raises NgramError.
     """
 
     _state = None
@@ -77,21 +80,50 @@ class NgramState:
 
     def feed(self, tokens: np.ndarray) -> Hints:
         """Count `tokens`, (n,) uint16. Entry i is the hint for the token after tokens[i], from all tokens up to that one."""
-        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
-            what = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
-            raise NgramError(f"tokens must be a one-dimensional uint16 array, not {what}")
-        if not self._state:
-            raise NgramError("the n-gram state is closed")
-        tokens = np.ascontiguousarray(tokens, np.uint16)
-        ids, gate = np.empty_like(tokens), np.empty(len(tokens), bool)
-        odds = np.empty(len(tokens), np.float32) if self._boost is None else None
-        problem = self._library.ngram_feed(self._state, tokens.ctypes.data, len(tokens), ids.ctypes.data, gate.ctypes.data,
-                                           None if odds is None else odds.ctypes.data)
+        tokens = _contiguous(tokens, np.uint16, "tokens")
+        return self._hints(len(tokens), self._library.ngram_feed, tokens.ctypes.data, len(tokens))
+
+    def restart(self) -> None:
+        """Forget the present context, not the counts: the next order - 1 tokens are context alone, not counted."""
+        self._check_open()
+        self._library.ngram_restart(self._state)
+
+    def feed_rows(self, stream: np.ndarray, first: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Hints:
+        """Hints for the targets begin[r] to end[r] - 1 of each row r in turn, concatenated; each is then counted.
+
+        Target t is stream[t + 1]; its context lies within the document whose first token is stream[first[r]]. stream:
+        (n,) uint16, the others (rows,) int64. A decoder gets the same for each row from a restart, a feed of the
+        context of its first target (the last entry is that target's) and a feed of each target.
+        """
+        stream = _contiguous(stream, np.uint16, "stream")
+        bounds = first, begin, end = [_contiguous(bound, np.int64, name) for bound, name in
+                                      ((first, "first"), (begin, "begin"), (end, "end"))]
+        if not len(first) == len(begin) == len(end):
+            raise NgramError(f"{len(first)} first, {len(begin)} begin, {len(end)} end: must be one each for every row")
+        bad = (first < 0) | (first > begin) | (begin > end) | (end >= len(stream))
+        if bad.any():
+            row = int(bad.argmax())
+            raise NgramError(f"row {row}, first={first[row]}, begin={begin[row]}, end={end[row]}: must be 0 <= first "
+                             f"<= begin <= end < {len(stream)}, the length of the stream")
+        return self._hints(int((end - begin).sum()), self._library.ngram_feed_rows, stream.ctypes.data, len(first),
+                           *(bound.ctypes.data for bound in bounds))
+
+    def _hints(self, n: int, function: Callable[..., int], *arguments: int) -> Hints:
+        """The n entries that the C function writes. The caller keeps the arrays whose addresses are the arguments."""
+        self._check_open()
+        ids, gate = np.empty(n, np.uint16), np.empty(n, bool)
+        odds = np.empty(n, np.float32) if self._boost is None else None
+        problem = function(self._state, *arguments, ids.ctypes.data, gate.ctypes.data,
+                           None if odds is None else odds.ctypes.data)
         if problem:
             self.close()
             raise NgramError(("more than 2^31 tokens in one n-gram state", "out of memory for n-gram counts")[problem - 1])
         boost = np.multiply(gate, np.float32(self._boost)) if odds is None else np.log(odds, out=odds, where=gate)
         return Hints(ids, gate, boost)
+
+    def _check_open(self) -> None:
+        if not self._state:
+            raise NgramError("the n-gram state is closed")
 
     def close(self) -> None:
         """Free the counts."""
@@ -100,6 +132,14 @@ class NgramState:
         self._state = None
 
     __del__ = close
+
+
+def _contiguous(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
+    """The array, copied if it has strides. Raises NgramError if it is not one-dimensional or of another type."""
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+        what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise NgramError(f"{name} must be a one-dimensional {dtype.__name__} array, not {what}")
+    return np.ascontiguousarray(array, dtype)
 
 
 def token_hints(tokens: np.ndarray, order: int = 16, threshold: float = 0.8, boost: float = 2.625, mode: str = "fixed", *,
@@ -125,6 +165,59 @@ def tilt(log_p: Tensor, log_q: Tensor, hit: Tensor, boost: Tensor, gate: Tensor,
     return (log_p + beta * hit - log_z).where(gate, log_p)
 
 
+class LearnedBoost:
+    """beta = a + b logit(q) + c logit(s) - logit(q), at least 0, with a, b, c of each expert learned while scoring.
+
+    q = p(h) is the model's probability of the hint, s that of its bucket. A logistic regression of whether hints come true,
+    by online Newton steps (Hazan et al. 2007) no longer than REACH, so that a burst of surprises cannot overshoot. Mixing in
+    the logistic domain is Mahoney's (PAQ). Nothing changes between two calls of `step`: all scores in between rest on what
+    was observed before.
+    """
+
+    RIDGE = 50.0  # weight of the prior a = 0, b = 1, c = 0: the model as it is
+    REACH = 0.25  # by which a step may move a weight
+
+    def __init__(self, experts: int, device):
+        import torch
+
+        self.weights = torch.tensor([[0.0, 1.0, 0.0]] * experts, dtype=torch.float64, device=device)
+        self.curvature = self.RIDGE * torch.eye(3, dtype=torch.float64, device=device).repeat(experts, 1, 1)
+        self.seen = torch.zeros(experts, 4, 3, dtype=torch.float64, device=device)  # since the last step: gradient, curvature
+        self.experts = torch.arange(experts, device=device)
+
+    def features(self, log_q: Tensor, logit_s: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+        """1, logit(q), logit(s) of each hint (n, 3) and their weighted sum (n,), float64."""
+        log_q = log_q.double().clamp(-30, -1e-7)
+        x = log_q.new_ones(len(log_q), 3)
+        x[:, 1], x[:, 2] = log_q - (-log_q.expm1()).log(), logit_s
+        return x, (x * self.weights[expert]).sum(1)
+
+    def __call__(self, log_q: Tensor, logit_s: Tensor, expert: Tensor) -> Tensor:
+        """beta (n,), nats, of hints with log p(h), logit(s) (n,) by these experts (n,) int64."""
+        x, odds = self.features(log_q, logit_s, expert)
+        return (odds - x[:, 1]).clamp(0, 80).to(log_q.dtype)
+
+    def observe(self, log_q: Tensor, logit_s: Tensor, expert: Tensor, hit: Tensor, gate: Tensor) -> None:
+        """Count hints that were scored; hit (n,) bool: whether they came true; gate as in tilt."""
+        x, odds = self.features(log_q, logit_s, expert)
+        mine = ((self.experts == expert[:, None]) & gate[:, None]).double()  # (n, experts)
+        p = odds.sigmoid()
+        bend = (p * (1 - p)).clamp(min=1e-4)[:, None] * mine
+        self.seen[:, 0] += ((p - hit.double())[:, None] * mine).T @ x
+        self.seen[:, 1:] += ((bend[:, :, None] * x[:, None]).flatten(1).T @ x).view(-1, 3, 3)
+
+    def step(self, total=None) -> None:
+        """Learn from what was observed since the last step; total: sums a tensor over the ranks, in place."""
+        import torch
+
+        if total is not None:
+            total(self.seen)
+        self.curvature += self.seen[:, 1:]
+        move = torch.linalg.solve_ex(self.curvature, self.seen[:, 0, :, None])[0][:, :, 0]
+        self.weights -= move * (self.REACH / move.abs().amax(1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
+        self.seen.zero_()
+
+
 @functools.cache
 def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
     """The C functions, compiled if `cache` does not hold them for this source, compiler, flags and kind of machine.
@@ -135,7 +228,7 @@ def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
         command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
         version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise NgramError(f"no working C compiler ({error}): install gcc or set CC to a compiler") from None
+        raise NgramError(f"no working C compiler ({error}): install gcc, or another compiler as cc") from None
     try:
         source = SOURCE.read_bytes()
         key = hashlib.sha256(repr((source, command, FLAGS, version, os.uname().machine)).encode()).hexdigest()[:32]
@@ -151,14 +244,17 @@ def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
                 os.replace(temporary, library)
             finally:
                 Path(temporary).unlink(missing_ok=True)
-        functions = ctypes.CDLL(str(library))
+        functions = ctypes.CDLL(str(library))  # not PyDLL: other threads run while it counts
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip().split("\n")[0] or f"exit code {error.returncode}"
-        raise NgramError(f"{command[0]} cannot compile {SOURCE.name} ({reason}): set CC to another compiler") from None
+        raise NgramError(f"{command[0]} cannot compile {SOURCE.name} ({reason}): install another compiler as cc") from None
     except (OSError, RuntimeError) as error:
-        raise NgramError(f"no library from {SOURCE.name} ({error}): set XDG_CACHE_HOME to a writable folder") from None
+        raise NgramError(f"no library from {SOURCE.name} in {cache or '~/.cache/online_ngram'} ({error}): make that folder "
+                         "writable") from None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     functions.ngram_create.argtypes, functions.ngram_create.restype = (ctypes.c_int, ctypes.c_float), pointer
     functions.ngram_destroy.argtypes, functions.ngram_destroy.restype = (pointer,), None
-    functions.ngram_feed.argtypes = pointer, pointer, size, pointer, pointer, pointer
+    functions.ngram_restart.argtypes, functions.ngram_restart.restype = (pointer,), None
+    functions.ngram_feed.argtypes = pointer, pointer, size, *[pointer] * 3
+    functions.ngram_feed_rows.argtypes = pointer, pointer, size, *[pointer] * 6
     return functions

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import glob
 import hashlib
 import itertools
@@ -56,6 +57,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import online_ngram_tilt as ngram
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of PyTorch come without it; what needs it is then never called
+    triton = tl = None
+
 # ======================================================================================================================
 # 1. Settings
 # ======================================================================================================================
@@ -87,17 +96,32 @@ REFUSED_SETTINGS = {
     "TIE_EMBEDDINGS": "the output head is always the embedding; the untied head of earlier systems was never trained",
     "EMBED_LR": "it belonged to the untied embedding; use TIED_EMBED_LR",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter groups follow from the model, not from name fragments",
+    "TTT_EVAL_BATCHES": "it reordered the documents; every document is scored, in the order that TTT_ORDER names",
+    "TTT_TRAIN_MIN_DOC_LEN": "whether a document is trained on may not depend on a length that is not known yet",
+    "TTT_TRAIN_MAX_DOC_LEN": "whether a document is trained on may not depend on a length that is not known yet",
+    "GLOBAL_TTT_BATCH_SEQS": "one step takes GLOBAL_TTT_CHUNK_TOKENS; no published run reached this bound",
+    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "attention never crosses a document border; leave it unset",
+    "GLOBAL_TTT_MUON_NESTEROV": "Muon always looks ahead here; leave it unset",
 }
+NO_ADAPTER = "no published run switched these adapters on"
+REFUSED_SETTINGS |= {name: f"{NO_ADAPTER}; leave it unset" for name in (
+    "TTT_SHORT_LORA_RANK", "TTT_SHORT_LORA_LR", "TTT_SHORT_WEIGHT_DECAY", "TTT_SHORT_BETA2",
+    "TTT_WARM_START_MEAN_DOC_LEN", "TTT_WARM_START_MEAN_MOMENTUM")}
+
+# What published systems can switch on and this one has not: (least, largest) value under which it is off there too.
+PEEKS = "this expert looks at the class of the token that it scores, which a decoder does not know"
+SWITCHED_OFF = {"WITHIN_BOOST": (0, 0, PEEKS), "WORD_BOOST": (0, 0, PEEKS), "AGREE_ADD_BOOST": (0, 0, PEEKS),
+                "WITHIN_TAU": (1.0001, math.inf, PEEKS), "WORD_TAU": (1.0001, math.inf, PEEKS),
+                "TTT_SHORT_LORA_ENABLED": (0, 0, NO_ADAPTER), "TTT_WARM_START_MEAN_ENABLED": (0, 0, NO_ADAPTER)}
+TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}  # TTT_MASK: adapters left out
 
 # Parts of the published systems that are not built yet. To ignore their variables would be a false record too.
-MISSING_PREFIXES = ("PHASED_TTT_", "GLOBAL_TTT_", "NGRAM_",
-                    "TOKEN_ORDER", "TOKEN_THRESHOLD", "TOKEN_BOOST", "WITHIN_TAU", "WITHIN_BOOST", "WORD_ORDER",
-                    "WORD_NORMALIZE", "WORD_TAU", "WORD_BOOST", "AGREE_ADD_BOOST", "TEMPERATURE_SCALE", "SKYLIGHT_",
-                    "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_", "FUSED_CE_")
+MISSING_PREFIXES = ("TEMPERATURE_SCALE", "SKYLIGHT_", "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_",
+                    "SEQ_CHANGE_", "FUSED_CE_")
 
 # First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
 SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_", "ARTIFACT_",
-                   "PARALLEL_", "SKIP_", "MIN_", "ENABLE_", "FORCE_"}
+                   "PARALLEL_", "SKIP_", "MIN_", "ENABLE_", "FORCE_", "GLOBAL_", "TOKEN_"}
 
 
 @dataclass(frozen=True)
@@ -265,11 +289,98 @@ class Settings:
     val_batch_tokens: int = setting("Evaluation", 524288, "one eighth of it is one packed batch of plain evaluation",
                                     unit="tokens", low=8)
 
+    # --- Test-time training (TTT): every chunk is scored, then its document's adapters are trained on it
+    ttt_enabled: bool = setting("Test-time training", True, "1: score once more, adapting to what has been scored")
+    ttt_context: str = setting("Test-time training", "cache", "what a chunk sees of its document: cache: keys and values as "
+                               "they were when scored; recompute: its window, computed again with the newest adapters",
+                               choices=("cache", "recompute"))
+    ttt_order: str = setting("Test-time training", "stream", "stream: documents in order, the next takes the first free "
+                             "slot; length: the longest first and hints in the order of the text, as the published systems "
+                             "did, for which no decoder exists", choices=("stream", "length"))
+    ttt_batch_size: int = setting("Test-time training", 64, "an eighth of the slots, in which documents are scored side by "
+                                  "side; ranks share the slots", low=1)
+    ttt_chunk_size: int = setting("Test-time training", 48, "scored before each update", unit="tokens", low=1)
+    ttt_chunk_growth: float = setting("Test-time training", 0.03125, "chunks grow to this share of the text before them, in "
+                                      "whole TTT_CHUNK_SIZE; 0: they do not", low=0, high=1)
+    ttt_chunk_max: int = setting("Test-time training", 96, "largest chunk then", unit="tokens", low=1)
+    ttt_eval_seq_len: int = setting("Test-time training", 3072, "longest context, chunk included", unit="tokens", low=1)
+    ttt_micro_batch_tokens: int = setting("Test-time training", 32768, "bound on the inputs of one forward pass, for memory",
+                                          unit="tokens", low=1)
+    ttt_lora_rank: int = setting("Test-time training", 32, "rank of an adapter", low=1)
+    ttt_lora_alpha: float = setting("Test-time training", 144.0, "an adapter's output is scaled by this / rank", low=0)
+    ttt_mask: str = setting("Test-time training", "", "turns TTT_Q_LORA, TTT_V_LORA or both off where they are not set",
+                            choices=tuple(TTT_MASKS))
+    ttt_q_lora: bool = setting("Test-time training", True, "1: adapters on queries")
+    ttt_k_lora: bool = setting("Test-time training", False, "1: adapters on keys")
+    ttt_v_lora: bool = setting("Test-time training", True, "1: adapters on values")
+    ttt_o_lora: bool = setting("Test-time training", True, "1: adapters from the block input to the attention output")
+    ttt_mlp_lora: bool = setting("Test-time training", True, "1: adapters parallel to the MLPs; the head always has one")
+    ttt_warm_start_a: bool = setting("Test-time training", True, "1: a new document keeps its slot's A; 0: it draws its own")
+    ttt_optimizer: str = setting("Test-time training", "adam", "AdamW, or SGD with momentum TTT_BETA1",
+                                 choices=("adam", "sgd"))
+    ttt_lora_lr: float = setting("Test-time training", 1.2e-4, "learning rate of the adapters", low=0)
+    ttt_local_lr_mult: float = setting("Test-time training", 1.0, "factor on that rate", low=0)
+    ttt_lr_chunk_power: float = setting("Test-time training", 1.0, "a chunk k times as long as the document's first is trained "
+                                        "on with k to this power times the rate", low=0, high=2)
+    ttt_weight_decay: float = setting("Test-time training", 2.0, "weight decay of the adapters", low=0)
+    ttt_beta1: float = setting("Test-time training", 0.0, "first-moment coefficient", low=0, below=1)
+    ttt_beta2: float = setting("Test-time training", 0.99, "second-moment coefficient", low=0, below=1)
+    ttt_grad_steps: int = setting("Test-time training", 1, "updates after each chunk, every one with a gradient of its own",
+                                  low=1)
+    ttt_grad_steps_clean: bool = setting("Test-time training", True, "0: they add to the gradients before them, as in #2135")
+    ttt_update_every: int = setting("Test-time training", 1, "chunks whose gradients are summed for an update", low=1)
+    ttt_lora_ema_decay: float = setting("Test-time training", 0.0, "above 0: the scores come from an average of the adapters "
+                                        "with this decay per update, at the cost of a forward pass", low=0, below=1)
+    ttt_short_score_first_enabled: bool = setting("Test-time training", False, "1: chunk by the document's length, which only "
+                                                  "TTT_ORDER=length knows in advance")
+    ttt_short_score_first_steps: str = setting("Test-time training", "", "then: length:chunk pairs, comma separated, lengths "
+                                               "in tokens with both BOS; the first length that is not exceeded counts")
+    ttt_short_doc_len: int = setting("Test-time training", 2000, "without such pairs: the length up to which ...",
+                                     unit="tokens", low=1)
+    ttt_short_chunk_size: int = setting("Test-time training", 48, "... chunks have this size", unit="tokens", low=1)
+
+    # --- Global phases of test-time training: all weights are trained on documents that are completely scored
+    phased_ttt_prefix_docs: int = setting("Global test-time training", 2500, "scored documents after which the last phase "
+                                          "comes; 0: no phase", low=0)
+    phased_ttt_num_phases: int = setting("Global test-time training", 1, "phases, at equal fractions of that count, each on "
+                                         "all documents scored by then", low=1)
+    global_ttt_optimizer: str = setting("Global test-time training", "sgd", "sgd: for all weights; muon: Muon for the banks",
+                                        choices=("sgd", "muon"))
+    global_ttt_lr: float = setting("Global test-time training", 0.001, "learning rate at the start of a phase; it falls to 0 "
+                                   "as a cosine", low=0)
+    global_ttt_momentum: float = setting("Global test-time training", 0.9, "momentum", low=0, below=1)
+    global_ttt_muon_ns_steps: int = setting("Global test-time training", 5, "Newton-Schulz iterations with muon", low=1,
+                                            high=5)
+    global_ttt_epochs: int = setting("Global test-time training", 1, "steps on each chunk", low=1)
+    global_ttt_chunk_tokens: int = setting("Global test-time training", 32768, "one chunk, over all ranks", unit="tokens",
+                                           low=1)
+    global_ttt_warmup_chunks: int = setting("Global test-time training", 0, "chunks over which the learning rate first rises",
+                                            low=0)
+    global_ttt_warmup_start_lr: float = setting("Global test-time training", 0.0, "from this value", low=0)
+    global_ttt_grad_clip: float = setting("Global test-time training", 1.0, "bound on the gradient's global norm; 0: none",
+                                          low=0)
+
+    # --- N-gram tilt of the scores of test-time training
+    ngram_tilt_enabled: bool = setting("N-gram tilt", True, "1: tilt toward what has followed the last tokens most often")
+    ngram_boost: str = setting("N-gram tilt", "learned", "fixed: by TOKEN_BOOST; calibrated: to the hit rate so far; learned: "
+                               "a logistic mixture of that rate and the model, fitted while scoring", choices=ngram.MODES)
+    ngram_hint_precompute_outside: bool = setting("N-gram tilt", False, "1: hints before the timer starts, no valid record")
+    token_order: int = setting("N-gram tilt", 16, "the context is one token less", unit="tokens", low=2, high=256)
+    token_backoff: str = setting("N-gram tilt", "10,6", "learned: shorter orders that are asked in turn where a context is "
+                                 "new; comma separated, empty: none")
+    token_threshold: float = setting("N-gram tilt", 0.8, "fixed, calibrated: smallest share of a hint among its context's "
+                                     "continuations", low=0, high=1)
+    token_boost: float = setting("N-gram tilt", 2.625, "fixed: the boost", unit="nats", low=0, high=50)
+
     @classmethod
     def from_environment(cls, environ) -> Settings:
         """Read every setting from the mapping `environ`; raises InputError with all problems at once, a line each."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems = [f"{name}: {why}" for name, why in REFUSED_SETTINGS.items() if name in environ]
+        for name, (least, largest, why) in SWITCHED_OFF.items():
+            if name in environ and not least <= number(environ[name]) <= largest:
+                problems.append(f"{name}: {why}; set it to {'0' if largest == 0 else '99'} or leave it unset")
+        environ = {f"TTT_{letter}_LORA": "0" for letter in TTT_MASKS.get(environ.get("TTT_MASK", ""), "")} | dict(environ)
         values = {}
         for name, field in fields.items():
             if name in environ:
@@ -279,7 +390,7 @@ class Settings:
                     problems.append(str(error))
         ours = tuple({"_".join(name.split("_")[:k]) + "_" for name in fields for k in (1, 2) if name.count("_") >= k}
                      - SHARED_PREFIXES)
-        for name in sorted(environ.keys() - fields.keys() - REFUSED_SETTINGS.keys()):
+        for name in sorted(environ.keys() - fields.keys() - REFUSED_SETTINGS.keys() - SWITCHED_OFF.keys()):
             if name.startswith(MISSING_PREFIXES):
                 problems.append(f"{name}: this version has no such part yet; unset it")
                 continue
@@ -356,6 +467,23 @@ class Settings:
         require(not s.optrot_enabled or s.head_dim & (s.head_dim - 1) == 0,
                 f"OPTROT_ENABLED: the head width {s.head_dim} is no power of two; unset it")
         require(not (s.ttt_eval_only and s.quantize_only), "QUANTIZE_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
+        modes = dict(token_threshold=("fixed", "calibrated"), token_boost=("fixed",), token_backoff=("learned",))
+        for name, read in modes.items():
+            require(s.ngram_boost in read or getattr(s, name) == getattr(Settings, name),
+                    f"{name.upper()}: it is read only with NGRAM_BOOST={' or '.join(read)}; set that or leave it unset")
+        orders = [s.token_order, *map(int, re.findall(r"\d+", s.token_backoff))]
+        falling = all(a > b > 1 for a, b in itertools.pairwise(orders)) or s.token_backoff == Settings.token_backoff
+        require(re.fullmatch(r"(\d{1,3}(,(?=\d)|$))*", s.token_backoff) and falling, f"TOKEN_BACKOFF: {s.token_backoff!r} is "
+                f"no list of falling orders from 2 to below TOKEN_ORDER={s.token_order}")
+        require(s.ttt_update_every == 1 or s.ttt_grad_steps == 1,
+                "TTT_UPDATE_EVERY: above 1 it does not go with TTT_GRAD_STEPS above 1")
+        largest = max(s.ttt_chunk_size, s.ttt_chunk_max * (s.ttt_chunk_growth > 0),
+                      *s.short_chunks.values() if s.ttt_short_score_first_enabled else ())
+        require(s.ttt_eval_seq_len >= largest, f"TTT_EVAL_SEQ_LEN: {s.ttt_eval_seq_len} is below the largest chunk, {largest}")
+        require(not s.ttt_short_score_first_enabled or s.ttt_order == "length",
+                "TTT_SHORT_SCORE_FIRST_ENABLED: a chunk by the document's length cannot be decoded; set TTT_ORDER=length")
+        require(re.fullmatch(r"([1-9]\d*[:=][1-9]\d*(,(?=\d)|$))*", s.ttt_short_score_first_steps),
+                f"TTT_SHORT_SCORE_FIRST_STEPS: {s.ttt_short_score_first_steps!r} is no list like 256:16,2000:32")
         return found
 
     # Derived values; none of them is a setting of its own.
@@ -372,6 +500,9 @@ class Settings:
     log_dir = property(lambda s: s.artifact_dir or "logs")
     artifact_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.int6.ptz"))
     checkpoint_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.fp32.ptz"))
+    ttt_slots = property(lambda s: 8 * s.ttt_batch_size)
+    token_orders = property(lambda s: [s.token_order] + [k for k in map(int, re.findall(r"\d+", s.token_backoff)) if
+                                                         k < s.token_order and s.ngram_boost == "learned"])
     uses_curvature = property(lambda s: s.step_rule == "loss" or s.awq_lite_enabled and s.awq_lite_weighted
                               or s.lqer_enabled and s.lqer_weighted)
 
@@ -385,12 +516,32 @@ class Settings:
     def micro_batch_tokens(self) -> int:
         return self.train_batch_tokens // (self.world_size * self.accumulation)
 
+    def first_chunk(self, length: int) -> int:
+        """The size of a document's first chunk; its `length`, in targets, counts with TTT_SHORT_SCORE_FIRST_ENABLED alone."""
+        if not self.ttt_short_score_first_enabled:
+            return self.ttt_chunk_size
+        return next((size for limit, size in self.short_chunks.items() if length < limit), self.ttt_chunk_size)
+
+    @functools.cached_property
+    def short_chunks(self) -> dict[int, int]:
+        """Chunk sizes by the length, both BOS counted, up to which they hold, shortest first."""
+        pairs = self.ttt_short_score_first_steps or f"{self.ttt_short_doc_len}:{self.ttt_short_chunk_size}"
+        return dict(sorted(tuple(map(int, pair)) for pair in re.findall(r"(\d+)[:=](\d+)", pairs)))
+
     def function_settings(self) -> dict:
         """The settings that change what function a set of weights computes; they travel in the artifact."""
         free = {"tied_embed_init_std", "qk_gain_init", "sparse_attn_gate_init_std", "gated_attn_init_std"}
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                   if f.metadata["group"] in ("Model", "Gates") and f.name not in free}
         return chosen | {"vocab_size": self.vocab_size}
+
+
+def number(text: str) -> float:
+    """The number that the text stands for, NaN if none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def parse_setting(name: str, text: str, field: dataclasses.Field):
@@ -452,6 +603,8 @@ def settings_help() -> str:
 # 2. Runtime
 # ======================================================================================================================
 
+
+IMPORTED = time.perf_counter()
 
 # torch 2.13 wants reduce_scatter_tensor and all_gather_into_tensor under new names, which 2.11 does not have.
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
@@ -537,6 +690,16 @@ class Runtime:
                     torch=torch.__version__, cuda=torch.version.cuda or "none")
 
 
+def process_seconds() -> float:
+    """Seconds since this process was started, so far as the system says."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.perf_counter() - IMPORTED
+
+
 def write_atomically(path: str, data: bytes) -> None:
     """`path` holds either what it held before or all of `data`, whatever happens on the way."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -557,6 +720,50 @@ def write_atomically(path: str, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def ahead(items, depth: int):
+    """The items, an iterable, taken by a thread that runs up to `depth` of them ahead; it ends with the context.
+
+    What is raised while taking an item is raised where that item is asked for.
+    """
+    ready, stopped, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def produce():
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except Exception as error:
+            put((end, error))
+
+    def consume():
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def file_sha256(path: str) -> str:
@@ -674,6 +881,7 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor  # (segments + 1,) int32, 0 .. T
     positions: Tensor  # (T,) int32, distance from the start of the segment
     max_seqlen: int  # upper bound on a segment's length
+    previous: Tensor | None = None  # (T,) the token before each in its document, where that is not the left neighbour
 
 
 def segment_bounds(starts: np.ndarray, total: int, max_seqlen: int) -> np.ndarray:
@@ -757,36 +965,12 @@ class TrainingData:
         return Batch(torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy()),
                      make_segments(bounds, s.train_seq_len))
 
-    def stream(self, depth: int = 4):
-        """Yield this rank's micro-batches from step 0 on, read and packed by a thread `depth` batches ahead."""
-        ready, stopped = queue.Queue(depth), threading.Event()
-
-        def produce():
-            for step, micro in ((s, m) for s in itertools.count() for m in range(self.settings.accumulation)):
-                try:
-                    item = self.batch(step, micro)
-                except Exception as error:  # handed over, so that it is raised where the batch is asked for
-                    item = error
-                while not stopped.is_set():
-                    try:
-                        ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        pass
-                if stopped.is_set() or isinstance(item, Exception):
-                    return
-
-        thread = threading.Thread(target=produce, daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item.to(self.runtime)
-        finally:
-            stopped.set()
-            thread.join()
+    def stream(self):
+        """Yield this rank's micro-batches from step 0 on, on the device."""
+        order = ((step, micro) for step in itertools.count() for micro in range(self.settings.accumulation))
+        with ahead(itertools.starmap(self.batch, order), 4) as batches:
+            for batch in batches:
+                yield batch.to(self.runtime)
 
     def unigram_bits(self, tokens: np.ndarray, most: int = 20_000_000) -> float:
         """Bits that a unigram model, counted on the first `most` training tokens plus one each, spends on `tokens`."""
@@ -869,6 +1053,423 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
+jit = triton.jit if triton else lambda function: function
+
+
+# --- Attention with a cache -------------------------------------------------------------------------------------------
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, keys: Tensor, values: Tensor,
+                     slots: Tensor, begins: Tensor, window: int) -> Tensor:
+    """Attention of packed rows to themselves (causal) and to cached keys and values of their documents' past.
+
+    q (T, heads, D), k and v (T, kv_heads, D), result like q. Row s is tokens cu[s] .. cu[s + 1] - 1; cu (S + 1,) int32,
+    longest bounds a row's length. keys, values (slots, room, kv_heads, D) are rings: document position p lies at index
+    p % room of slot slots[s]. begins (S,) int64: document position of the row's first token. A row of n tokens sees the
+    cached positions from begins[s] + n - window on; room >= window. Scores are scaled by 1/sqrt(D), neighbouring query
+    heads share a key/value head. Gradients reach q, k and v.
+    """
+    function = CachedAttention.apply if q.is_cuda else reference_cached_attention
+    return function(q, k, v, cu, longest, keys, values, slots, begins, window)
+
+
+def reference_cached_attention(q, k, v, cu, longest, keys, values, slots, begins, window):
+    """The same, row by row."""
+    group, room, outputs = q.size(1) // k.size(1), keys.size(1), []
+    for (a, b), slot, begin in zip(itertools.pairwise(cu.tolist()), slots.tolist(), begins.tolist()):
+        past = torch.arange(min(begin, max(0, begin + b - a - window)), begin, device=q.device) % room
+        row_k, row_v = (torch.cat((cache[slot, past], own[a:b])).repeat_interleave(group, 1).transpose(0, 1)
+                        for cache, own in ((keys, k), (values, v)))  # (heads, past + n, D) each
+        visible = torch.ones(b - a, row_k.size(1), dtype=torch.bool, device=q.device).tril(len(past))
+        outputs.append(F.scaled_dot_product_attention(q[a:b].transpose(0, 1), row_k, row_v, visible).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@jit
+def row_bounds(cu, begins, s, window, room):
+    """First token (int64) and length of row s, how many cached positions it sees, ring index of the oldest."""
+    start, end = tl.load(cu + s), tl.load(cu + s + 1)
+    begin = tl.load(begins + s).to(tl.int32)
+    oldest = tl.minimum(tl.maximum(begin + (end - start) - window, 0), begin)
+    return start.to(tl.int64), end - start, begin - oldest, oldest % room
+
+
+@jit
+def cached_block(keys, values, base, j, first, count, room, TAIL: tl.constexpr, KV_HEADS: tl.constexpr,
+                 D: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys and values (BLOCK, D) of the cached positions j .. j + BLOCK - 1 after the oldest, and which are seen."""
+    past = j + tl.arange(0, BLOCK)
+    seen = (past < count) | (not TAIL)  # constant in full blocks: loads and scores then need no mask
+    index = first + past
+    index = tl.where(index < room, index, index - room)  # count <= room: it wraps at most once
+    at = base + index[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
+    return (tl.load(keys + at, mask=seen[:, None], other=0.0), tl.load(values + at, mask=seen[:, None], other=0.0),
+            seen[None, :])
+
+
+@jit
+def softmax_block(q, k, v, visible, scale, top, total, out):
+    """One block of keys into the running softmax: maximum and sum (rows,), unnormalized output (rows, D)."""
+    scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return higher, total * shrink + tl.sum(p, 1), out
+
+
+@jit
+def dq_block(q, dout, k, v, visible, scale, lse, delta, dq):
+    """One block of keys into the gradient of the queries (rows, D)."""
+    scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    ds = tl.exp2(scores * scale - lse[:, None]) * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+# Kernels run per (tile, kv head, row). A tile of queries holds BLOCK_M / GROUP tokens times the GROUP query heads that
+# share the kv head, so that cached keys are read once for all. lse: log-sum-exp of the scores in base 2. A row's own
+# keys come first: every query sees one of them, which makes the running maximum finite. Queries behind the end of a
+# row are zeros that nobody reads. Masked loads of the cache give zeros: what was never written may be NaN.
+
+
+@jit
+def attention_forward_kernel(q, k, v, out, lse, cu, keys, values, slots, begins, window, room, scale,
+                             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    head, s = tl.program_id(1), tl.program_id(2)
+    start, n, count, first = row_bounds(cu, begins, s, window, room)
+    begin = tl.program_id(0) * (BLOCK_M // GROUP)
+    if begin >= n:
+        return
+    d, m, j_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    token = begin + m // GROUP
+    line = token * (KV_HEADS * GROUP) + m % GROUP  # into (T, heads), from the row's first token and the first head on
+    base, own, cached = (start * KV_HEADS + head) * GROUP, (start * KV_HEADS + head) * D, head * D
+    cached += tl.load(slots + s).to(tl.int64) * room * (KV_HEADS * D)
+    q_m = tl.load(q + base * D + (line[:, None] * D + d), mask=(token < n)[:, None], other=0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    for j in range(0, tl.minimum(n, begin + BLOCK_M // GROUP), BLOCK_N):
+        at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
+        k_n = tl.load(k + own + at, mask=seen, other=0.0)
+        v_n = tl.load(v + own + at, mask=seen, other=0.0)
+        top, total, acc = softmax_block(q_m, k_n, v_n, (j + j_n)[None, :] <= token[:, None], scale, top, total, acc)
+    full = count // BLOCK_N * BLOCK_N
+    for tail in tl.static_range(2):
+        for j in range(full * tail, count if tail else full, BLOCK_N):
+            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D, BLOCK_N)
+            top, total, acc = softmax_block(q_m, k_n, v_n, seen, scale, top, total, acc)
+    tl.store(out + base * D + (line[:, None] * D + d), (acc / total[:, None]).to(out.dtype.element_ty),
+             mask=(token < n)[:, None])
+    tl.store(lse + base + line, top + tl.log2(total), mask=token < n)
+
+
+@jit
+def attention_dq_kernel(q, k, v, out, dout, lse, delta, dq, cu, keys, values, slots, begins, window, room, scale,
+                        KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Also writes delta (T, heads), the products of output and its gradient, for the other kernel."""
+    head, s = tl.program_id(1), tl.program_id(2)
+    start, n, count, first = row_bounds(cu, begins, s, window, room)
+    begin = tl.program_id(0) * (BLOCK_M // GROUP)
+    if begin >= n:
+        return
+    d, m, j_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    token = begin + m // GROUP
+    line = token * (KV_HEADS * GROUP) + m % GROUP
+    base, own, cached = (start * KV_HEADS + head) * GROUP, (start * KV_HEADS + head) * D, head * D
+    cached += tl.load(slots + s).to(tl.int64) * room * (KV_HEADS * D)
+    at_m, inside = base * D + (line[:, None] * D + d), (token < n)[:, None]
+    q_m = tl.load(q + at_m, mask=inside, other=0.0)
+    dout_m = tl.load(dout + at_m, mask=inside, other=0.0)
+    lse_m = tl.load(lse + base + line, mask=token < n, other=0.0)
+    delta_m = tl.sum(tl.load(out + at_m, mask=inside, other=0.0).to(tl.float32) * dout_m.to(tl.float32), 1)
+    tl.store(delta + base + line, delta_m, mask=token < n)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    for j in range(0, tl.minimum(n, begin + BLOCK_M // GROUP), BLOCK_N):
+        at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
+        k_n = tl.load(k + own + at, mask=seen, other=0.0)
+        v_n = tl.load(v + own + at, mask=seen, other=0.0)
+        acc = dq_block(q_m, dout_m, k_n, v_n, (j + j_n)[None, :] <= token[:, None], scale, lse_m, delta_m, acc)
+    full = count // BLOCK_N * BLOCK_N
+    for tail in tl.static_range(2):
+        for j in range(full * tail, count if tail else full, BLOCK_N):
+            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D, BLOCK_N)
+            acc = dq_block(q_m, dout_m, k_n, v_n, seen, scale, lse_m, delta_m, acc)
+    tl.store(dq + at_m, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=inside)  # scale holds log2 e
+
+
+@jit
+def attention_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu, scale,
+                         KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Gradients of a row's own keys and values, from its own later queries. Scores are transposed: (keys, queries)."""
+    head, s, begin = tl.program_id(1), tl.program_id(2), tl.program_id(0) * BLOCK_N
+    start = tl.load(cu + s).to(tl.int64)
+    n = tl.load(cu + s + 1) - tl.load(cu + s)
+    if begin >= n:
+        return
+    d, m, token_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N)
+    base = (start * KV_HEADS + head) * GROUP
+    at_n, inside = (start * KV_HEADS + head) * D + (token_n[:, None] * (KV_HEADS * D) + d), (token_n < n)[:, None]
+    k_n = tl.load(k + at_n, mask=inside, other=0.0)
+    v_n = tl.load(v + at_n, mask=inside, other=0.0)
+    dk_n = tl.zeros((BLOCK_N, D), tl.float32)
+    dv_n = tl.zeros((BLOCK_N, D), tl.float32)
+    for t in range(begin, n, BLOCK_M // GROUP):
+        token = t + m // GROUP
+        line = token * (KV_HEADS * GROUP) + m % GROUP
+        at_m = base * D + (line[:, None] * D + d)
+        q_m = tl.load(q + at_m, mask=(token < n)[:, None], other=0.0)
+        dout_m = tl.load(dout + at_m, mask=(token < n)[:, None], other=0.0)
+        lse_m = tl.load(lse + base + line, mask=token < n, other=0.0)
+        delta_m = tl.load(delta + base + line, mask=token < n, other=0.0)
+        scores = tl.dot(k_n, tl.trans(q_m), input_precision="ieee")
+        p = tl.exp2(tl.where(token_n[:, None] <= token[None, :], scores, float("-inf")) * scale - lse_m[None, :])
+        dv_n = tl.dot(p.to(dout_m.dtype), dout_m, dv_n, input_precision="ieee")
+        ds = p * (tl.dot(v_n, tl.trans(dout_m), input_precision="ieee") - delta_m[None, :])
+        dk_n = tl.dot(ds.to(q_m.dtype), q_m, dk_n, input_precision="ieee")
+    tl.store(dk + at_n, (dk_n * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + at_n, dv_n.to(dv.dtype.element_ty), mask=inside)
+
+
+FORWARD_TILE = dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+DQ_TILE = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
+DKV_TILE = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+
+
+class CachedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu, longest, keys, values, slots, begins, window):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (_, heads, size), kv_heads, room = q.shape, k.size(1), keys.size(1)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.shape = dict(KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=size)
+        ctx.longest = longest
+        ctx.scale = size ** -0.5 * 1.4426950408889634  # the kernels use base 2
+        # Not among the saved tensors: the rows may be stored before their backward pass, which overwrites nothing seen.
+        ctx.past = keys, values, slots, begins, window, room
+        tiles = triton.cdiv(longest * ctx.shape["GROUP"], FORWARD_TILE["BLOCK_M"])
+        attention_forward_kernel[tiles, kv_heads, len(slots)](
+            q, k, v, out, lse, cu, *ctx.past, ctx.scale, **ctx.shape, **FORWARD_TILE)
+        ctx.save_for_backward(q, k, v, out, lse, cu)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, cu = ctx.saved_tensors
+        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tiles = triton.cdiv(ctx.longest * ctx.shape["GROUP"], DQ_TILE["BLOCK_M"])
+        attention_dq_kernel[tiles, k.size(1), len(cu) - 1](
+            q, k, v, out, dout, lse, delta, dq, cu, *ctx.past, ctx.scale, **ctx.shape, **DQ_TILE)
+        attention_dkv_kernel[triton.cdiv(ctx.longest, DKV_TILE["BLOCK_N"]), k.size(1), len(cu) - 1](
+            q, k, v, dout, lse, delta, dk, dv, cu, ctx.scale, **ctx.shape, **DKV_TILE)
+        return dq, dk, dv, *[None] * 7
+
+
+def ring_index(cu: Tensor, slots: Tensor, begins: Tensor, total: int, room: int) -> Tensor:
+    """Where each of the `total` packed tokens lies in a cache of (slots * room) places: (T,) int64."""
+    tokens = torch.arange(total, dtype=cu.dtype, device=cu.device)
+    rows = torch.searchsorted(cu[1:], tokens, right=True)
+    return slots[rows] * room + (begins[rows] + tokens - cu[rows]) % room
+
+
+def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
+    """Write k and v (T, kv_heads, D) to the places `index` of keys and values (slots, room, kv_heads, D)."""
+    for cache, new in ((keys, k), (values, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, index, new.detach())
+
+
+# --- Losses of two tokens ---------------------------------------------------------------------------------------------
+
+
+def two_value_nll(scores: Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
+                  hints: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
+
+    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). The
+    gradient reaches `scores` alone, through the first result alone.
+    """
+    return (TwoValueNLL.apply if scores.is_cuda else reference_two_value_nll)(scores, cap_pos, cap_neg, targets, hints)
+
+
+def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
+    cap_pos, cap_neg = (torch.as_tensor(cap, dtype=torch.float32).detach() for cap in (cap_pos, cap_neg))
+    caps = torch.where(scores >= 0, cap_pos, cap_neg)
+    logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
+    return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
+
+
+@jit
+def soft_cap(x, cap_pos, cap_neg):
+    """c tanh(x / c) and its derivative; float32, any shape."""
+    cap = tl.where(x >= 0, cap_pos, cap_neg)
+    e = tl.exp(tl.abs(x) * tl.where(x >= 0, -2.0 / cap_pos, -2.0 / cap_neg))
+    capped = cap * (1.0 - e) / (1.0 + e)
+    return tl.where(x >= 0, capped, -capped), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@jit
+def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse,
+                       V: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * stride
+    cap_pos, cap_neg = tl.load(cap_pos), tl.load(cap_neg)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for j in range(0, V, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        capped, _ = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
+        capped = tl.where(at < V, capped, float("-inf"))
+        higher = tl.maximum(top, tl.max(capped, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(capped - higher), 0)
+        top = higher
+    top += tl.log(total)
+    target, _ = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
+    hint, _ = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
+    tl.store(nll + row, top - target)
+    tl.store(log_q + row, hint - top)
+    tl.store(lse + row, top)
+
+
+@jit
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dscores,
+                        V: tl.constexpr, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(scores + row * stride + at, mask=at < V, other=0.0).to(tl.float32)
+    capped, slope = soft_cap(x, tl.load(cap_pos), tl.load(cap_neg))
+    p = tl.exp(capped - tl.load(lse + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0)
+    tl.store(dscores + row * V + at, (tl.load(dnll + row) * p * slope).to(dscores.dtype.element_ty), mask=at < V)
+
+
+class TwoValueNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, cap_pos, cap_neg, targets, hints):
+        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+        caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
+                for cap in (cap_pos, cap_neg)]
+        nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
+        ctx.block = dict(V=scores.size(1), BLOCK=min(triton.next_power_of_2(scores.size(1)), 4096), num_warps=8)
+        nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block)
+        ctx.save_for_backward(scores, *caps, targets, lse)
+        ctx.mark_non_differentiable(log_q)
+        return nll, log_q
+
+    @staticmethod
+    def backward(ctx, dnll, _):
+        scores, *caps, targets, lse = ctx.saved_tensors
+        dscores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+        nll_backward_kernel[len(scores), triton.cdiv(ctx.block["V"], ctx.block["BLOCK"])](
+            scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dscores, **ctx.block)
+        return dscores, None, None, None, None
+
+
+# --- AdamW per slot ---------------------------------------------------------------------------------------------------
+
+
+def adamw_rows(p: Tensor, work: Tensor, square: Tensor, mean: Tensor | None, slots: Tensor, on: Tensor, grad: Tensor,
+               count: Tensor, rate: Tensor, decay: float, beta1: float, beta2: float) -> None:
+    """One AdamW step, in place, on the rows slots[s] (S,) int64, all different, of p (N, n) where on[s].
+
+    p, square and mean (None without beta1) are float32; work receives p in the dtype of the products; grad (S, n);
+    count (S,) float32: the row's steps including this one; rate (S,) float32: its learning rate.
+    """
+    function = triton_adamw_rows if p.is_cuda else reference_adamw_rows
+    function(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2)
+
+
+def reference_adamw_rows(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2):
+    slots, g, count, rate = slots[on], grad[on].float(), count[on, None], rate[on, None]
+    square[slots] = squares = beta2 * square[slots] + (1 - beta2) * g * g
+    if mean is not None:
+        mean[slots] = g = beta1 * mean[slots] + (1 - beta1) * g
+        g = g / (1 - beta1 ** count)
+    p[slots] = new = p[slots] * (1 - rate * decay) - rate * g / ((squares / (1 - beta2 ** count)).sqrt() + 1e-10)
+    work[slots] = new.to(work.dtype)
+
+
+@jit
+def adamw_kernel(p, work, square, mean, slots, on, grad, debias1, debias2, rates, n, decay, beta1, beta2,
+                 HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    s, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.load(on + s) == 0:
+        return
+    row, inside = tl.load(slots + s) * n + at, at < n
+    g = tl.load(grad + s * n + at, mask=inside, other=0.0).to(tl.float32)
+    squares = beta2 * tl.load(square + row, mask=inside, other=0.0) + (1 - beta2) * g * g
+    tl.store(square + row, squares, mask=inside)
+    if HAS_MEAN:
+        g = beta1 * tl.load(mean + row, mask=inside, other=0.0) + (1 - beta1) * g
+        tl.store(mean + row, g, mask=inside)
+        g = g / tl.load(debias1 + s)
+    rate = tl.load(rates + s)
+    x = tl.load(p + row, mask=inside, other=0.0) * (1 - rate * decay)
+    x -= rate * g / (tl.sqrt(squares / tl.load(debias2 + s)) + 1e-10)
+    tl.store(p + row, x, mask=inside)
+    tl.store(work + row, x.to(work.dtype.element_ty), mask=inside)
+
+
+def triton_adamw_rows(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2):
+    n = p.size(1)
+    adamw_kernel[triton.cdiv(n, 1024), len(slots)](
+        p, work, square, p if mean is None else mean, slots, on.float(), grad.contiguous(), 1 - beta1 ** count,
+        1 - beta2 ** count, rate, n, float(decay), float(beta1), float(beta2), HAS_MEAN=mean is not None, BLOCK=1024,
+        num_warps=4)
+
+
+# --- A product per slot -----------------------------------------------------------------------------------------------
+
+
+def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """y (T, N) with y[t] = x[t] @ w[s] where ends[s - 1] <= t < ends[s]; x (T, K), w (S, K, N), ends (S,) int32.
+
+    On CUDA bf16, K and N multiples of 8, S < 1024.
+    """
+    return GroupedProduct.apply(x, w, ends) if x.is_cuda else reference_grouped_product(x, w, ends)
+
+
+def reference_grouped_product(x, w, ends):
+    return torch.cat([x[a:b] @ matrix for (a, b), matrix in zip(itertools.pairwise([0, *ends.tolist()]), w)])
+
+
+class GroupedProduct(torch.autograd.Function):
+    """PyTorch's own derivative of grouped_mm passes expanded gradients on to a kernel that refuses them."""
+
+    @staticmethod
+    def forward(ctx, x, w, ends):
+        x = x.contiguous()
+        ctx.save_for_backward(x, w, ends)
+        return F.grouped_mm(x, w, offs=ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, ends = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = F.grouped_mm(dy, w.transpose(1, 2), offs=ends) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:  # in the layout of w
+            dw = (F.grouped_mm(x.t(), dy, offs=ends) if w.stride(2) == 1
+                  else F.grouped_mm(dy.t(), x, offs=ends).transpose(1, 2))
+        return dx, dw, None
+
+
+class FullProduct(torch.autograd.Function):
+    """x W^T of bf16 matrices x (T, d) and W (V, d), which is a constant, with a float32 result."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        weight, = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
+
+
 # ======================================================================================================================
 # 5. Model
 # ======================================================================================================================
@@ -914,11 +1515,24 @@ class Layer(NamedTuple):
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
-    adapter: Callable | None = None  # called with (site, inputs, outputs) of each product, returns the outputs
+    adapter: Callable | None = None  # called with (site, x, y, u) after each product, returns y
+    context: Callable | None = None  # called with (q, k, v) in place of attention()
 
-    def product(self, site: str, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, site: str, x: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+        """y = x W^T at one of the sites qkv, out, up, down; u is the normalized input of this attention or MLP."""
         y = F.linear(x, weight)
-        return y if self.adapter is None else self.adapter(site, x, y)
+        return y if self.adapter is None else self.adapter(site, x, y, u)
+
+
+class Rider:
+    """What comes along on a forward pass, to see or to change it."""
+
+    def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
+        """Sees the embedding's rows x (T, d) of `ids`, out of `rows`."""
+
+    def block(self, visit: int, layer: int) -> dict:
+        """The fields of Layer that it sets for this visit, the number `visit` of the pass, of block `layer`."""
+        return {}
 
 
 class Skip(NamedTuple):
@@ -1026,10 +1640,15 @@ class GPT(nn.Module):
             setattr(self, part, runtime.compile(getattr(self, part), fullgraph=True))
         return self
 
-    def frozen(self) -> GPT:
-        """The same weights without compiled parts and without gradients of their own."""
+    def plain(self) -> GPT:
+        """The same weights without compiled parts."""
         plain = copy.copy(self)
         plain.__dict__ = {name: value for name, value in self.__dict__.items() if name not in self.PARTS}
+        return plain
+
+    def frozen(self) -> GPT:
+        """The same weights without compiled parts and without gradients of their own."""
+        plain = self.plain()
         plain.__dict__["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
         return plain
 
@@ -1052,42 +1671,47 @@ class GPT(nn.Module):
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
                       exclusive=i >= n - s.xsa_last_n) for i, vectors in enumerate(small)]
 
-    def forward(self, ids: Tensor, segments: Segments, looping: bool, observer: Observer | None = None) -> Tensor:
+    def forward(self, ids: Tensor, segments: Segments, looping: bool, rider: Rider | None = None) -> Tensor:
         """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again."""
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
-        x0 = x = self.embed(ids, segments.positions, observer)
-        layers, skips, lanes = self.layers(), [], None
-        if observer is not None:
-            layers = [w._replace(adapter=observer.block(i)) for i, w in enumerate(layers)]
+        x0 = x = self.embed(ids, segments.positions, segments.previous, rider)
+        layers, skips, lanes, visits = self.layers(), [], None, itertools.count()
+
+        def visited(i: int) -> Layer:
+            return layers[i] if rider is None else layers[i]._replace(**rider.block(next(visits), i))
+
         encoder, decoder = self.orders[looping]
         for i in encoder:
-            x = self.block(x, x0, None, layers[i], segments, rope)
+            x = self.block(x, x0, None, visited(i), segments, rope)
             skips.append(x)
         weights = self.skip_weights.unbind()
         gates = self.skip_gates.unbind() if self.skip_gates is not None else [None] * len(weights)
         for i, weight, gate in itertools.zip_longest(decoder, weights[:len(skips)], gates[:len(skips)]):
             skip = Skip(skips.pop(), weight, gate) if weight is not None else None
             if s.parallel_start_layer and i >= s.parallel_start_layer:
-                lanes = self.two_lane_block(*(lanes or (x, x)), x0, skip, layers[i], segments, rope)
+                lanes = self.two_lane_block(*(lanes or (x, x)), x0, skip, visited(i), segments, rope)
             else:
-                x = self.block(x, x0, skip, layers[i], segments, rope)
+                x = self.block(x, x0, skip, visited(i), segments, rope)
         return self.final_norm(*(lanes or (x, x)))
 
     def final_norm(self, lane0: Tensor, lane1: Tensor) -> Tensor:
         merged = {"mean": (lane0.float() + lane1.float()) / 2, "attn": lane0, "mlp": lane1}
         return norm(merged[self.settings.parallel_final_lane]).to(lane0.dtype)
 
-    def embed(self, ids: Tensor, positions: Tensor, observer: Observer | None = None) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
-        if observer is not None:
-            observer.embedding(ids, x, s.vocab_size)
+        if rider is not None:
+            rider.embedding(ids, x, s.vocab_size)
         if s.smear_gate_enabled:
-            keep = positions[1:] > 0 if s.smear_gate_bos_fix else torch.ones_like(positions[1:])
-            score = (x[1:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
-            x = torch.cat((x[:1], x[1:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * x[:-1]))
+            first = int(previous is None)  # a packed row's first token has no left neighbour
+            leak = previous is None and not s.smear_gate_bos_fix
+            keep = torch.ones_like(positions[first:]) if leak else positions[first:] > 0
+            score = (x[first:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
+            before = x[:-1] if previous is None else F.embedding(previous, self.tok_emb)
+            x = torch.cat((x[:first], x[first:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before))
         return norm(x).to(self.compute_dtype)
 
     def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments, rope) -> Tensor:
@@ -1108,22 +1732,24 @@ class GPT(nn.Module):
     def mlp(self, x: Tensor, w: Layer) -> Tensor:
         """Scaled MLP output (T, d) for the stream x (T, d)."""
         u = (w.input_scale * norm(x)).to(x.dtype)
-        return w.product("down", leaky_relu_squared(w.product("up", u, w.w_up), self.settings.leaky_relu_sq_slope), w.w_down)
+        hidden = leaky_relu_squared(w.product("up", u, w.w_up, u), self.settings.leaky_relu_sq_slope)
+        return w.product("down", hidden, w.w_down, u)
 
     def attend(self, x: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
         """Scaled attention output (T, d) for the stream x (T, d)."""
         s = self.settings
         u = (w.input_scale * norm(x)).to(x.dtype)
-        raw_q, k, v = w.product("qkv", u, w.w_qkv).split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
+        raw_q, k, v = w.product("qkv", u, w.w_qkv, u).split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
         v = v.unflatten(-1, (s.num_kv_heads, s.head_dim))
         q = rotate(norm(raw_q.unflatten(-1, (s.num_heads, s.head_dim))), rope) * w.q_gain[:, None]
         k = rotate(norm(k.unflatten(-1, (s.num_kv_heads, s.head_dim))), rope)
-        y = attention(q.to(x.dtype), k.to(x.dtype), v, segments)
+        q, k = q.to(x.dtype), k.to(x.dtype)
+        y = attention(q, k, v, segments) if w.context is None else w.context(q, k, v)
         if w.exclusive:
             y = exclude_own_value(y, v, w.xsa_alpha)
         if w.attn_gate is not None:
             y = (y * self.head_gate(u, raw_q, w.attn_gate)[..., None]).to(x.dtype)
-        return w.product("out", y.flatten(1), w.w_out)
+        return w.product("out", y.flatten(1), w.w_out, u)
 
     def head_gate(self, u: Tensor, raw_q: Tensor, weight: Tensor) -> Tensor:
         """Gate per token and head (T, heads) on the attention output, driven by the block's normalized input u (T, d)."""
@@ -1134,13 +1760,18 @@ class GPT(nn.Module):
             return 2 * torch.sigmoid(scores)
         return torch.sigmoid(s.sparse_attn_gate_scale * scores if s.sparse_attn_gate_enabled else scores)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Soft-capped logits (T, vocab), float32. Without gradients the product itself keeps float32."""
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Logits (T, vocab) before the soft cap, float32. Without gradients the product itself keeps float32."""
         weight = self.tok_emb.to(hidden.dtype)
         if hidden.is_cuda and not torch.is_grad_enabled():
-            scores = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:
-            scores = F.linear(hidden, weight).float()
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        if hidden.is_cuda and not weight.requires_grad:
+            return FullProduct.apply(hidden, weight)
+        return F.linear(hidden, weight).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits (T, vocab), float32."""
+        scores = self.scores(hidden)
         cap = self.softcaps(scores)
         return cap * torch.tanh(scores / cap)
 
@@ -1673,7 +2304,7 @@ class Statistics(NamedTuple):
     visits: Tensor  # (layers,): how often a token passes each layer
 
 
-class Observer:
+class Observer(Rider):
     """Accumulates sums for Statistics inside the forward pass and, through hooks, in the backward pass."""
 
     def __init__(self, gradients: bool):
@@ -1684,14 +2315,13 @@ class Observer:
         key = (kind, site, layer)
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
 
-    def block(self, layer: int) -> Callable:
-        """What a visit of block `layer` calls with each product: site, inputs (T, columns), outputs (T, rows)."""
-        def see(site: str, x: Tensor, y: Tensor) -> Tensor:
+    def block(self, visit: int, layer: int) -> dict:
+        def see(site: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:  # x (T, columns), y (T, rows)
             self.add("hessian", site, layer, second_moment(x.detach()))
             if self.gradients:
                 y.register_hook(lambda g: self.add("squares", site, layer, g.float().square().sum(0)))
             return y
-        return see
+        return dict(adapter=see)
 
     def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
         """The backward pass ends at the embedding's rows x (T, d) of `ids`."""
@@ -2267,7 +2897,12 @@ def packed_code() -> bytes:
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
             texts[name] = file.read()
         if name.endswith(".py"):
-            texts[name] = python_minifier.minify(texts[name], name, remove_literal_statements=True, rename_globals=False)
+            kernels = re.findall(r"^@jit\ndef \w+\((.*?)\):$", texts[name], flags=re.S | re.M)  # Triton needs their
+            arguments = [word for line in kernels for word in re.findall(r"(\w+)\s*[,:]|(\w+)$", line) for word in word if word]
+            texts[name] = python_minifier.minify(
+                texts[name], name, remove_literal_statements=True, rename_globals=False, preserve_locals=arguments,
+                hoist_literals=False,  # Triton's kernels may not read globals
+                remove_annotations=python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False))
         else:  # C: without comments, literals untouched
             literal, comment = r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', r"/\*.*?\*/|//[^\n]*"
             texts[name] = re.sub(f"{literal}|{comment}", lambda m: m[1] or " ", texts[name], flags=re.S)
@@ -2897,6 +3532,516 @@ class Evaluator:
                     targets=self.targets, bytes=self.bytes, seconds=round(time.perf_counter() - began, 3))
 
 
+MOST_ROWS = 1000  # of one forward pass; grouped_mm takes fewer than 1,024 matrices
+
+
+class Step(NamedTuple):
+    """What the slots do in one step of the schedule; arrays (slots,). Positions count the targets of a document."""
+
+    document: np.ndarray  # its index, -1 for an idle slot
+    begin: np.ndarray  # the chunk's first target
+    end: np.ndarray  # behind its last one, were the document to go on; 0 for an idle slot
+    fresh: np.ndarray  # bool, whether the document is new to the slot
+
+
+def ttt_schedule(lengths: np.ndarray, s: Settings):
+    """Yield the Steps that score each target of documents of these lengths once, in the order (step, slot, position).
+
+    The next document takes the first slot whose document has ended: in corpus order with TTT_ORDER=stream, the longest
+    first with TTT_ORDER=length. A chunk's end follows from its begin alone; only where TTT_ORDER=length may it follow from
+    the document's length. `lengths` is read after a step, when a decoder too knows which documents ended in it: at a BOS.
+    Beforehand it must be told only how many documents there are, and the length of the last, which no BOS ends.
+    """
+    slots = min(s.ttt_slots, len(lengths))
+
+    def chunk(document: int, begin: int) -> int:
+        c = s.first_chunk(lengths[document])
+        return max(c, min(int(begin * s.ttt_chunk_growth), s.ttt_chunk_max) // c * c)
+
+    document, begin, end = (np.full(slots, value) for value in (-1, 0, 0))
+    waiting = iter(range(len(lengths)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable").tolist())
+    while True:
+        fresh = np.zeros(slots, bool)
+        for slot, new in zip(np.flatnonzero(document < 0), waiting):
+            document[slot], begin[slot], fresh[slot] = new, 0, True
+        active = np.flatnonzero(document >= 0)
+        if not len(active):
+            return
+        end[active] = [b + chunk(d, b) for d, b in zip(document[active].tolist(), begin[active].tolist())]
+        yield Step(document.copy(), begin.copy(), end.copy(), fresh)
+        over = active[end[active] >= lengths[document[active]]]
+        begin[active] = end[active]
+        document[over], begin[over], end[over] = -1, 0, 0
+
+
+class Rows(NamedTuple):
+    """Chunks of R documents for one forward pass: T packed inputs, of which C are scored, document by document."""
+
+    slots: Tensor  # (R,) int64, among this rank's slots
+    begins: Tensor  # (R,) int64, where the chunk begins in its document
+    trains: Tensor  # (R,) bool, whether the document goes on behind the chunk
+    ids: Tensor  # (T,) int64
+    previous: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (R + 1,) int32, borders of the rows in T
+    chunk: Tensor  # (C,) int64, which inputs are scored
+    chunk_ends: Tensor  # (R,) int32, borders of the rows in C
+    growth: Tensor  # (R,) float32, length of the chunk over that of the document's first
+    weights: Tensor  # (C,) float32, 0 on rows that do not train, else one over the length of the chunk
+    targets: Tensor  # (C,) int64
+    hints: Tensor  # (C,) int64
+    gate: Tensor  # (C,) bool
+    boost: Tensor  # (C,) float32
+    expert: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
+    visible: Tensor  # (n,) int64, which of the C lie inside their documents
+    longest: int  # of the R rows
+    training: bool  # whether any row trains
+    at: np.ndarray  # (n,) their targets' positions in the stream, of tokens[1:]
+
+
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs first .. first + count - 1, one after another, and the number of the run that each element is of."""
+    run = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(run)) + (firsts - np.cumsum(counts) + counts)[run], run
+
+
+class Adapters:
+    """Low-rank adapters (Hu et al. 2021) of the documents in this rank's slots, a set per block visit, one at the head.
+
+    Each adds alpha / r B A u to a projection: q, k, v and o from the attention's normalized input u, mlp from the MLP's; o
+    and mlp before the residual scale, head before the soft cap. A slot's A (r, in) and B (out, r), all of them, are one row
+    of `value` (slots, n), float32, first every A, then every B; `work` is its copy in the compute dtype.
+    """
+
+    def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
+        self.model, self.settings, self.runtime = model, s, runtime
+        outputs = dict(q=s.model_dim, k=s.kv_dim, v=s.kv_dim, o=s.model_dim, mlp=s.model_dim)
+        visits, r = sum(map(len, model.orders[looping])), s.ttt_lora_rank
+        self.sites = {(name, visit): rows for visit in range(visits) for name, rows in outputs.items()
+                      if getattr(s, f"ttt_{name}_lora")} | {("head", 0): s.vocab_size}
+        self.shapes = [(r, s.model_dim)] * len(self.sites) + [(rows, r) for rows in self.sites.values()]
+        self.first_b = len(self.sites) * r * s.model_dim
+        size = sum(rows * columns for rows, columns in self.shapes)
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, device=runtime.device)
+
+        self.value, self.work = zeros(len(slots), size), zeros(len(slots), size, dtype=runtime.compute_dtype)
+        self.square = zeros(len(slots), size) if s.ttt_optimizer == "adam" else None
+        self.mean = zeros(len(slots), size) if s.ttt_beta1 else None
+        self.pending = zeros(len(slots), size) if s.ttt_update_every > 1 else None
+        self.average = zeros(len(slots), size) if s.ttt_lora_ema_decay else None
+        self.count, self.chunks = zeros(len(slots)), zeros(len(slots))
+        for row, slot in enumerate(slots.tolist()):
+            self.draw(row, slot)
+
+    @torch.no_grad()
+    def draw(self, row: int, number: int) -> None:
+        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, number)."""
+        seed = int(np.random.SeedSequence((self.settings.seed, number)).generate_state(1, np.uint64)[0] >> 1)
+        draw = torch.Generator(self.runtime.device).manual_seed(seed)
+        bound = 1 / math.sqrt(self.settings.model_dim)
+        self.value[row, :self.first_b].uniform_(-bound, bound, generator=draw)
+        self.work[row] = self.value[row]
+        if self.average is not None:
+            self.average[row] = self.value[row]
+
+    @torch.no_grad()
+    def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
+        """Start these slots anew for other documents: B and the optimizer's state 0, A kept or drawn."""
+        index = torch.from_numpy(rows)
+        if self.runtime.on_cuda:
+            index = index.pin_memory().to(self.runtime.device, non_blocking=True)
+        for state in (self.square, self.mean, self.pending, self.count, self.chunks):
+            if state is not None:
+                state.index_fill_(0, index, 0)
+        for copy_of in (self.value, self.work):
+            copy_of[:, self.first_b:].index_fill_(0, index, 0)
+        if not self.settings.ttt_warm_start_a:
+            for row, document in zip(rows.tolist(), documents.tolist()):
+                self.draw(row, document)
+        if self.average is not None:
+            self.average[index] = self.value[index]
+
+    def take(self, rows: Rows, averaged: bool = False) -> None:
+        """The next forward passes are those of these rows' adapters."""
+        flat = self.average[rows.slots].to(self.work.dtype) if averaged else self.work[rows.slots]
+        parts = flat.split([a * b for a, b in self.shapes], dim=1)
+        self.leaves = [part.detach().unflatten(1, shape).requires_grad_() for part, shape in zip(parts, self.shapes)]
+        self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
+        self.ends = rows.cu_seqlens[1:]
+
+    def delta(self, site: tuple, u: Tensor, ends: Tensor) -> Tensor:
+        """What the adapters add for packed inputs u (T, in), rows ending at `ends`: (T, out)."""
+        a, b = self.pairs[site]
+        low = grouped_product(u, a.mT, ends)
+        return self.settings.ttt_lora_alpha / self.settings.ttt_lora_rank * grouped_product(low, b.mT, ends)
+
+    def block(self, visit: int, layer: int) -> Callable:
+        """The Layer.adapter of this visit."""
+        s = self.settings
+
+        def add(site: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
+            if site == "qkv":
+                parts = zip("qkv", y.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1))
+                return torch.cat([part + self.delta((name, visit), u, self.ends) if (name, visit) in self.pairs else part
+                                  for name, part in parts], dim=-1)
+            name, scales = {"out": ("o", self.model.attn_scale), "down": ("mlp", self.model.mlp_scale)}.get(site, ("", None))
+            if (name, visit) not in self.pairs:
+                return y
+            return y + (scales[layer] * self.delta((name, visit), u, self.ends)).to(y.dtype)
+        return add
+
+    @torch.no_grad()
+    def update(self, rows: Rows, gradients: tuple[Tensor, ...], last: bool) -> None:
+        """One step, with these gradients of self.leaves, of the slots of the rows that train; last of this chunk's steps.
+
+        With TTT_UPDATE_EVERY above 1, gradients are summed until so many chunks of the document have been trained on.
+        """
+        s, on = self.settings, rows.trains
+        flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        if s.ttt_update_every > 1:
+            flat = self.pending[rows.slots] + flat * on[:, None]
+            chunks = self.chunks.index_add_(0, rows.slots, (on & last).float())[rows.slots]
+            on = on & (chunks % s.ttt_update_every == 0)
+            self.pending[rows.slots] = flat * ~on[:, None]
+            flat = flat.to(self.work.dtype)
+        count = self.count.index_add_(0, rows.slots, on.float())[rows.slots]
+        rate = s.ttt_lora_lr * s.ttt_local_lr_mult * rows.growth ** s.ttt_lr_chunk_power
+        if s.ttt_optimizer == "adam":
+            adamw_rows(self.value, self.work, self.square, self.mean, rows.slots, on, flat, count, rate,
+                       s.ttt_weight_decay, s.ttt_beta1, s.ttt_beta2)
+        else:
+            value = self.value[rows.slots]
+            step = flat.float() + s.ttt_weight_decay * value
+            if self.mean is not None:
+                step = torch.where(on[:, None], s.ttt_beta1 * self.mean[rows.slots] + step, self.mean[rows.slots])
+                self.mean[rows.slots] = step
+            self.value[rows.slots] = value - (rate * on)[:, None] * step
+            self.work[rows.slots] = self.value[rows.slots].to(self.work.dtype)
+        if self.average is not None:
+            weight = (1 - s.ttt_lora_ema_decay) * on.float()[:, None]
+            self.average[rows.slots] = torch.lerp(self.average[rows.slots], self.value[rows.slots], weight)
+
+
+class ContextCache:
+    """Keys and values of each slot's last TTT_EVAL_SEQ_LEN tokens as they were when scored, a ring per block visit."""
+
+    def __init__(self, visits: int, slots: int, s: Settings, runtime: Runtime):
+        self.window = s.ttt_eval_seq_len
+        self.rings = torch.zeros(visits, 2, slots, self.window, s.num_kv_heads, s.head_dim, dtype=runtime.compute_dtype,
+                                 device=runtime.device)
+
+    def take(self, rows: Rows, keep: bool) -> None:
+        """The next forward pass is that of these rows; keep: its keys and values stay."""
+        self.rows, self.keep = rows, keep
+        self.ring = ring_index(rows.cu_seqlens, rows.slots, rows.begins, len(rows.ids), self.window)
+
+    def block(self, visit: int) -> Callable:
+        """The Layer.context of this visit."""
+        keys, values = self.rings[visit]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = self.rows
+            y = cached_attention(q, k, v, rows.cu_seqlens, rows.longest, keys, values, rows.slots, rows.begins, self.window)
+            if self.keep:  # overwrites only what the rows' own window has left behind: the backward pass finds the rest
+                store(keys, values, k, v, self.ring)
+            return y
+        return attend
+
+
+def check_machine(s: Settings, runtime: Runtime) -> None:
+    """Raise InputError, before anything is trained, if test-time training will not run here."""
+    problems = []
+    if runtime.on_cuda:
+        problems += ["triton: test-time training on CUDA needs it; pip install triton"] * (triton is None)
+        group = s.num_heads // s.num_kv_heads
+        for name, value, good in (("TTT_LORA_RANK", s.ttt_lora_rank, s.ttt_lora_rank % 8 == 0), ("MODEL_DIM", s.model_dim,
+                                  s.model_dim % 8 == 0), ("VOCAB_SIZE", s.vocab_size, s.vocab_size % 8 == 0)):
+            problems += [f"{name}: {value} is no multiple of 8, which test-time training on CUDA needs"] * (not good)
+        for name, value, good in (("NUM_HEADS", s.num_heads, group & (group - 1) == 0), ("MODEL_DIM", s.model_dim,
+                                  s.head_dim >= 16 and s.head_dim & (s.head_dim - 1) == 0)):
+            problems += [f"{name}: {value}: test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query "
+                         "heads per key/value head; set TTT_ENABLED=0"] * (not good)
+    if problems:
+        raise InputError("\n".join(problems))
+    if s.ngram_tilt_enabled:
+        if runtime.rank == 0:
+            ngram.load()  # compiles, once for all ranks of a host
+        runtime.from_rank0([0.0])
+
+
+class TestTimeTraining(Rider):
+    """Score-first test-time training: each chunk is scored, then its document's adapters are trained on it.
+
+    Scores and updates go step by step through ttt_schedule, which follows from where documents end; ranks split its slots.
+    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model` train on the
+    complete ones. Adapters and cached context of documents that are under way stay. From the Parameter Golf systems #1787
+    to #2140, whose hints and scores follow two orders, so that no decoder could; TTT_ORDER=stream has one order.
+    """
+
+    def __init__(self, model: GPT, data: ValidationData, looping: bool, s: Settings, runtime: Runtime):
+        self.model, self.data, self.looping, self.settings, self.runtime = model, data, looping, s, runtime
+        self.tokens, last = data.tokens, len(data.tokens) - 1
+        self.starts = np.unique(np.concatenate(([0], np.flatnonzero(data.tokens[:last] == BOS_ID))))
+        self.lengths = np.diff(self.starts, append=last)
+        self.mine = np.arange(runtime.rank, min(s.ttt_slots, len(self.lengths)), runtime.world_size)
+        self.plain = model.frozen()
+        self.cut_layers()
+        visits = sum(map(len, model.orders[looping]))
+        self.adapters = Adapters(self.plain, looping, self.mine, s, runtime)
+        self.cache = ContextCache(visits, len(self.mine), s, runtime) if s.ttt_context == "cache" else None
+        self.hints = ngram.Hints(np.zeros(last, np.uint16), np.zeros(last, bool), np.zeros(last, np.float32))
+        self.counted = False  # whether self.hints are complete
+        self.phases: list[dict] = []  # figures of the global phases
+        self.experts = np.zeros(last, np.uint8)
+        self.ngrams = [ngram.NgramState(order, s.token_threshold * (s.ngram_boost != "learned"), s.token_boost, s.ngram_boost)
+                       for order in s.token_orders * s.ngram_tilt_enabled]
+        learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
+        self.learned = ngram.LearnedBoost(len(self.ngrams), runtime.device) if learned else None
+
+    def cut_layers(self) -> None:
+        """Cut the weights into layers, once for all forward passes until they change."""
+        self.plain.__dict__.pop("layers", None)
+        layers = self.plain.layers()
+        self.plain.layers = lambda: layers
+
+    def block(self, visit: int, layer: int) -> dict:
+        return dict(adapter=self.adapters.block(visit, layer), context=self.cache.block(visit) if self.cache else None)
+
+    # Host: what every step needs, packed by a thread while the device is at earlier steps.
+
+    def prepared(self):
+        """Every Step of the schedule with the Rows, host tensors, of this rank's slots."""
+        for step in ttt_schedule(self.lengths, self.settings):
+            self.count_hints(step)
+            yield step, list(self.pack(step))
+
+    def count_hints(self, step: Step) -> None:
+        """Enter the step's hints into self.hints, counted target by target in the order of the schedule.
+
+        Contexts stay inside documents. With TTT_ORDER=length all hints are counted at once, in the order of the text.
+        """
+        if self.counted or not self.settings.ngram_tilt_enabled:
+            return
+        entered = slice(None)
+        if self.settings.ttt_order == "stream":
+            active = step.document >= 0
+            first = self.starts[step.document[active]]
+            begin, count = step.begin[active], np.minimum(step.end, self.lengths[step.document])[active] - step.begin[active]
+            entered, rows = ranges(first + begin, count)[0], (first, first + begin, first + begin + count)
+        for number, state in reversed(list(enumerate(self.ngrams))):  # what a longer context says goes over a shorter one's
+            if self.settings.ttt_order == "stream":
+                found = state.feed_rows(self.tokens, *rows)
+            else:
+                found, self.counted = state.feed(self.tokens[:-1]), True
+            for array, entries in zip((*self.hints, self.experts), (*found, number)):
+                array[entered] = np.where(found.gate, entries, array[entered])
+
+    def pack(self, step: Step):
+        """Yield the Rows of this rank's slots, as many to one as TTT_MICRO_BATCH_TOKENS allows.
+
+        What lies behind a document's end is filled up with BOS: no shape depends on it.
+        """
+        s = self.settings
+        slots = np.flatnonzero(step.document[self.mine] >= 0)
+        document, begin, end, _ = (field[self.mine[slots]] for field in step)
+        first = begin if self.cache else np.maximum(0, end - s.ttt_eval_seq_len)  # of the row, in the document
+        ends, at = np.cumsum(end - first), 0
+        while at < len(slots):  # greedily
+            before = ends[at - 1] if at else 0
+            fitting = np.searchsorted(ends, before + s.ttt_micro_batch_tokens, side="right")
+            some = slice(at, min(max(at + 1, int(fitting)), at + MOST_ROWS))
+            yield self.pack_rows(slots[some], document[some], begin[some], end[some], first[some])
+            at = some.stop
+
+    def pack_rows(self, slots: np.ndarray, document: np.ndarray, begin: np.ndarray, end: np.ndarray,
+                  first: np.ndarray) -> Rows:
+        """The Rows of these slots; all (R,). A row's inputs begin at `first` in the document."""
+        s, length, start = self.settings, self.lengths[document], self.starts[document]
+        at, row = ranges(first, end - first)
+        inside = at < length[row]
+        stream = np.where(inside, start[row] + at, 0)
+        ids = np.where(inside, self.tokens[stream], BOS_ID)
+        previous = np.where(inside & (at > 0), self.tokens[stream - 1], BOS_ID)
+        cu_seqlens = np.concatenate(([0], np.cumsum(end - first)))
+        scored, owner = ranges(begin, end - begin)
+        real = scored < length[owner]
+        visible, target = np.flatnonzero(real), np.where(real, start[owner] + scored, 0)
+        hints, gate, boost, expert = (np.where(real, array[target], 0) for array in (*self.hints, self.experts))
+        trains = end < length
+
+        def tensor(array, dtype=np.int64):
+            found = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+            return found.pin_memory() if self.runtime.on_cuda else found
+
+        return Rows(tensor(slots), tensor(begin), tensor(trains, bool), tensor(ids), tensor(previous),
+                    tensor(at if self.cache else at - first[row]), tensor(cu_seqlens, np.int32),
+                    tensor(scored - first[owner] + cu_seqlens[owner]), tensor(np.cumsum(end - begin), np.int32),
+                    tensor((end - begin) / [s.first_chunk(x) for x in length.tolist()], np.float32),
+                    tensor((trains / (end - begin))[owner], np.float32),
+                    tensor(self.tokens[target + 1]), tensor(hints), tensor(gate, bool), tensor(boost, np.float32),
+                    tensor(expert), tensor(visible), int((end - first).max()), bool(trains.any()), target[visible])
+
+    # Device
+
+    def losses(self, rows: Rows, first_pass: bool) -> tuple[Tensor, Tensor]:
+        """NLL of each target (C,), nats, with gradients to the adapters' leaves, and log-probabilities of the hints."""
+        if self.cache:
+            self.cache.take(rows, keep=first_pass)
+        segments = Segments(rows.cu_seqlens, rows.positions, rows.longest, rows.previous)
+        hidden = self.plain(rows.ids, segments, self.looping, self)
+        if not self.cache:
+            hidden = hidden[rows.chunk]
+        scores = self.plain.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
+        cap = self.plain.softcap_pos, self.plain.softcap_neg
+        return two_value_nll(scores, *(self.settings.logit_softcap if c is None else c for c in cap), rows.targets, rows.hints)
+
+    def score_and_train(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """NLL of the rows' targets, tilted and not, nats, (n,) each, as they were before the adapters trained on them."""
+        s, training = self.settings, rows.training and self.settings.ttt_lora_lr > 0
+        averaged = s.ttt_lora_ema_decay > 0
+        self.adapters.take(rows, averaged)
+        with torch.set_grad_enabled(training and not averaged):
+            losses, log_q = self.losses(rows, first_pass=True)
+        scores = tilted = losses.detach()
+        if s.ngram_tilt_enabled:
+            hit, boost = rows.hints == rows.targets, rows.boost
+            if self.learned:
+                boost = self.learned(log_q, rows.boost, rows.expert)
+                self.learned.observe(log_q, rows.boost, rows.expert, hit, rows.gate)
+            tilted = -ngram.tilt(-scores, log_q, hit, boost, rows.gate, s.ngram_boost == "calibrated")
+        result = tilted[rows.visible], scores[rows.visible]
+        total = None
+        for step in range(s.ttt_grad_steps if training else 0):
+            if step or averaged:
+                self.adapters.take(rows)
+                losses, _ = self.losses(rows, first_pass=False)
+            gradients = torch.autograd.grad((losses * rows.weights).sum(), self.adapters.leaves)
+            if total is not None and not s.ttt_grad_steps_clean:
+                gradients = tuple(a + b for a, b in zip(total, gradients))
+            total = gradients
+            self.adapters.update(rows, gradients, last=step == s.ttt_grad_steps - 1)
+        return result
+
+    def rehearse(self) -> None:
+        """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
+        if self.runtime.on_cuda and len(self.mine):
+            most = max(1, min(MOST_ROWS, self.settings.ttt_micro_batch_tokens // self.settings.ttt_chunk_size))
+            slots = np.arange(min(len(self.mine), most))
+            zero = np.zeros_like(slots)
+            rows = self.pack_rows(slots, zero, zero, zero + self.settings.ttt_chunk_size, zero)
+            nothing = dict(trains=torch.zeros_like(rows.trains), gate=torch.zeros_like(rows.gate), training=True)
+            self.score_and_train(self.to_device(rows._replace(**nothing)))
+            if self.learned:
+                self.learned.step()
+
+    def to_device(self, rows: Rows) -> Rows:
+        return Rows(*(x.to(self.runtime.device, non_blocking=True) if isinstance(x, Tensor) else x for x in rows))
+
+    def steps(self):
+        """Yield where targets lie in the stream (n,), of tokens[1:], and their NLL, tilted and not, nats, (n,) each.
+
+        Each rank yields the targets of its own slots and takes part in every global phase.
+        """
+        s, finished = self.settings, np.zeros(len(self.lengths), bool)
+        prefix, phases = min(len(self.lengths), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
+        pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
+        with ahead(self.prepared(), 4) as prepared:
+            for step, groups in prepared:
+                fresh = np.flatnonzero(step.fresh[self.mine])
+                if len(fresh):
+                    self.adapters.reset(fresh, step.document[self.mine[fresh]])
+                for rows in groups:
+                    yield rows.at, *self.score_and_train(self.to_device(rows))
+                if self.learned:
+                    self.learned.step(self.runtime.sum)
+                over = (step.document >= 0) & (step.end >= self.lengths[step.document])
+                finished[step.document[over]] = True
+                while pauses and pauses[0] <= finished.sum() < len(finished):  # after the last document it would help none
+                    pauses.pop(0)
+                    self.train_all_weights(np.flatnonzero(finished))
+
+    def train_all_weights(self, documents: np.ndarray) -> None:
+        """Train every weight on these documents, GLOBAL_TTT_CHUNK_TOKENS a step, whole segments dealt to the ranks."""
+        s, r, size, began = self.settings, self.runtime, self.settings.global_ttt_chunk_tokens, time.perf_counter()
+        inputs = ranges(self.starts[documents], self.lengths[documents])[0]
+        eager, weights = self.model.plain(), [p for p in self.model.parameters() if p.requires_grad]
+        banks = {id(bank) for bank in self.model.banks()}
+        momentum = [torch.zeros_like(p) for p in weights]
+        count, warm = -(-len(inputs) // size), s.global_ttt_warmup_chunks
+        for number in (n for n in range(count) for _ in range(s.global_ttt_epochs)):
+            chunk = inputs[number * size:(number + 1) * size]
+            bounds = segment_bounds(np.flatnonzero(self.tokens[chunk] == BOS_ID), len(chunk), s.eval_seq_len)
+            low, high = bounds[np.searchsorted(bounds, [len(chunk) * (r.rank + k) // r.world_size for k in (0, 1)])]
+            gradients = [torch.zeros_like(p) for p in weights]
+            if high > low:
+                own, cut = chunk[low:high], bounds[(bounds >= low) & (bounds <= high)] - low
+                ids, labels = (torch.from_numpy(self.tokens[own + k].astype(np.int64)) for k in (0, 1))
+                batch = Batch(ids, labels, make_segments(cut.astype(np.int32), s.eval_seq_len)).to(r)
+                losses = eager.token_losses(*batch, self.looping)
+                found = torch.autograd.grad(losses.sum() / len(chunk), weights, allow_unused=True)
+                gradients = [zero if g is None else g for g, zero in zip(found, gradients)]
+            if number < warm:
+                lr = s.global_ttt_warmup_start_lr
+                lr += (s.global_ttt_lr - lr) * number / max(1, warm - 1)
+            else:
+                lr = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, count - warm)))
+            with torch.no_grad():
+                flat = r.sum(torch.cat([g.flatten() for g in gradients]))
+                clip = (s.global_ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1) if s.global_ttt_grad_clip else 1.0
+                gradients = [g.view_as(p) for g, p in zip((flat * clip).split([p.numel() for p in weights]), weights)]
+                hyper = r.upload([lr, s.global_ttt_momentum])
+                for p, g, m in zip(weights, gradients, momentum):
+                    if s.global_ttt_optimizer == "muon" and id(p) in banks:
+                        update = newton_schulz(nesterov(g, m, torch.ones((), device=r.device), hyper, False),
+                                               s.global_ttt_muon_ns_steps)
+                        apply_muon(p, update, hyper, math.sqrt(max(1, p.size(1) / p.size(2))), 0.0)
+                    else:
+                        p.sub_(lr * m.mul_(s.global_ttt_momentum).add_(g))
+        self.cut_layers()
+        r.synchronize()
+        self.phases.append(dict(documents=len(documents), tokens=len(inputs), steps=count * s.global_ttt_epochs,
+                                seconds=round(time.perf_counter() - began, 3)))
+
+    def score(self, log: RunLog) -> dict:
+        """Adapt and score, with a line every 5 %: val_loss (nats per token), val_bpb, without tilt too, and what it took."""
+        s = self.settings
+        if s.ngram_hint_precompute_outside:
+            for step in ttt_schedule(self.lengths, s):
+                self.count_hints(step)
+            self.counted = True
+        self.rehearse()
+        self.runtime.synchronize()
+        self.runtime.from_rank0([0.0])  # all ranks begin together
+        began = time.perf_counter()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)  # nats tilted, nats, targets
+        times, seen, total, shown = np.zeros(len(self.tokens) - 1, np.uint8), [0, 0], len(self.tokens) - 1, 0.0
+        for at, tilted, plain in self.steps():
+            sums += torch.stack((tilted.double().sum(), plain.double().sum(), torch.ones_like(plain).double().sum()))
+            np.add.at(times, at, 1)
+            seen = [seen[0] + len(at), seen[1] + int(self.data.bytes[at + 1].sum(dtype=np.int64))]
+            share, seconds = min(1.0, self.runtime.world_size * seen[0] / total), time.perf_counter() - began
+            if share >= shown + 0.05:
+                shown = share
+                bpb = float(sums[0]) / math.log(2) / max(1, seen[1])  # the one place where the host waits for the device
+                log.event("progress", share=round(share, 3), val_bpb=round(bpb, 6),
+                          tokens_per_second=round(share * total / seconds), eta_seconds=round(seconds * (1 / share - 1), 1))
+        nats, untilted, count = self.runtime.sum(sums).tolist()
+        size, times = int(self.data.bytes[1:].sum(dtype=np.int64)), self.runtime.sum(torch.from_numpy(times).to(sums.device))
+        if count != total or int(times.min()) != 1 or int(times.max()) != 1:
+            raise AssertionError(f"{count:.0f} of {total} validation targets were scored, from {times.min()} to {times.max()} "
+                                 "times each")
+        if not math.isfinite(nats):
+            raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
+        seconds = time.perf_counter() - began
+        return dict(val_loss=round(nats / total, 8), val_bpb=round(nats / math.log(2) / size, 8),
+                    untilted_bpb=round(untilted / math.log(2) / size, 8), targets=total, bytes=size,
+                    phases=self.phases, hints=int(self.hints.gate.sum()),
+                    hints_inside_timer=not s.ngram_hint_precompute_outside, decodable=s.ttt_order == "stream", seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
+                    process_seconds=round(process_seconds(), 3))
+
+
 # ======================================================================================================================
 # 11. Main
 # ======================================================================================================================
@@ -2910,6 +4055,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     log.event("machine", **runtime.describe())
     if first and s.compressor == "pergroup" and not s.prequant_only and not shutil.which("lrzip"):
         raise InputError("COMPRESSOR: pergroup needs the program lrzip; install it, or choose entropy, brotli or lzma")
+    if s.ttt_enabled and not s.prequant_only:
+        check_machine(s, runtime)
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
     validation = Evaluator(ValidationData(s), s, runtime)
     log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0, val_targets=validation.targets,
@@ -2972,6 +4119,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact, code_bytes=code,
                    total_bytes=artifact + code, cap=SIZE_CAP, within_cap=artifact + code < SIZE_CAP)
     log.result("quantized", **validation.score(model, looping))
+    if s.ttt_enabled:
+        log.result("ttt", **TestTimeTraining(model, validation.data, looping, s, runtime).score(log))
     if first and artifact + code >= SIZE_CAP:
         raise OverCapError(f"artifact and code take {artifact + code:,} bytes, not below {SIZE_CAP:,}: no valid record")
 
@@ -2981,7 +4130,7 @@ def summary(record: dict) -> str:
     results = record["results"]
     rows = [(name, f"{results[key]['val_bpb']:.5f}", f"{results[key].get('seconds', ''):>9}") for name, key in
             (("unigram model", "unigram"), ("raw weights", "raw"), ("averaged weights", "averaged"),
-             ("from the artifact", "quantized")) if key in results]
+             ("from the artifact", "quantized"), ("test-time training", "ttt")) if key in results]
     lines = ["", f"{'':20}{'val_bpb':>9}{'seconds':>10}"] + [f"{name:20}{bpb:>9} {seconds}" for name, bpb, seconds in rows]
     if "training" in results:
         times = results["training"]
@@ -3036,14 +4185,14 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
             try:
                 run(settings, runtime, log)
             except BaseException as error:
-                if not isinstance(error, (InputError, SystemExit, KeyboardInterrupt)):
+                if not isinstance(error, (InputError, ngram.NgramError, SystemExit, KeyboardInterrupt)):
                     log.write(traceback.format_exc())
                 log.close("failed", error=f"{type(error).__name__}: {error}")
                 raise
             log.write(summary(log.record) + "\n")
             log.close("finished", seconds=round(time.perf_counter() - began, 1))
         return 0
-    except (InputError, OSError) as error:
+    except (InputError, ngram.NgramError, OSError) as error:
         return complain(error, rank)
     except OverCapError as error:
         complain(error, rank)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import train_gpt as g
+from tests.synthetic import documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -106,3 +107,84 @@ def test_no_host_synchronization_inside_a_step(tiny, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.isfinite(figures).all() and figures[0] > 0
+
+
+def test_cached_attention_matches_the_reference():
+    lengths, begins = torch.tensor([48] * 7 + [1, 100, 512, 33]), [0, 48, 2560, 5000, 96, 2512, 2513, 0, 3000, 700, 77]
+    cu = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int().cuda()
+    total = int(lengths.sum())
+    q, k, v, out_grad = (torch.randn(total, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4, 8))
+    keys, values = torch.randn(2, 16, 2560, 4, 64, device="cuda", dtype=torch.bfloat16)
+    past = torch.randperm(16, device="cuda")[:11], torch.tensor(begins, device="cuda"), 2560
+    results = []
+    for function, dtype in ((g.cached_attention, torch.bfloat16), (g.reference_cached_attention, torch.float32)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, cu, 512, keys.to(dtype), values.to(dtype), *past)
+        results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
+    for got, expected in zip(*results):
+        assert relative_error(got, expected) < 1e-2
+
+
+def test_losses_of_target_and_hint_match_float64():
+    scores, ids = 8 * torch.randn(300, 8192, device="cuda"), torch.randint(8192, (2, 300), device="cuda")
+    caps = torch.tensor([30.0, 28.0], device="cuda")
+    results = []
+    for function, x in ((g.two_value_nll, scores), (g.reference_two_value_nll, scores.double())):
+        x.requires_grad_()
+        nll, log_q = function(x, *caps, *ids)
+        results.append([nll, log_q, *torch.autograd.grad(nll.sum(), x)])
+    for got, expected in zip(*results):
+        assert relative_error(got, expected) < 1e-5
+
+
+def test_adamw_of_slots_matches_the_reference():
+    p, square, mean = torch.rand(3, 20, 5000, device="cuda")
+    slots, on, grad = torch.randperm(20).cuda()[:9], torch.rand(9).cuda() > 0.3, torch.randn(9, 5000).bfloat16().cuda()
+    count, rate = torch.arange(1.0, 10).cuda(), torch.rand(9).cuda() / 100
+    for some, beta1 in ((None, 0.0), (mean, 0.9)):
+        ours, theirs = ([None if x is None else x.clone() for x in (p, p.bfloat16(), square, some)] for _ in range(2))
+        g.triton_adamw_rows(*ours, slots, on, grad, count, rate, 2.0, beta1, 0.99)
+        g.reference_adamw_rows(*theirs, slots, on, grad, count, rate, 2.0, beta1, 0.99)
+        assert all(a is None or relative_error(a, b) < 1e-4 for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("inner, outer", [(512, 80), (80, 512), (80, 256), (32, 8192)])
+def test_grouped_product_matches_the_reference(inner, outer):
+    ends = torch.tensor([48, 49, 56, 568, 601, 649], dtype=torch.int32, device="cuda")
+    wide = 0.05 * torch.randn(6, 2 * inner * outer, device="cuda", dtype=torch.bfloat16)  # as the adapters lie in memory
+    x, out_grad = (torch.randn(649, n, device="cuda", dtype=torch.bfloat16) for n in (inner, outer))
+    results = []
+    for function, dtype in ((g.grouped_product, torch.bfloat16), (g.reference_grouped_product, torch.float32)):
+        inputs = [x.to(dtype).requires_grad_(), wide[:, inner * outer:].unflatten(1, (outer, inner)).to(dtype).requires_grad_()]
+        out = function(inputs[0], inputs[1].mT, ends)
+        results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
+    for got, expected in zip(*results):
+        assert relative_error(got, expected) < 1e-2
+
+
+class Stream:
+    """Takes the place of ValidationData and of the run log."""
+
+    def __init__(self, seed):
+        self.tokens = np.concatenate(documents(60, seed, 700))
+        self.bytes = np.ones_like(self.tokens)
+
+    def event(self, *_, **__):
+        pass
+
+
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_test_time_training_scores_like_float32_on_the_host(context):
+    s = g.Settings(vocab_size=512, model_dim=128, num_heads=2, num_kv_heads=1, num_layers=5, xsa_last_n=5, num_loops=1,
+                   loop_start=1, loop_end=2, parallel_start_layer=3, ttt_context=context, ttt_batch_size=2, ttt_lora_rank=8,
+                   ttt_lora_lr=1e-3, phased_ttt_prefix_docs=20, ttt_eval_seq_len=256, ttt_chunk_growth=0.25, ttt_chunk_max=96)
+    results = []
+    for where, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        model = g.GPT(s, dtype)
+        liven(model)
+        data = Stream(3)
+        results.append(g.TestTimeTraining(model.to(where), data, True, s, g.Runtime(0, 1, torch.device(where))).score(data))
+    got, expected = results
+    assert got["hints"] == expected["hints"] > 100
+    for name in ("val_loss", "untilted_bpb"):
+        assert abs(got[name] - expected[name]) < 2e-3 * expected[name]

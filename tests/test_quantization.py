@@ -792,8 +792,8 @@ def watched(model, windows, looping, monkeypatch):
             ids, targets = torch.tensor(window[a:b]), torch.tensor(window[a + 1:b + 1])
             calls, rows = [], []
 
-            def note(layer, site, x, weight):
-                calls.append((site, x, product(layer, site, x, weight)))
+            def note(layer, site, x, weight, u):
+                calls.append((site, x, product(layer, site, x, weight, u)))
                 return calls[-1][2]
 
             def look_up(*arguments):

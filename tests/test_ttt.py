@@ -1,0 +1,1298 @@
+"""Score-first test-time training on a tiny model.
+
+A decoder that reads the text back proves that the scores are code lengths. The other tests say where it would break,
+and that adapters and weights learn what a plain loop learns.
+"""
+import itertools
+import math
+import re
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import constriction
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import online_ngram_tilt as ngram
+import train_gpt as g
+from tests.synthetic import (BOS, ROOT, bytes_of, changed, environment, events, launch, record, runtime, tiny,
+                             write_corpus)
+
+torch.set_num_threads(1)
+VOCAB = 64
+TTT = dict(TTT_ENABLED=1, TTT_BATCH_SIZE=1, TTT_CHUNK_SIZE=8, TTT_CHUNK_GROWTH=0, TTT_EVAL_SEQ_LEN=32, TTT_LORA_RANK=2,
+           TTT_LORA_ALPHA=4, TTT_LORA_LR=0.01, TTT_LR_CHUNK_POWER=0, TTT_WEIGHT_DECAY=0.1, TTT_K_LORA=1,
+           PHASED_TTT_PREFIX_DOCS=6, GLOBAL_TTT_CHUNK_TOKENS=128, GLOBAL_TTT_LR=0.05, TOKEN_ORDER=4)
+BOOSTS = dict(fixed=dict(NGRAM_BOOST="fixed"), calibrated=dict(NGRAM_BOOST="calibrated"),
+              learned=dict(NGRAM_BOOST="learned", TOKEN_BACKOFF="3,2"))
+SMALL = TTT | dict(VOCAB_SIZE=VOCAB, NUM_LAYERS=3, MODEL_DIM=32, LOOP_END=1, XSA_LAST_N=3, PARALLEL_START_LAYER=2,
+                   EVAL_SEQ_LEN=64, NGRAM_BOOST="fixed")
+FROZEN = dict(TTT_LORA_LR=0, PHASED_TTT_PREFIX_DOCS=0)
+ONE_LAYER = dict(NUM_LAYERS=1, XSA_LAST_N=1, NUM_LOOPS=0, PARALLEL_START_LAYER=0, SMEAR_GATE_ENABLED=0)
+contexts = pytest.mark.parametrize("context", ["cache", "recompute"])
+orders = pytest.mark.parametrize("order", ["stream", "length"])
+boosts = pytest.mark.parametrize("boost", BOOSTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory):
+    """The n-gram library is compiled into a temporary folder, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def small(**changes) -> g.Settings:
+    return tiny(**SMALL | changes)
+
+
+class Stream:
+    """Stands for ValidationData."""
+
+    def __init__(self, tokens):
+        self.tokens, self.bytes = tokens, bytes_of(tokens)
+
+
+class Log:
+    """Stands for RunLog."""
+
+    def __init__(self):
+        self.events = []
+
+    def event(self, _, **figures):
+        self.events.append(figures)
+
+
+def text(count=14, seed=5, longest=60) -> list[np.ndarray]:
+    """Documents, BOS included, of phrases that all of them share and one of their own, and of noise."""
+    shared, draw = np.random.default_rng(98).integers(2, VOCAB, (10, 5)), np.random.default_rng(seed)
+    result = []
+    for length in draw.integers(1, longest, count):
+        own, tokens = draw.integers(2, VOCAB, 5), [BOS]
+        while len(tokens) <= length:
+            kind = draw.random()
+            phrase = own if kind < 0.4 else shared[draw.integers(10)] if kind < 0.9 else draw.integers(2, VOCAB, 2)
+            tokens.extend(phrase.tolist())
+        result.append(np.array(tokens[:length + 1], np.uint16))
+    return result
+
+
+def stream(*arguments, **options) -> np.ndarray:
+    return np.concatenate(text(*arguments, **options))
+
+
+def model_of(s: g.Settings) -> g.GPT:
+    """A model whose every part works: no weight stays at zero."""
+    model, draw = g.GPT(s), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def training_of(s: g.Settings, tokens=None, kind=g.TestTimeTraining, model=None) -> g.TestTimeTraining:
+    return kind(model or model_of(s), Stream(stream() if tokens is None else tokens), s.num_loops > 0, s, runtime())
+
+
+def adapt(s: g.Settings, tokens=None, kind=g.TestTimeTraining, model=None) -> np.ndarray:
+    """NLL of every target, (len(tokens) - 1, 2) float32: tilted, not."""
+    training = training_of(s, tokens, kind, model)
+    result = np.full((len(training.tokens) - 1, 2), np.nan, np.float32)
+    for at, *scores in training.steps():
+        assert np.isnan(result[at]).all()
+        result[at] = np.stack([x.numpy() for x in scores], 1)
+    assert not np.isnan(result).any()
+    return result
+
+
+class Open(g.TestTimeTraining):
+    """Keeps, in the order of scoring, `order` (n,) and the whole distribution behind each score, `table` (n, vocab)."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.tables, self.at, self.tilted = [], [], []
+
+    def losses(self, rows, first_pass):
+        function = g.two_value_nll
+
+        def watched(scores, *others):
+            self.seen = scores.detach(), others[:2]
+            return function(scores, *others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(g, "two_value_nll", watched)
+            result = super().losses(rows, first_pass)
+        if first_pass:
+            self.scored = self.seen
+        return result
+
+    def distribution(self, seen, hints, gate, boost) -> torch.Tensor:
+        """Tilted log-probabilities (n, vocab) of all tokens, by the functions and from the scores of the loss."""
+        scores, caps = seen
+        n, size = scores.shape
+        target = torch.arange(size).repeat(n)
+        scores, hints, gate, boost = (x.repeat_interleave(size, 0) for x in (scores, hints, gate, boost))
+        nll, log_q = g.two_value_nll(scores, *caps, target, hints)
+        if not self.settings.ngram_tilt_enabled:
+            return -nll.view(n, size)
+        calibrated = self.settings.ngram_boost == "calibrated"
+        return ngram.tilt(-nll, log_q, hints == target, boost, gate, calibrated).view(n, size)
+
+    def score_and_train(self, rows):
+        function, self.boost = ngram.tilt, rows.boost
+
+        def watched(log_p, log_q, hit, boost, *others):
+            self.boost = boost
+            return function(log_p, log_q, hit, boost, *others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ngram, "tilt", watched)
+            tilted, plain = super().score_and_train(rows)
+        table = self.distribution(self.scored, rows.hints, rows.gate, self.boost)[rows.visible]
+        torch.testing.assert_close(-table[range(len(tilted)), rows.targets[rows.visible]], tilted, rtol=0, atol=1e-6)
+        self.tables.append(table)
+        self.at.append(rows.at)
+        self.tilted.append(tilted)
+        return tilted, plain
+
+    def run(self):
+        for _ in self.steps():
+            pass
+        self.order, self.table, self.nll = np.concatenate(self.at), torch.cat(self.tables), torch.cat(self.tilted)
+        return self
+
+
+# --- Mutants: each breaks what a test below must notice
+
+
+class UpdatesFirst(Open):
+    """Trains on the chunk that it is about to score."""
+
+    def score_and_train(self, rows):
+        self.adapters.take(rows)
+        losses, _ = self.losses(rows, first_pass=False)
+        self.adapters.update(rows, torch.autograd.grad((losses * rows.weights).sum(), self.adapters.leaves), True)
+        return super().score_and_train(rows)
+
+
+class HintsInTextOrder(Open):
+    """Counts hints as the published systems do: in the order of the text, far ahead of what has been scored."""
+
+    def count_hints(self, step):
+        s = self.settings
+        self.hints, self.counted = ngram.token_hints(self.tokens, s.token_order, s.token_threshold, s.token_boost,
+                                                     s.ngram_boost), True
+
+
+class PhaseTooEarly(Open):
+    """Trains all weights on documents that are still under way or have not begun."""
+
+    def train_all_weights(self, documents):
+        super().train_all_weights(np.arange(len(self.lengths)))
+
+
+class ChunksByLength(Open):
+    """Cuts a document's last chunk where the document ends, so that the shape of the pass depends on it."""
+
+    def pack(self, step):
+        yield from super().pack(step._replace(end=np.minimum(step.end, self.lengths[step.document])))
+
+
+# --- The decoder
+
+
+class Encoder(Open):
+    """Codes each target with the distribution of its score."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.coder = constriction.stream.queue.RangeEncoder()
+
+    def score_and_train(self, rows):
+        result = super().score_and_train(rows)
+        for token, log_p in zip(rows.targets[rows.visible].tolist(), self.tables[-1]):
+            self.coder.encode(token, categorical(log_p))
+        return result
+
+
+def categorical(log_p: torch.Tensor):
+    p = log_p.double().exp().numpy()
+    return constriction.stream.model.Categorical(p / p.sum(), perfect=False)
+
+
+class Decoder(Open):
+    """Reads the text back from the code words, the initial model and the settings.
+
+    Its header: the number of documents and of targets, and the length of the last document, which no BOS follows.
+    Document i is written from token i * stride on.
+    """
+
+    def __init__(self, words, documents: int, targets: int, last: int, model: g.GPT, s: g.Settings):
+        stride = targets + 2 * s.ttt_eval_seq_len
+        super().__init__(model, Stream(np.full(documents * stride + 1, BOS, np.uint16)), s.num_loops > 0, s, runtime())
+        self.starts, self.lengths = np.arange(documents) * stride, np.full(documents, 1 << 40)
+        self.lengths[-1], self.left = last, targets
+        self.coder = constriction.stream.queue.RangeDecoder(words)
+
+    def next_token(self, step: g.Step, slot: int, position: int) -> int:
+        """The token behind the position: from a pass over all chunks of the step, BOS where nothing is decoded yet."""
+        for rows in self.pack(step):
+            if slot in rows.slots:
+                at = int(rows.chunk_ends[rows.slots.tolist().index(slot)]) - int(step.end[slot]) + position
+                self.adapters.take(rows, averaged=self.settings.ttt_lora_ema_decay > 0)
+                with torch.no_grad():
+                    _, log_q = self.losses(rows, first_pass=False)
+                boost = self.learned(log_q, rows.boost, rows.expert) if self.learned else rows.boost
+                scores, hints, gate, boost = (x[at:at + 1] for x in (self.seen[0], rows.hints, rows.gate, boost))
+                table = self.distribution((scores, self.seen[1]), hints, gate, boost)
+                return int(self.coder.decode(categorical(table[0])))
+
+    def decode_step(self, step: g.Step) -> None:
+        for slot in np.flatnonzero(step.document >= 0).tolist():
+            document, begin = int(step.document[slot]), int(step.begin[slot])
+            start = self.starts[document]
+            text = self.tokens[start:]
+            for state in self.ngrams:
+                state.restart()
+            fed = [text[max(0, begin - order + 2):begin + 1] for order in self.settings.token_orders]
+            for position in range(begin, int(step.end[slot])):
+                if not self.left:
+                    raise ValueError("more targets than there are")
+                self.left -= 1
+                found = [state.feed(tokens) for state, tokens in zip(self.ngrams, fed)]
+                for number in reversed(range(len(found))):
+                    if found[number].gate[-1]:
+                        self.experts[start + position] = number
+                        for array, entries in zip(self.hints, found[number]):
+                            array[start + position] = entries[-1]
+                text[position + 1] = self.next_token(step, slot, position)
+                fed = [text[position + 1:position + 2]] * len(fed)
+                if fed[0][0] == BOS or position + 1 == self.lengths[document]:
+                    self.lengths[document] = position + 1
+                    break
+            for state, tokens in zip(self.ngrams, fed):
+                state.feed(tokens)
+
+    def run(self):
+        s, finished = self.settings, np.zeros(len(self.lengths), bool)
+        prefix, phases = min(len(self.lengths), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
+        pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
+        for step in g.ttt_schedule(self.lengths, s):
+            fresh = np.flatnonzero(step.fresh)
+            if len(fresh):
+                self.adapters.reset(fresh, step.document[fresh])
+            self.decode_step(step)
+            for rows in self.pack(step):
+                self.score_and_train(rows)
+            if self.learned:
+                self.learned.step()
+            finished[step.document[(step.document >= 0) & (step.end >= self.lengths[step.document])]] = True
+            while pauses and pauses[0] <= finished.sum() < len(finished):
+                pauses.pop(0)
+                self.train_all_weights(np.flatnonzero(finished))
+        return np.concatenate([self.tokens[a:a + n] for a, n in zip(self.starts, self.lengths)]
+                              + [self.tokens[self.starts[-1] + self.lengths[-1]:][:1]])
+
+
+def coded(s: g.Settings, tokens: np.ndarray, kind=Encoder) -> tuple[Encoder, Decoder]:
+    """Encoder after its run, decoder before it."""
+    encoder = training_of(s, tokens, kind).run()
+    header = len(encoder.starts), len(tokens) - 1, int(encoder.lengths[-1])
+    return encoder, Decoder(encoder.coder.get_compressed(), *header, model_of(s), s)
+
+
+CODED = dict(TTT_MICRO_BATCH_TOKENS=50, PHASED_TTT_PREFIX_DOCS=8, PHASED_TTT_NUM_PHASES=2)
+
+
+@pytest.mark.parametrize("changes", [
+    BOOSTS["fixed"] | dict(TTT_CONTEXT="cache", TTT_LORA_EMA_DECAY=0.5),
+    BOOSTS["calibrated"] | dict(TTT_CONTEXT="recompute", TTT_WARM_START_A=0, GLOBAL_TTT_OPTIMIZER="muon",
+                                TTT_UPDATE_EVERY=2),
+    BOOSTS["learned"] | dict(TTT_CONTEXT="cache", TTT_CHUNK_GROWTH=0.5, TTT_CHUNK_MAX=16, TTT_LR_CHUNK_POWER=0.5,
+                             TTT_BETA1=0.9),
+    BOOSTS["learned"] | dict(TTT_CONTEXT="recompute", TTT_GRAD_STEPS=2, TTT_OPTIMIZER="sgd", TTT_EVAL_SEQ_LEN=16)
+], ids=["fixed", "calibrated", "learned-cache", "learned-recompute"])
+def test_a_decoder_reads_the_text_back(changes):
+    """It has only the code words and a header, repeats every update, and ends with the same weights, bit for bit."""
+    s, tokens = small(**CODED | changes), stream(10, 6, 40)
+    encoder, decoder = coded(s, tokens)
+    np.testing.assert_array_equal(decoder.run(), tokens)
+    for name in ("value", "work", "square", "mean", "pending", "average", "count", "chunks"):
+        ours, theirs = (getattr(run.adapters, name) for run in (encoder, decoder))
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs)), name
+    for (name, ours), theirs in zip(encoder.model.named_parameters(), decoder.model.parameters()):
+        assert torch.equal(ours, theirs), name
+    assert not encoder.learned or torch.equal(encoder.learned.weights, decoder.learned.weights)
+    assert encoder.adapters.count.sum() > 0 and not torch.equal(encoder.model.qo_bank, model_of(s).qo_bank)
+    assert encoder.hints.gate.sum() > 20
+    bits, reported = 32 * len(encoder.coder.get_compressed()), float(encoder.nll.double().sum()) / math.log(2)
+    assert abs(bits - reported) < 0.01 * reported + 64
+    assert bits < len(tokens) * math.log2(VOCAB)
+
+
+@pytest.mark.parametrize("mutant", [UpdatesFirst, HintsInTextOrder, PhaseTooEarly])
+def test_the_decoder_fails_on_what_looks_ahead(mutant):
+    class MutantEncoder(Encoder, mutant):
+        pass
+
+    tokens = stream(10, 6, 30)
+    _, decoder = coded(small(**CODED | dict(PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1)), tokens, MutantEncoder)
+    try:
+        read = decoder.run()
+    except (AssertionError, ValueError):  # no such code word, or a text that does not end
+        return
+    assert not np.array_equal(read, tokens)
+
+
+# --- C1: what a score may depend on
+
+
+def continued(run: Open, cut: int, draw) -> np.ndarray:
+    """Another text that has the first `cut` targets, in the order of scoring, in common with the run's.
+
+    Documents that are not complete by then go on in another way and end elsewhere.
+    """
+    known = np.bincount(np.searchsorted(run.starts, run.order[:cut], "right") - 1, minlength=len(run.starts))
+    pieces = []
+    for i, (a, length, kept) in enumerate(zip(run.starts, run.lengths, known)):
+        final = i == len(run.starts) - 1
+        new = draw.integers(2, VOCAB, draw.integers(final, 30)) if kept < length else []
+        pieces += [run.tokens[a:a + min(kept + 1, length + final)], np.array(new, np.uint16)]
+    return np.concatenate(pieces)
+
+
+def agree(one: Open, other: Open, cut: int) -> bool:
+    """Whether the first `cut` scores and distributions are the same, bit for bit, and the distribution behind them."""
+    return (np.array_equal(places(one)[:cut], places(other)[:cut]) and torch.equal(one.nll[:cut], other.nll[:cut])
+            and torch.equal(one.table[:cut + 1], other.table[:cut + 1]))
+
+
+def places(run: Open) -> np.ndarray:
+    document = np.searchsorted(run.starts, run.order, "right") - 1
+    return np.stack((document, run.order - run.starts[document]), 1)
+
+
+def depends_on_the_past_alone(s: g.Settings, kind=Open, cuts=(0, 1, 37, 130, 210, 300)) -> bool:
+    run, draw = training_of(s, kind=kind).run(), np.random.default_rng(3)
+    for cut in cuts:
+        other = training_of(s, continued(run, cut, draw), kind).run()
+        if not agree(run, other, cut):
+            return False
+        size = min(len(run.table), len(other.table))
+        assert not torch.equal(run.table[:size], other.table[:size])
+    return True
+
+
+@pytest.mark.parametrize("context, boost", [("cache", "fixed"), ("cache", "learned"), ("recompute", "calibrated"),
+                                            ("recompute", "learned")])
+def test_c1_scores_and_distributions_depend_on_what_is_scored_alone(context, boost):
+    s = small(TTT_CONTEXT=context, PHASED_TTT_NUM_PHASES=2, **BOOSTS[boost])
+    run = training_of(s, kind=Open).run()
+    assert run.hints.gate.sum() > 50 and not torch.equal(run.model.qo_bank, model_of(s).qo_bank)
+    assert depends_on_the_past_alone(s)
+
+
+@contexts
+@pytest.mark.parametrize("more", [1, 5, 30])
+def test_c1_where_a_document_ends_changes_nothing_before(context, more):
+    """A document turns out longer and nothing else changes: in stream order the schedule may not have looked ahead."""
+    run = training_of(small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=3, **BOOSTS["learned"]), kind=Open).run()
+    longest = int(run.lengths[:8].argmax())
+    end = run.starts[longest] + run.lengths[longest]
+    other = training_of(run.settings, np.insert(run.tokens, end, np.full(more, 5, np.uint16)), Open).run()
+    cut = run.order.tolist().index(end - 1)
+    assert cut > 150 and agree(run, other, cut) and not torch.equal(run.nll[cut], other.nll[cut])
+
+
+@pytest.mark.parametrize("mutant, changes", [
+    (UpdatesFirst, {}), (HintsInTextOrder, {}), (PhaseTooEarly, {}), (Open, dict(TTT_ORDER="length"))])
+def test_c1_fails_for_what_looks_ahead(mutant, changes):
+    assert not depends_on_the_past_alone(small(PHASED_TTT_PREFIX_DOCS=1, **changes), mutant, [130])
+
+
+@contexts
+@pytest.mark.parametrize("kind", [Open, ChunksByLength])
+def test_no_shape_follows_from_where_a_document_ends(context, kind):
+    """All of a pass but the text is known before its step: it is the same for documents without end."""
+    one, endless = (training_of(small(TTT_CONTEXT=context, TTT_MICRO_BATCH_TOKENS=60), kind=kind) for _ in range(2))
+    endless.starts, endless.lengths = np.zeros_like(one.starts), np.full(len(one.starts), 1000)
+    endless.tokens = np.full(2000, 5, np.uint16)
+    endless.hints = ngram.Hints(*(np.zeros(2000, x.dtype) for x in one.hints))
+    endless.experts = np.zeros(2000, np.uint8)
+
+    def known(run, step):
+        return [[x.tolist() for x in (rows.slots, rows.begins, rows.positions, rows.cu_seqlens, rows.chunk,
+                                      rows.chunk_ends, rows.growth)]
+                + [rows.longest, rows.ids.shape, rows.previous.shape, rows.targets.shape] for rows in run.pack(step)]
+
+    same = [known(one, step) == known(endless, step) for step in g.ttt_schedule(one.lengths, one.settings)]
+    assert all(same) == (kind is Open)
+
+
+# --- C2 to C4: distributions, scores before updates, each target once
+
+
+@boosts
+@pytest.mark.parametrize("scale", [0.1, 3, 30])
+def test_c2_the_tilted_distribution_sums_to_one(boost, scale):
+    mode, draw, n = boost, torch.Generator().manual_seed(7), 200
+    run = training_of(small(**BOOSTS[mode]), kind=Open)
+    scores = scale * torch.randn(n, VOCAB, generator=draw)
+    caps = torch.tensor(30.0), torch.tensor(17.0)
+    hints, gate = torch.randint(VOCAB, (n,), generator=draw), torch.rand(n, generator=draw) < 0.8
+    hints[:50] = scores[:50].argmax(1)
+    boost = 3 * torch.randn(n, generator=draw) if mode == "calibrated" else 4 * torch.rand(n, generator=draw)
+    table = run.distribution((scores, caps), hints, gate, boost)
+    np.testing.assert_allclose(table.double().exp().sum(1), 1, atol=1e-6)
+    plain = run.distribution((scores, caps), hints, torch.zeros_like(gate), boost)
+    np.testing.assert_allclose(plain.double().exp().sum(1), 1, atol=1e-6)
+    moved = table[range(n), hints] - plain[range(n), hints]
+    assert (moved[~gate] == 0).all() and (moved >= -1e-6).all()
+    assert (moved[gate] > 0.01).sum() > (30 if scale < 30 else 5)
+
+
+@boosts
+def test_c2_every_distribution_of_a_run_sums_to_one(boost):
+    run = training_of(small(**BOOSTS[boost]), kind=Open).run()
+    np.testing.assert_allclose(run.table.double().exp().sum(1), 1, atol=1e-6)
+
+
+@contexts
+def test_c3_scores_come_before_the_update(context):
+    """The first chunk of a document cannot know the learning rate."""
+    s, tokens = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, TTT_WARM_START_A=0), stream()
+    starts = np.flatnonzero(tokens == BOS)
+    at = np.arange(len(tokens) - 1)
+    first = at - starts[np.searchsorted(starts, at, "right") - 1] < s.ttt_chunk_size
+    mild, huge = (adapt(changed(s, ttt_lora_lr=lr), tokens)[:, 1] for lr in (0.01, 0.5))
+    assert (mild == huge)[first].all() and (mild != huge)[~first].mean() > 0.9
+    mild, huge = (adapt(changed(s, ttt_lora_lr=lr), tokens, UpdatesFirst)[:, 1] for lr in (0.01, 0.5))
+    assert (mild != huge)[first].mean() > 0.5
+
+
+@pytest.mark.parametrize("fault", ["drops", "repeats", "mistakes", "doubles"])
+def test_c4_scoring_a_target_never_or_twice_is_an_error(fault):
+    class Faulty(g.TestTimeTraining):
+        def steps(self):
+            before = None
+            for number, (at, tilted, plain) in enumerate(super().steps()):
+                if number == 2 and fault == "mistakes":  # one target for another that was scored before
+                    at = np.concatenate((before[:1], at[1:]))
+                if number == 2 and fault == "doubles":  # one target for another of the same pass
+                    at = np.concatenate((at[1:2], at[1:]))
+                if number != 2 or fault != "drops":
+                    yield at, tilted, plain
+                if number == 2 and fault == "repeats":
+                    yield at, tilted, plain
+                before = at
+
+    assert training_of(small(**FROZEN)).score(Log())["targets"] == len(stream()) - 1
+    with pytest.raises(AssertionError, match="were scored"):
+        training_of(small(**FROZEN), kind=Faulty).score(Log())
+
+
+def test_progress_is_the_score_so_far():
+    s, log = small(**BOOSTS["learned"]), Log()
+    training_of(s).score(log)
+    run = training_of(s, kind=Open).run()
+    seen = np.cumsum([len(at) for at in run.at])
+    assert len(log.events) > 5 and log.events[-1]["share"] > 0.9
+    for event in log.events:
+        n = seen[np.abs(seen / seen[-1] - event["share"]).argmin()]
+        bits = float(run.nll[:n].double().sum()) / math.log(2)
+        assert event["val_bpb"] == pytest.approx(bits / bytes_of(run.tokens)[1:][run.order[:n]].sum(), rel=1e-5)
+        assert event["eta_seconds"] >= 0 < event["tokens_per_second"]
+
+
+# --- The schedule
+
+
+@orders
+@pytest.mark.parametrize("count, batch, chunk, growth", [
+    (1, 1, 16, 0), (40, 2, 16, 0.5), (100, 3, 7, 0), (30, 1, 1000, 0), (9, 4, 1, 1), (60, 1, 4, 0.3)])
+def test_schedule_scores_every_target_once(order, count, batch, chunk, growth):
+    """Documents start in their order, no slot idles while one waits, and a chunk's end follows from its begin alone."""
+    lengths = np.random.default_rng(count).integers(1, 200, count)
+    s = small(TTT_ORDER=order, TTT_BATCH_SIZE=batch, TTT_CHUNK_SIZE=chunk, TTT_CHUNK_GROWTH=growth, TTT_CHUNK_MAX=37,
+              TTT_EVAL_SEQ_LEN=2048)
+    at, slot_of, ends, started = np.zeros(count, int), {}, {}, []
+    for step in g.ttt_schedule(lengths, s):
+        for slot, (document, begin, end, fresh) in enumerate(zip(*(field.tolist() for field in step))):
+            if document < 0:
+                assert begin == end == 0 and not fresh
+                continue
+            assert begin == at[document] < lengths[document] and ends.setdefault(begin, end) == end
+            assert fresh == (begin == 0) and slot_of.setdefault(document, slot) == slot
+            started += [document] * fresh
+            at[document] = min(end, lengths[document])
+        assert len(started) == count or (step.document >= 0).all()
+    assert (at == lengths).all()
+    assert started == sorted(range(count), key=lambda i: (-lengths[i] if order == "length" else 0, i))
+    for begin, end in ends.items():
+        assert end - begin == max(chunk, min(begin * growth, 37) // chunk * chunk)
+    assert (max(end - begin for begin, end in ends.items()) > chunk) == bool(growth)
+
+
+def test_schedule_learns_where_documents_end_after_their_steps():
+    lengths, s = np.random.default_rng(0).integers(1, 60, 30), small()
+    known, expected = np.full(30, 1 << 40), g.ttt_schedule(lengths, s)
+    for step in g.ttt_schedule(known, s):
+        for ours, theirs in zip(step, next(expected)):
+            np.testing.assert_array_equal(ours, theirs)
+        over = step.document[(step.document >= 0) & (step.end >= lengths[step.document])]
+        known[over] = lengths[over]
+    assert next(expected, None) is None
+
+
+@pytest.mark.parametrize("changes, sizes", [
+    (dict(TTT_SHORT_SCORE_FIRST_STEPS="30:4,10=2"), [2, 2, 4, 4, 8, 8]),
+    (dict(TTT_SHORT_DOC_LEN=10, TTT_SHORT_CHUNK_SIZE=3), [3, 3, 8, 8, 8, 8])])
+def test_in_length_order_chunks_may_follow_from_the_length(changes, sizes):
+    """Lengths count tokens with both BOS: one more than targets."""
+    lengths = np.array([5, 9, 10, 29, 30, 50])
+    s = small(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, **changes)
+    seen = {}
+    for step in g.ttt_schedule(lengths, s):
+        for document, begin, end, _ in zip(*step):
+            if document >= 0:
+                assert seen.setdefault(document, end - begin) == end - begin
+    assert [seen[i] for i in range(6)] == sizes
+
+
+# --- What is scored
+
+
+def plain_scores(model: g.GPT, tokens, s: g.Settings) -> np.ndarray:
+    """One forward pass per chunk over its window, in a document on its own."""
+    last = len(tokens) - 1
+    starts = np.flatnonzero(tokens[:last] == BOS)
+    result = np.zeros(last, np.float32)
+    for a, b in zip(starts, [*starts[1:], last]):
+        for begin in range(a, b, s.ttt_chunk_size):
+            end = begin + s.ttt_chunk_size
+            first, end = max(a, end - s.ttt_eval_seq_len), min(end, b)
+            segments = g.make_segments(np.array([0, end - first], dtype=np.int32), end - first)
+            ids, targets = (torch.from_numpy(tokens[first + k:end + k].astype(np.int64)) for k in (0, 1))
+            with torch.no_grad():
+                losses = model.token_losses(ids, targets, segments, s.num_loops > 0)
+            result[begin:end] = losses[begin - first:].numpy()
+    return result
+
+
+@orders
+@contexts
+def test_without_learning_the_scores_are_those_of_a_plain_loop(context, order):
+    s = small(TTT_CONTEXT=context, TTT_ORDER=order, TTT_EVAL_SEQ_LEN=64, **FROZEN)  # no document is longer
+    scores = adapt(s)
+    np.testing.assert_allclose(scores[:, 1], plain_scores(model_of(s), stream(), s), atol=1e-4)
+    untilted = adapt(changed(s, ngram_tilt_enabled=False))
+    np.testing.assert_array_equal(untilted[:, 0], untilted[:, 1])
+    np.testing.assert_array_equal(untilted[:, 1], scores[:, 1])
+
+
+@pytest.mark.parametrize("context, layers", [("recompute", {}), ("cache", ONE_LAYER)])
+def test_windows_slide_over_long_documents(context, layers):
+    """A layer has no memory beyond its window, so that with a single one the cache agrees too."""
+    s, tokens = small(TTT_CONTEXT=context, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=9, **FROZEN, **layers), stream(4, 1, 150)
+    scores = plain_scores(model_of(s), tokens, s)
+    np.testing.assert_allclose(adapt(s, tokens)[:, 1], scores, atol=1e-4)
+    assert np.abs(scores - plain_scores(model_of(s), tokens, changed(s, ttt_eval_seq_len=64))).max() > 0.01
+
+
+@contexts
+def test_the_split_into_passes_changes_nothing(context):
+    s = small(TTT_CONTEXT=context, TTT_OPTIMIZER="sgd", TTT_LORA_LR=0.1)
+    split = changed(s, ttt_micro_batch_tokens=20)
+    for _, groups in training_of(split).prepared():  # as much to a pass as fits
+        sizes = [rows.cu_seqlens.diff().tolist() for rows in groups]
+        assert all(sum(size) <= 20 or len(size) == 1 for size in sizes)
+        assert all(sum(one) + other[0] > 20 for one, other in itertools.pairwise(sizes))
+    assert sum(len(groups) for _, groups in training_of(split).prepared()) > 1.5 * len(list(training_of(s).prepared()))
+    np.testing.assert_allclose(adapt(split), adapt(s), atol=1e-4)
+
+
+def dictionary_hints(tokens, s: g.Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hints for tokens[1:], whether there are any and by which order, (len(tokens) - 1,) each.
+
+    From contexts in dictionaries, learned target by target in the order of scoring; a longer context goes first.
+    """
+    last = len(tokens) - 1
+    starts, tables = np.flatnonzero(tokens[:last] == BOS), [{} for _ in s.token_orders]
+    hints, gate, experts = (np.zeros(last, dtype) for dtype in (np.uint16, bool, np.uint8))
+    threshold = np.float32(0 if s.ngram_boost == "learned" else s.token_threshold)
+    for step in g.ttt_schedule(np.diff(starts, append=last), s):
+        for document, begin, end, _ in zip(*step):
+            for at in range(begin, end):
+                a = starts[document] + at
+                if a >= last or at and tokens[a] == BOS:  # behind the document's end
+                    break
+                target = int(tokens[a + 1])
+                for number, (order, table) in enumerate(zip(s.token_orders, tables)):
+                    if at + 2 < order:
+                        continue
+                    counts, top = table.get(context := tuple(tokens[a + 2 - order:a + 1].tolist()), ({}, 0))
+                    if counts and np.float32(counts[top] / sum(counts.values())) >= threshold and not gate[a]:
+                        hints[a], gate[a], experts[a] = top, True, number
+                    counts[target] = counts.get(target, 0) + 1
+                    table[context] = counts, target if counts[target] > counts.get(top, 0) else top
+    return hints, gate, experts
+
+
+@pytest.mark.parametrize("outside", [0, 1])
+@pytest.mark.parametrize("boost", ["fixed", "learned"])
+def test_hints_are_counted_in_the_order_of_scoring(boost, outside):
+    s, tokens = small(NGRAM_HINT_PRECOMPUTE_OUTSIDE=outside, **FROZEN, **BOOSTS[boost]), stream(30)
+    expected, run = dictionary_hints(tokens, s), training_of(s, tokens)
+    run.score(Log())
+    for ours, theirs in zip((run.hints.ids, run.hints.gate, run.experts), expected):
+        np.testing.assert_array_equal(ours, theirs)
+    assert expected[1].sum() > 200 and np.bincount(expected[2][expected[1]]).min() > 50
+    assert (expected[0] != ngram.token_hints(tokens, s.token_order).ids).sum() > 20
+    assert boost == "learned" or set(run.hints.boost.tolist()) == {0, s.token_boost}
+
+
+@boosts
+def test_in_length_order_hints_are_those_of_the_text(boost):
+    """As in the published systems; only the last word is the longest context's."""
+    s, tokens = small(TTT_ORDER="length", **FROZEN, **BOOSTS[boost]), stream(30)
+    run = training_of(s, tokens)
+    run.score(Log())
+    threshold = 0 if boost == "learned" else s.token_threshold
+    orders = [ngram.token_hints(tokens, order, threshold, mode=boost) for order in s.token_orders]
+    for number, hints in enumerate(orders):
+        mine = run.hints.gate & (run.experts == number)
+        assert mine.sum() > 30 and hints.gate[mine].all()
+        assert not any(longer.gate[mine].any() for longer in orders[:number])
+        for ours, theirs in zip(run.hints, hints):
+            np.testing.assert_array_equal(ours[mine], theirs[mine])
+    assert (run.hints.gate == np.any([hints.gate for hints in orders], 0)).all()
+
+
+@boosts
+def test_the_tilt_moves_scores_within_its_bounds(boost):
+    s, tokens = small(**FROZEN, **BOOSTS[boost]), stream(30)
+    run = training_of(s, tokens)
+    scores = np.zeros((len(tokens) - 1, 2), np.float32)
+    for at, *pair in run.steps():
+        scores[at] = np.stack([x.numpy() for x in pair], 1)
+    gained, hit = scores[:, 1] - scores[:, 0], run.hints.gate & (run.hints.ids == tokens[1:])
+    assert (gained[~run.hints.gate] == 0).all() and (gained[hit] > 0.1).sum() > 100
+    assert (gained[hit] >= 0).all() and (gained[run.hints.gate & ~hit] <= 0).all() and (gained < -0.01).sum() > 10
+    assert gained.mean() > 0.05
+    if boost == "fixed":
+        assert gained.max() <= s.token_boost
+    if boost == "calibrated":  # a hint gets its calibrated share, unless the model gives it more
+        share = np.minimum(scores[:, 1], np.logaddexp(0, -run.hints.boost))[hit]
+        np.testing.assert_allclose(scores[hit, 0], share, atol=1e-4)
+        assert len(np.unique(run.hints.boost)) > 10
+
+
+def test_the_learned_boost_learns_from_what_was_scored_in_earlier_steps():
+    """From the distributions of a run without tilt; nothing behind the end of a document counts."""
+    run = training_of(small(**BOOSTS["learned"], **FROZEN), stream(30), Open).run()
+    plain = training_of(small(NGRAM_TILT_ENABLED=0, **FROZEN), stream(30), Open).run()
+    learned = ngram.LearnedBoost(3, "cpu")
+    assert len(run.at) == len(list(g.ttt_schedule(run.lengths, run.settings)))
+    for at, tilted, table in zip(run.at, run.tables, plain.tables):
+        hints = run.hints.ids[at].astype(np.int64)
+        log_q, log_p = (x[range(len(at)), hints].double() for x in (table, tilted))
+        gate, expert, odds = (torch.from_numpy(x[at]) for x in (run.hints.gate, run.experts, run.hints.boost))
+        boost = learned(log_q, odds, expert.long())
+        torch.testing.assert_close(log_p[gate], ngram.tilt(log_q, log_q, gate, boost, gate)[gate], rtol=0, atol=1e-4)
+        learned.observe(log_q, odds, expert.long(), torch.from_numpy(hints == run.tokens[at + 1]), gate)
+        learned.step()
+    torch.testing.assert_close(run.learned.weights, learned.weights, rtol=0, atol=1e-3)
+    assert ((learned.weights - torch.tensor([0.0, 1.0, 0.0])).abs().amax(1) > 0.05).all()
+
+
+# --- Learning, against one document at a time with dense matrices and torch's optimizers
+
+
+def optimizer_of(parameters: list, s: g.Settings) -> torch.optim.Optimizer:
+    rate, decay = s.ttt_lora_lr * s.ttt_local_lr_mult, s.ttt_weight_decay
+    if s.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=s.ttt_beta1, weight_decay=decay)
+    return torch.optim.AdamW(parameters, rate, (s.ttt_beta1, s.ttt_beta2), 1e-10, decay)
+
+
+class Dense(g.Rider):
+    """One document's adapters, parameters {site: (A, B)}, and with TTT_CONTEXT=cache its keys and values so far."""
+
+    def __init__(self, model: g.GPT, pairs: dict, s: g.Settings):
+        self.model, self.settings, self.known = model.frozen(), s, {}
+        self.pairs = {site: [torch.nn.Parameter(x.clone()) for x in pair] for site, pair in pairs.items()}
+        self.average = {site: [x.detach().clone() for x in pair] for site, pair in self.pairs.items()}
+        parameters = [x for pair in self.pairs.values() for x in pair]
+        self.optimizer = optimizer_of(parameters, s)
+
+    def block(self, visit, layer):
+        s, model = self.settings, self.model
+
+        def delta(name, u):
+            if (name, visit) not in self.used:
+                return 0
+            a, b = self.used[name, visit]
+            return s.ttt_lora_alpha / s.ttt_lora_rank * (u @ a.T @ b.T)
+
+        def add(site, x, y, u):
+            if site == "qkv":
+                parts = zip("qkv", y.split([s.model_dim, s.kv_dim, s.kv_dim], 1))
+                return torch.cat([part + delta(name, u) for name, part in parts], 1)
+            if site == "out":
+                return y + model.attn_scale[layer] * delta("o", u)
+            return y + model.mlp_scale[layer] * delta("mlp", u) if site == "down" else y
+
+        def attend(q, k, v):
+            keys, values = self.known.get(visit, (k[:0], v[:0]))
+            if self.keep:
+                self.known[visit] = torch.cat((keys, k.detach())), torch.cat((values, v.detach()))
+            keys, values = (torch.cat((old[self.first:self.begin], new)).repeat_interleave(q.size(1) // k.size(1), 1)
+                            for old, new in ((keys, k), (values, v)))
+            scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(q.size(2))
+            hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(self.begin - self.first + 1)
+            return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(2), values)
+
+        return dict(adapter=add, context=attend if s.ttt_context == "cache" else None)
+
+    def losses(self, text, begin: int, size: int, pairs: dict, keep: bool) -> torch.Tensor:
+        """NLL of the chunk that begins there in `text`, a document with the token behind it, (targets,) int64."""
+        s, self.used, self.begin, self.keep = self.settings, pairs, begin, keep
+        self.first = max(0, begin + size - s.ttt_eval_seq_len)
+        cached, end = s.ttt_context == "cache", min(begin + size, len(text) - 1)
+        first = begin if cached else self.first
+        n = end - first
+        segments = g.make_segments(np.array([0, n], dtype=np.int32), n)
+        if cached:
+            before = torch.cat((text[:1], text))[first:end]
+            segments = segments._replace(positions=segments.positions + first, previous=before)
+        hidden = self.model(text[first:end], segments, s.num_loops > 0, self)[begin - first:]
+        a, b = pairs["head", 0]
+        scores = self.model.scores(hidden) + s.ttt_lora_alpha / s.ttt_lora_rank * (hidden @ a.T @ b.T)
+        cap = self.model.softcaps(scores)
+        return F.cross_entropy(cap * torch.tanh(scores / cap), text[begin + 1:end + 1], reduction="none")
+
+    def run(self, text):
+        """Yield the scores of chunk after chunk."""
+        s, begin, last = self.settings, 0, len(text) - 1
+        for number in itertools.count(1):
+            size = min(int(s.ttt_chunk_growth * begin), s.ttt_chunk_max) // s.ttt_chunk_size * s.ttt_chunk_size
+            chunk = begin, max(s.ttt_chunk_size, size)
+            with torch.no_grad():
+                yield self.losses(text, *chunk, self.average if s.ttt_lora_ema_decay else self.pairs, True)
+            begin = sum(chunk)
+            if begin >= last:
+                return
+            rate = s.ttt_lora_lr * s.ttt_local_lr_mult * (chunk[1] / s.ttt_chunk_size) ** s.ttt_lr_chunk_power
+            self.optimizer.param_groups[0]["lr"] = rate
+            if number % s.ttt_update_every == 1 % s.ttt_update_every:
+                self.optimizer.zero_grad()
+            for _ in range(s.ttt_grad_steps):
+                if s.ttt_update_every == 1 and s.ttt_grad_steps_clean:
+                    self.optimizer.zero_grad()
+                self.losses(text, *chunk, self.pairs, False).mean().backward()
+                if number % s.ttt_update_every:
+                    continue
+                self.optimizer.step()
+                for pair, average in zip(self.pairs.values(), self.average.values()):
+                    for x, mean in zip(pair, average):
+                        mean.lerp_(x.detach(), 1 - s.ttt_lora_ema_decay)
+
+
+def pairs_of(adapters: g.Adapters, row: int) -> dict:
+    """A and B, copies, of each site of a slot."""
+    parts = adapters.value[row].split([a * b for a, b in adapters.shapes])
+    parts = [part.view(shape).clone() for part, shape in zip(parts, adapters.shapes)]
+    return dict(zip(adapters.sites, zip(parts, parts[len(adapters.sites):])))
+
+
+def scores_by_hand(s: g.Settings, tokens) -> np.ndarray:
+    """What `adapt` returns in its second column, a document after another; from the real path come only the first A."""
+    run, model = training_of(s, tokens), model_of(s)
+    result, kept = np.zeros(len(tokens) - 1, np.float32), {}
+    for step in g.ttt_schedule(run.lengths, s):
+        for slot in np.flatnonzero(step.fresh).tolist():
+            document = int(step.document[slot])
+            pairs = pairs_of(run.adapters, slot)
+            if s.ttt_warm_start_a:
+                pairs = {site: (kept.get((slot, site), a), b) for site, (a, b) in pairs.items()}
+            else:
+                run.adapters.draw(0, document)
+                pairs = pairs_of(run.adapters, 0)
+            dense, a = Dense(model, pairs, s), run.starts[document]
+            text = torch.from_numpy(tokens[a:a + run.lengths[document] + 1].astype(np.int64))
+            result[a:a + run.lengths[document]] = torch.cat(list(dense.run(text))).numpy()
+            kept |= {(slot, site): pair[0].detach() for site, pair in dense.pairs.items()}
+    return result
+
+
+OPTIONS = [dict(), dict(TTT_GRAD_STEPS=2), dict(TTT_GRAD_STEPS=2, TTT_GRAD_STEPS_CLEAN=0), dict(TTT_UPDATE_EVERY=2),
+           dict(TTT_LORA_EMA_DECAY=0.6), dict(TTT_BETA1=0.7), dict(TTT_BETA2=0.5), dict(TTT_WARM_START_A=0),
+           dict(TTT_OPTIMIZER="sgd", TTT_LORA_LR=0.2), dict(TTT_OPTIMIZER="sgd", TTT_LORA_LR=0.2, TTT_BETA1=0.6),
+           dict(TTT_LOCAL_LR_MULT=0.5), dict(TTT_WEIGHT_DECAY=9), dict(TTT_LORA_ALPHA=8), dict(TTT_LORA_RANK=5),
+           dict(TTT_MASK="no_qv"), dict(TTT_K_LORA=0, TTT_O_LORA=0, TTT_MLP_LORA=0),
+           dict(TTT_CHUNK_GROWTH=0.9, TTT_CHUNK_MAX=24),
+           dict(TTT_CHUNK_GROWTH=0.9, TTT_CHUNK_MAX=24, TTT_LR_CHUNK_POWER=1),
+           dict(ASYM_LOGIT_RESCALE=0, LOGIT_SOFTCAP=9), dict(TTT_UPDATE_EVERY=3, TTT_LORA_EMA_DECAY=0.6)]
+CASES = [("cache", changes) for changes in OPTIONS] + [("recompute", changes) for changes in OPTIONS[:2]]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """A stream, and for each context its scores without learning and with no option but the defaults.
+
+    A document of whole chunks, not trained on its last one, leaves its A to another.
+    """
+    tokens = stream(11, 36, 60)
+    run = training_of(small(), tokens)
+    assert run.lengths[0] % 8 == 0 and any(step.document[0] > 0 for step in g.ttt_schedule(run.lengths, run.settings))
+    return tokens, {context: [adapt(small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, TTT_LORA_LR=lr), tokens)[:, 1]
+                              for lr in (0, 0.01)] for context in ("cache", "recompute")}
+
+
+@pytest.mark.parametrize("context, changes", CASES, ids=lambda x: x if isinstance(x, str) else
+                         ",".join(f"{name}={value}" for name, value in x.items()) or "defaults")
+def test_adapters_learn_as_by_hand(context, changes, compared):
+    tokens, plain = compared
+    s = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, **changes)
+    scores = adapt(s, tokens)[:, 1]
+    np.testing.assert_allclose(scores, scores_by_hand(s, tokens), atol=2e-3)
+    frozen, default = plain[context]
+    assert np.abs(scores - frozen).max() > 0.05 and (np.abs(scores - default).max() > 0.01) == bool(changes)
+
+
+@contexts
+def test_adapting_to_repetitive_text_pays(context):
+    """Documents that repeat a phrase of their own: the model cannot know it, an adapter can learn it."""
+    draw = np.random.default_rng(0)
+    tokens = np.concatenate([np.concatenate(([BOS], np.tile(draw.integers(2, VOCAB, 5), 20))) for _ in range(8)])
+    s = small(TTT_CONTEXT=context, NGRAM_TILT_ENABLED=0, PHASED_TTT_PREFIX_DOCS=0)
+    frozen, adapted = (adapt(changed(s, ttt_lora_lr=lr), tokens.astype(np.uint16))[:, 1] for lr in (0, 0.02))
+    at = np.arange(len(tokens) - 1) % 101
+    early, late = (float((adapted - frozen)[part].mean()) for part in (at < 24, at >= 60))
+    assert late < early - 0.3 and late < -0.5
+
+
+class Row(SimpleNamespace):
+    """What Adapters.update reads of Rows."""
+
+    def __init__(self, slots, trains, growth=(1.0,)):
+        super().__init__(slots=torch.tensor(slots), trains=torch.tensor(trains),
+                         growth=torch.tensor(growth).expand(len(slots)))
+
+
+def adapters_of(s: g.Settings, slots: int) -> g.Adapters:
+    """Adapters that are not zero."""
+    adapters, draw = training_of(s).adapters, torch.Generator().manual_seed(2)
+    adapters.value.copy_(0.2 * torch.randn(adapters.value.shape, generator=draw))
+    adapters.work.copy_(adapters.value)
+    return adapters
+
+
+def drawn(adapters: g.Adapters, rows: int, draw) -> tuple[torch.Tensor, ...]:
+    """Gradients of the leaves of so many rows."""
+    return tuple(torch.randn(rows, *shape, generator=draw) for shape in adapters.shapes)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(TTT_BETA1=0.9), dict(TTT_OPTIMIZER="sgd"),
+                                     dict(TTT_OPTIMIZER="sgd", TTT_BETA1=0.9), dict(TTT_LOCAL_LR_MULT=0.5),
+                                     dict(TTT_LR_CHUNK_POWER=0.5), dict(TTT_OPTIMIZER="sgd", TTT_LR_CHUNK_POWER=0.5)])
+def test_the_optimizer_is_that_of_torch_with_a_clock_for_each_slot(changes):
+    s = small(**changes)
+    adapters, draw = adapters_of(s, 8), torch.Generator().manual_seed(5)
+    before, history = adapters.value.clone(), []
+    for trains in ([True, False], [True, True], [False, True], [True, True]):
+        gradients = drawn(adapters, 2, draw)
+        history.append((trains, torch.cat([x.flatten(1) for x in gradients], 1)))
+        adapters.update(Row([4, 1], trains, [1.0, 4.0]), gradients, last=True)
+    for row, slot in enumerate((4, 1)):
+        value = torch.nn.Parameter(before[slot].clone())
+        optimizer = optimizer_of([value], changed(s, ttt_lora_lr=s.ttt_lora_lr * (1, 4)[row] ** s.ttt_lr_chunk_power))
+        for trains, gradients in history:
+            if trains[row]:
+                value.grad = gradients[row].clone()
+                optimizer.step()
+        torch.testing.assert_close(adapters.value[slot], value.data, rtol=1e-5, atol=1e-6)
+    assert torch.equal(adapters.work, adapters.value) and adapters.count.tolist() == [0, 3, 0, 0, 3, 0, 0, 0]
+    others = [0, 2, 3, 5, 6, 7]
+    assert torch.equal(adapters.value[others], before[others])
+
+
+def test_gradients_of_several_chunks_make_one_update():
+    """Two chunks of different slots, one of them begun later: each slot counts its own chunks."""
+    sums, plain = (adapters_of(small(TTT_UPDATE_EVERY=n), 8) for n in (2, 1))
+    draw = torch.Generator().manual_seed(6)
+    first, second, third = (drawn(sums, 1, draw) for _ in range(3))
+    before = sums.value.clone()
+    sums.update(Row([2], [True]), first, last=True)
+    assert torch.equal(sums.value, before)
+    sums.update(Row([5, 2], [True, True]), tuple(map(torch.cat, zip(third, second))), last=True)
+    plain.update(Row([2], [True]), tuple(map(torch.add, first, second)), last=True)
+    torch.testing.assert_close(sums.value[2], plain.value[2])
+    assert torch.equal(sums.value[5], before[5]) and not torch.equal(sums.value[2], before[2])
+    sums.update(Row([2], [True]), first, last=True)
+    torch.testing.assert_close(sums.value[2], plain.value[2])  # the sum starts over
+    assert sums.count.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("site", ["q", "k", "v", "o", "mlp", "none"])
+@contexts
+def test_each_adapter_learns_where_it_is_switched_on(context, site):
+    switches = {f"TTT_{name.upper()}_LORA": int(name == site) for name in ("q", "k", "v", "o", "mlp")}
+    s = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, **switches)
+    run = training_of(s, np.tile(np.array([BOS, 5, 9, 7, 8, 11, 5, 6, 7, 9, 30, 31], np.uint16), 4)[:48])
+    first = pairs_of(run.adapters, 0)
+    for _ in zip(range(1), run.steps()):
+        pass
+    visits = range(sum(map(len, run.model.orders[True])))
+    assert len(visits) == 4 and set(first) == {("head", 0)} | {(site, visit) for visit in visits if site != "none"}
+    for site_of, (a, b) in pairs_of(run.adapters, 0).items():
+        assert (first[site_of][1] == 0).all() and b.abs().max() > 0.5 * s.ttt_lora_lr
+        assert first[site_of][0].abs().max() <= 1 / math.sqrt(s.model_dim) < 1.2 * first[site_of][0].abs().max()
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_reset_touches_only_its_slots(warm):
+    s = small(TTT_WARM_START_A=warm, TTT_BETA1=0.9, TTT_LORA_EMA_DECAY=0.5, TTT_UPDATE_EVERY=2)
+    adapters, draw = adapters_of(s, 8), torch.Generator().manual_seed(7)
+    for _ in range(3):
+        adapters.update(Row([0, 1, 2], [True] * 3), drawn(adapters, 3, draw), last=True)
+    states = {name: getattr(adapters, name) for name in
+              ("value", "work", "square", "mean", "pending", "average", "count", "chunks")}
+    before = {name: state.clone() for name, state in states.items()}
+    assert all((state[:3].flatten(1) != 0).any(1).all() for state in (x[:, None] for x in states.values()))
+    adapters.reset(np.array([1]), np.array([77]))
+    for name, state in states.items():
+        assert torch.equal(state[[0, 2]], before[name][[0, 2]]), name
+        if name in ("value", "work", "average"):
+            assert torch.equal(state[1], adapters.value[1]) and (state[1, adapters.first_b:] == 0).all()
+        else:
+            assert (state[1] == 0).all(), name
+    a = adapters.value[1, :adapters.first_b]
+    assert torch.equal(a, before["value"][1, :adapters.first_b]) == bool(warm)
+    if not warm:  # a draw depends on the document alone
+        adapters.reset(np.array([3]), np.array([77]))
+        assert torch.equal(adapters.value[3], adapters.value[1]) and a.abs().max() <= 1 / math.sqrt(s.model_dim)
+
+
+# --- Global phases
+
+
+@pytest.mark.parametrize("prefix, number, due", [(9, 3, [3, 6, 9]), (50, 5, [4, 8, 12, 16])])
+def test_global_phases_train_on_what_is_scored_completely(prefix, number, due):
+    """Each comes right behind the step in which enough documents end, unless they were the last. A prefix above their number
+    is that number."""
+    s = small(PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=number, GLOBAL_TTT_CHUNK_TOKENS=1000)
+    phases, model = [], model_of(s)
+
+    class Watched(g.TestTimeTraining):
+        def train_all_weights(self, documents):
+            assert documents.tolist() == complete()
+            phases.append(len(documents))
+            super().train_all_weights(documents)
+
+    run = training_of(s, stream(20), Watched, model)
+    scored = np.zeros(len(run.tokens) - 1, bool)
+
+    def complete():
+        return [i for i, (a, n) in enumerate(zip(run.starts, run.lengths)) if scored[a:a + n].all()]
+
+    for at, *_ in run.steps():
+        assert len(phases) == sum(len(complete()) >= n for n in due)
+        scored[at] = True
+    assert len(phases) == len(due) and all(trained >= n for trained, n in zip(phases, due))
+    for (name, p), before in zip(model.named_parameters(), model_of(s).parameters()):
+        assert "softcap" in name or not torch.equal(before, p), name  # a step is below the last bit of the caps
+
+
+def test_a_phase_acts_on_all_scores_behind_it_and_on_none_before():
+    """Without adapters: scores before it are those of the old weights, scores behind it those of the new ones."""
+    s, seen = small(TTT_CONTEXT="recompute", TTT_LORA_LR=0, TTT_EVAL_SEQ_LEN=64, PHASED_TTT_PREFIX_DOCS=5), []
+
+    class Watched(g.TestTimeTraining):
+        def train_all_weights(self, documents):
+            seen.append(len(scored))
+            super().train_all_weights(documents)
+
+    scored, model, tokens = [], model_of(s), stream()
+    old = plain_scores(model, tokens, s)
+    for at, _, plain in training_of(s, tokens, Watched, model).steps():
+        scored.append((at, plain.numpy()))
+    new = plain_scores(model, tokens, s)
+    assert len(seen) == 1 and 0 < seen[0] < len(scored) - 2 and np.abs(new - old).max() > 0.1
+    for number, (at, scores) in enumerate(scored):
+        np.testing.assert_allclose(scores, (old if number < seen[0] else new)[at], atol=1e-4)
+
+
+def phase_by_hand(model: g.GPT, tokens, documents, s: g.Settings, rate) -> list[torch.Tensor]:
+    """Training on the mean loss of chunks of the concatenated documents; rate(number, count) of chunk `number`."""
+    starts = np.flatnonzero(tokens[:-1] == BOS)
+    lengths, size = np.diff(starts, append=len(tokens) - 1), s.global_ttt_chunk_tokens
+    inputs = [starts[i] + at for i in documents for at in range(lengths[i])]
+    chunks = [inputs[i:i + size] for i in range(0, len(inputs), size)]
+    weights, momentum = list(model.parameters()), None
+    for number, chunk in enumerate(chunks):
+        bounds = [i for i, a in enumerate(chunk) if tokens[a] == BOS or i == 0]
+        pieces = [b for a, b in itertools.pairwise([*bounds, len(chunk)]) for b in range(a, b, s.eval_seq_len)]
+        segments = g.make_segments(np.array([*pieces, len(chunk)], dtype=np.int32), s.eval_seq_len)
+        ids, targets = (torch.from_numpy(tokens[np.array(chunk) + k].astype(np.int64)) for k in (0, 1))
+        for _ in range(s.global_ttt_epochs):
+            gradients = torch.autograd.grad(model.token_losses(ids, targets, segments, True).mean(), weights)
+            norm = math.sqrt(sum(float(x.square().sum()) for x in gradients))
+            clip = min(1, s.global_ttt_grad_clip / norm) if s.global_ttt_grad_clip else 1
+            gradients, before = [clip * x for x in gradients], momentum or [torch.zeros_like(x) for x in gradients]
+            momentum = [s.global_ttt_momentum * m + x for m, x in zip(before, gradients)]
+            with torch.no_grad():
+                for p, m, x in zip(weights, momentum, gradients):
+                    if s.global_ttt_optimizer == "muon" and any(p is bank for bank in model.banks()):
+                        m = g.newton_schulz(x + s.global_ttt_momentum * m, s.global_ttt_muon_ns_steps)
+                        m = m * max(1, p.size(1) / p.size(2)) ** 0.5
+                    p -= rate(number, len(chunks)) * m
+    return weights
+
+
+def cosine(number, count):
+    return 0.05 * 0.5 * (1 + math.cos(math.pi * number / count))
+
+
+@pytest.mark.parametrize("changes, rate", [
+    (dict(GLOBAL_TTT_GRAD_CLIP=0.3), cosine), (dict(GLOBAL_TTT_GRAD_CLIP=0, GLOBAL_TTT_LR=0.05), cosine),
+    (dict(GLOBAL_TTT_EPOCHS=2, GLOBAL_TTT_GRAD_CLIP=100), cosine),
+    (dict(GLOBAL_TTT_WARMUP_CHUNKS=2, GLOBAL_TTT_WARMUP_START_LR=0.01), lambda k, n: (0.01, 0.05)[k] if k < 2 else
+     0.05 * 0.5 * (1 + math.cos(math.pi * (k - 2) / (n - 2)))),
+    (dict(GLOBAL_TTT_OPTIMIZER="muon"), cosine),
+    (dict(GLOBAL_TTT_OPTIMIZER="muon", GLOBAL_TTT_MUON_NS_STEPS=3), cosine),
+    (dict(GLOBAL_TTT_CHUNK_TOKENS=100_000), cosine)])
+def test_a_phase_is_that_of_a_plain_loop(changes, rate):
+    s, tokens = small(**dict(GLOBAL_TTT_CHUNK_TOKENS=30, GLOBAL_TTT_MOMENTUM=0.5, EVAL_SEQ_LEN=20) | changes), stream(6)
+    run, documents = training_of(s, tokens), [0, 2, 3]
+    expected = phase_by_hand(model_of(s), tokens, documents, s, rate)
+    run.train_all_weights(np.array(documents))
+    for (name, ours), p, before in zip(run.model.named_parameters(), expected, model_of(s).parameters()):
+        torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-6)
+        assert "softcap" in name or not torch.equal(ours, before), name
+
+
+def test_muon_orthogonalizes_the_updates_of_the_banks():
+    """One step on one chunk: all singular values of a matrix move by about the rate times the scale of its shape."""
+    s = small(GLOBAL_TTT_OPTIMIZER="muon", GLOBAL_TTT_CHUNK_TOKENS=10_000)
+    run, before = training_of(s), model_of(s)
+    run.train_all_weights(np.arange(14))
+    for p, old in zip(run.model.banks(), before.banks()):
+        update = (old - p).detach() / s.global_ttt_lr / math.sqrt(max(1, p.size(1) / p.size(2)))
+        assert 0.9 < torch.linalg.svdvals(update).median() < 1.1 and torch.linalg.svdvals(update).max() < 1.3
+
+
+# --- Ranks
+
+
+def score_on(rank: int, ports: dict[int, int], s: g.Settings, folder) -> None:
+    """One of as many ranks as the largest number in `ports`; scores with each number of them in turn."""
+    torch.set_num_threads(1)
+    for world, port in ports.items():
+        if rank < world:
+            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            model, log = model_of(s), Log()
+            result = g.TestTimeTraining(model, Stream(stream()), True, s, runtime(rank, world)).score(log)
+            if rank == world - 1:
+                weights = [p.detach() for p in model.parameters()]
+                torch.save((result, log.events[-1]["share"], weights), folder / f"{world}")
+            torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_the_work_and_agree(tmp_path):
+    s, ports = small(PHASED_TTT_PREFIX_DOCS=5, PHASED_TTT_NUM_PHASES=2, **BOOSTS["learned"]), {}
+    model = model_of(s)
+    alone = training_of(s, model=model).score(Log())
+    for world in (2, 3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports[world] = probe.getsockname()[1]
+    torch.multiprocessing.spawn(score_on, (ports, s, tmp_path), nprocs=3)
+    for world in (2, 3):
+        result, share, weights = torch.load(tmp_path / f"{world}")
+        assert 0.6 < share <= 1
+        for name in ("val_loss", "val_bpb", "untilted_bpb"):
+            assert result[name] == pytest.approx(alone[name], rel=1e-5), name
+        assert result["targets"] == alone["targets"] == len(stream()) - 1 and result["hints"] == alone["hints"]
+        for ours, p in zip(weights, model.parameters()):
+            torch.testing.assert_close(ours, p.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_beyond_the_documents_have_nothing_to_score():
+    s, tokens = small(PHASED_TTT_PREFIX_DOCS=0), stream(2)
+    ranks = [g.TestTimeTraining(model_of(s), Stream(tokens), True, s, runtime(rank, 3)) for rank in range(3)]
+    scored = [sum(len(at) for at, *_ in rank.steps()) for rank in ranks]
+    assert sum(scored) == len(tokens) - 1 and scored[2] == 0 < min(scored[:2])
+
+
+# --- The run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run that ends with test-time training."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_corpus(folder / "data", 60, 12)
+    run_here(folder, ITERATIONS=4, WARMUP_STEPS=0)
+    return folder
+
+
+def run_here(folder, **changes) -> dict:
+    s = tiny(folder, **TTT | dict(TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=128) | changes)
+    log = g.RunLog(s, runtime())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g, "packed_code", lambda: b"")  # takes longer than the rest
+        g.run(s, runtime(), log)
+    log.close("finished")
+    return record(folder, s.run_id)
+
+
+def test_a_run_adapts_and_reports(finished):
+    run = record(finished)
+    plain, adapted = run["results"]["quantized"], run["results"]["ttt"]
+    assert (adapted["targets"], adapted["bytes"]) == (plain["targets"], plain["bytes"])
+    assert adapted["val_bpb"] == pytest.approx(adapted["val_loss"] * plain["val_bpb"] / plain["val_loss"], rel=1e-6)
+    assert adapted["val_bpb"] < adapted["untilted_bpb"] < plain["val_bpb"]  # so few steps leave much to learn
+    assert adapted["process_seconds"] >= adapted["seconds"] > 0
+    assert adapted["decodable"] is True and adapted["hints_inside_timer"] is True
+    assert adapted["tokens_per_second"] == pytest.approx(adapted["targets"] / adapted["seconds"], rel=0.01)
+    assert 0 < adapted["hints"] < adapted["targets"]
+    [phase] = adapted["phases"]
+    assert 6 <= phase["documents"] <= 12 and 0 < phase["tokens"] < adapted["targets"] and phase["seconds"] > 0
+    assert phase["steps"] == -(-phase["tokens"] // 128)
+    shares = [event["share"] for event in events(run, "progress")]
+    assert len(shares) > 3 and shares == sorted(shares) and shares[-1] <= 1
+    assert events(run, "progress")[-1]["val_bpb"] == pytest.approx(adapted["val_bpb"], rel=0.1)
+    assert "test-time training" in g.summary(run)
+
+
+def test_hints_may_be_counted_before_the_timer(finished):
+    """The score is the same; the record says that it is none."""
+    inside = record(finished)["results"]["ttt"]
+    outside = run_here(finished, RUN_ID="outside", TTT_EVAL_ONLY=1, NGRAM_HINT_PRECOMPUTE_OUTSIDE=1)["results"]["ttt"]
+    assert not outside["hints_inside_timer"]
+    for name in ("val_loss", "val_bpb", "untilted_bpb", "hints", "targets", "bytes"):
+        assert outside[name] == inside[name], name
+
+
+def test_length_order_is_reported_as_not_decodable(finished):
+    run = run_here(finished, RUN_ID="length", TTT_EVAL_ONLY=1, TTT_ORDER="length", NGRAM_TILT_ENABLED=0)
+    result = run["results"]["ttt"]
+    assert not result["decodable"] and result["hints"] == 0 and result["val_bpb"] == result["untilted_bpb"]
+
+
+def test_a_rank_that_dies_ends_the_launch(finished, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt as g\n"
+                      "if os.environ['RANK'] == '1':\n    g.TestTimeTraining.score_and_train = lambda *_: os._exit(9)\n"
+                      "code = g.main([], dict(os.environ))\nos._exit(code)\n")
+    began = time.monotonic()
+    result = launch(environment(finished, **TTT, TTT_EVAL_ONLY=1, RUN_ID="dies"), ranks=2, script=script, timeout=100)
+    assert result.returncode not in (0, None) and time.monotonic() - began < 60
+    assert "exitcode  : 9" in result.stderr or "exitcode: 9" in result.stderr, result.stderr[-2000:]
+    assert "test-time training" not in result.stdout
+
+
+# --- Settings
+
+
+@pytest.mark.parametrize("changes, line", [
+    *((dict([pair]), f"{pair[0]}: .*set it to (0|99) or leave it unset") for pair in (
+        ("WITHIN_BOOST", "0.5"), ("WORD_BOOST", "1"), ("AGREE_ADD_BOOST", ".1"), ("WITHIN_BOOST", "off"),
+        ("WITHIN_TAU", "0.4"), ("WORD_TAU", "1"), ("TTT_SHORT_LORA_ENABLED", "1"),
+        ("TTT_WARM_START_MEAN_ENABLED", "1"))),
+    *(({name: 4}, f"{name}: ") for name in ("TTT_EVAL_BATCHES", "TTT_TRAIN_MIN_DOC_LEN", "TTT_TRAIN_MAX_DOC_LEN",
+                                            "GLOBAL_TTT_BATCH_SEQS", "GLOBAL_TTT_MUON_NESTEROV")),
+    (dict(TTT_MASK="no_k"), "TTT_MASK: 'no_k' is none of .*no_qv"),
+    (dict(TTT_LORA_LRS=1), "TTT_LORA_LRS: no such setting; the nearest is TTT_LORA_LR"),
+    (dict(TTT_EVAL_SEQ_LEN=7), "TTT_EVAL_SEQ_LEN: 7 is below the largest chunk, 8"),
+    (dict(TTT_CHUNK_GROWTH=0.1, TTT_CHUNK_MAX=33), "TTT_EVAL_SEQ_LEN: 32 is below the largest chunk, 33"),
+    (dict(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="9:40"),
+     "TTT_EVAL_SEQ_LEN: 32 is below the largest chunk, 40"),
+    (dict(TTT_SHORT_SCORE_FIRST_ENABLED=1), "TTT_SHORT_SCORE_FIRST_ENABLED: .*TTT_ORDER=length"),
+    (dict(TTT_UPDATE_EVERY=2, TTT_GRAD_STEPS=2), "TTT_UPDATE_EVERY: .* does not go with TTT_GRAD_STEPS above 1"),
+    (dict(TTT_ORDER="file"), "TTT_ORDER: 'file' is none of stream, length"),
+    (dict(NGRAM_BOOST="free"), "NGRAM_BOOST: 'free' is none of fixed, calibrated, learned"),
+    (dict(NGRAM_BOOST="learned", TOKEN_BOOST=2), "TOKEN_BOOST: it is read only with NGRAM_BOOST=fixed"),
+    (dict(NGRAM_BOOST="learned", TOKEN_THRESHOLD=0.7), "TOKEN_THRESHOLD: it is read only with NGRAM_BOOST=fixed or"),
+    (dict(TOKEN_BACKOFF="3"), "TOKEN_BACKOFF: it is read only with NGRAM_BOOST=learned"),
+    *((dict(NGRAM_BOOST="learned", TOKEN_ORDER=9, TOKEN_BACKOFF=orders), "TOKEN_BACKOFF: .* no list of falling orders")
+      for orders in ("6,6", "6;5", "1", "5,6", "6,", "9")),
+    (dict(TTT_BETA1=1), "TTT_BETA1: "), (dict(TTT_LORA_RANK=0), "TTT_LORA_RANK: "),
+    *((dict(TTT_SHORT_SCORE_FIRST_STEPS=steps), "TTT_SHORT_SCORE_FIRST_STEPS: ")
+      for steps in ("256", "256:", "0:4", "256:16,", "256:16;9:4", "256:-1", ":4", "256:16 9:4"))])
+def test_settings_that_cannot_work_are_refused(changes, line):
+    with pytest.raises(g.InputError) as problem:
+        small(**changes)
+    assert any(re.match(line, found) for found in str(problem.value).splitlines()), problem.value
+
+
+def test_published_command_lines_are_accepted():
+    """Parts that look ahead, or were never used, may be switched off; the list of adapters has a short form."""
+    assert small() == small(WITHIN_BOOST=0, WORD_BOOST="0.0", AGREE_ADD_BOOST=0, WITHIN_TAU=99, WORD_TAU=99,
+                            TTT_SHORT_LORA_ENABLED=0, TTT_WARM_START_MEAN_ENABLED=0)
+    masks = {"": "qv", "all": "qv", "baseline_all": "qv", "no_q": "v", "no_v": "q", "no_qv": ""}
+    for mask, expected in masks.items():
+        s = small(TTT_MASK=mask)
+        assert (s.ttt_q_lora, s.ttt_v_lora) == ("q" in expected, "v" in expected) and s.ttt_o_lora and s.ttt_k_lora
+    s = small(TTT_MASK="no_qv", TTT_Q_LORA=1)
+    assert s.ttt_q_lora and not s.ttt_v_lora
+    s = small(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="256:16,32=8")
+    assert [s.first_chunk(length) for length in (31, 32, 255, 256)] == [8, 16, 16, 8]
+    assert changed(s, ttt_short_score_first_enabled=False).first_chunk(40) == 8
+
+
+# --- Work ahead of the device
+
+
+def test_ahead_keeps_the_order_and_stays_ahead():
+    taken, threads = [], threading.active_count()
+    with g.ahead((taken.append(i) or i for i in range(50)), 3) as items:
+        assert next(items) == 0
+        deadline = time.monotonic() + 10
+        while len(taken) < 5 and time.monotonic() < deadline:  # one handed out, three waiting, one in hand
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert taken == list(range(5))
+        assert list(items) == list(range(1, 50))
+    assert threading.active_count() == threads
+
+
+def test_ahead_raises_where_the_item_is_asked_for():
+    def items():
+        yield from "ab"
+        raise KeyError("broken")
+
+    with g.ahead(items(), 4) as found:
+        assert next(found) == "a"
+        time.sleep(0.05)
+        assert next(found) == "b"
+        with pytest.raises(KeyError, match="broken"):
+            next(found)
+
+
+def test_ahead_ends_its_thread_when_the_user_leaves_early():
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError), g.ahead(itertools.count(), 2) as items:
+        assert next(items) == 0
+        raise ZeroDivisionError
+    assert threading.active_count() == threads
+    run = training_of(small(**FROZEN)).steps()
+    next(run)
+    run.close()
+    assert threading.active_count() == threads
+
+
+def test_a_failure_of_the_host_thread_ends_the_scoring():
+    class Broken(g.TestTimeTraining):
+        def pack(self, step):
+            if step.begin.max() > 10:
+                raise MemoryError("broken")
+            yield from super().pack(step)
+
+    with pytest.raises(MemoryError, match="broken"):
+        training_of(small(**FROZEN), kind=Broken).score(Log())
