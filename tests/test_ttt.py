@@ -561,6 +561,8 @@ def test_in_length_order_chunks_may_follow_from_the_length(changes, sizes):
             if document >= 0:
                 assert seen.setdefault(document, end - begin) == end - begin
     assert [seen[i] for i in range(6)] == sizes
+    for _, groups in training_of(s).prepared():  # no chunk is a grown one, whatever its size
+        assert all((rows.growth == 1).all() for rows in groups)
 
 
 # --- What is scored
