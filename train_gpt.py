@@ -109,15 +109,18 @@ REFUSED_SETTINGS |= {name: f"{NO_ADAPTER}; leave it unset" for name in (
     "TTT_WARM_START_MEAN_DOC_LEN", "TTT_WARM_START_MEAN_MOMENTUM")}
 
 # What published systems can switch on and this one has not: (least, largest) value under which it is off there too.
+UNBUILT = "this version has no such part yet"
 PEEKS = "this expert looks at the class of the token that it scores, which a decoder does not know"
 SWITCHED_OFF = {"WITHIN_BOOST": (0, 0, PEEKS), "WORD_BOOST": (0, 0, PEEKS), "AGREE_ADD_BOOST": (0, 0, PEEKS),
                 "WITHIN_TAU": (1.0001, math.inf, PEEKS), "WORD_TAU": (1.0001, math.inf, PEEKS),
-                "TTT_SHORT_LORA_ENABLED": (0, 0, NO_ADAPTER), "TTT_WARM_START_MEAN_ENABLED": (0, 0, NO_ADAPTER)}
+                "TTT_SHORT_LORA_ENABLED": (0, 0, NO_ADAPTER), "TTT_WARM_START_MEAN_ENABLED": (0, 0, NO_ADAPTER),
+                "SKYLIGHT_MUON": (0, 0, UNBUILT), "SKYLIGHT_UW_FLOOR": (0, 0, UNBUILT), "SKYLIGHT_NORM_EMA": (0, 0, UNBUILT),
+                "MUON_HUBER_WD": (0, 0, UNBUILT), "TEMPERATURE_SCALE": (1, 1, UNBUILT),
+                "FUSED_CE_ENABLED": (1, 1, "soft cap and cross entropy are always compiled together")}
 TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}  # TTT_MASK: adapters left out
 
 # Parts of the published systems that are not built yet. To ignore their variables would be a false record too.
-MISSING_PREFIXES = ("TEMPERATURE_SCALE", "SKYLIGHT_", "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_",
-                    "SEQ_CHANGE_", "FUSED_CE_")
+MISSING_PREFIXES = ("SKYLIGHT_", "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_")
 
 # First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
 SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_", "ARTIFACT_",
@@ -379,7 +382,7 @@ class Settings:
         problems = [f"{name}: {why}" for name, why in REFUSED_SETTINGS.items() if name in environ]
         for name, (least, largest, why) in SWITCHED_OFF.items():
             if name in environ and not least <= number(environ[name]) <= largest:
-                problems.append(f"{name}: {why}; set it to {'0' if largest == 0 else '99'} or leave it unset")
+                problems.append(f"{name}: {why}; set it to {least if least == largest else 99} or leave it unset")
         environ = {f"TTT_{letter}_LORA": "0" for letter in TTT_MASKS.get(environ.get("TTT_MASK", ""), "")} | dict(environ)
         values = {}
         for name, field in fields.items():
@@ -392,7 +395,7 @@ class Settings:
                      - SHARED_PREFIXES)
         for name in sorted(environ.keys() - fields.keys() - REFUSED_SETTINGS.keys() - SWITCHED_OFF.keys()):
             if name.startswith(MISSING_PREFIXES):
-                problems.append(f"{name}: this version has no such part yet; unset it")
+                problems.append(f"{name}: {UNBUILT}; unset it")
                 continue
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0 if name.startswith(ours) else 0.9)
             if nearest:
@@ -4014,7 +4017,7 @@ class TestTimeTraining(Rider):
         self.rehearse()
         self.runtime.synchronize()
         self.runtime.from_rank0([0.0])  # all ranks begin together
-        began = time.perf_counter()
+        began, graphs = time.perf_counter(), compiled_graphs()
         sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)  # nats tilted, nats, targets
         times, seen, total, shown = np.zeros(len(self.tokens) - 1, np.uint8), [0, 0], len(self.tokens) - 1, 0.0
         for at, tilted, plain in self.steps():
@@ -4034,11 +4037,14 @@ class TestTimeTraining(Rider):
                                  "times each")
         if not math.isfinite(nats):
             raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
+        if compiled_graphs() != graphs:
+            raise AssertionError("test-time training compiled something inside its timer")
         seconds = time.perf_counter() - began
         return dict(val_loss=round(nats / total, 8), val_bpb=round(nats / math.log(2) / size, 8),
                     untilted_bpb=round(untilted / math.log(2) / size, 8), targets=total, bytes=size,
                     phases=self.phases, hints=int(self.hints.gate.sum()),
-                    hints_inside_timer=not s.ngram_hint_precompute_outside, decodable=s.ttt_order == "stream", seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
+                    hints_inside_timer=not s.ngram_hint_precompute_outside, decodable=s.ttt_order == "stream",
+                    seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
                     process_seconds=round(process_seconds(), 3))
 
 

@@ -74,10 +74,29 @@ def test_all_problems_are_reported_at_once_a_line_each():
                                                              "ROPE_YARN", "SEED"]
 
 
-@pytest.mark.parametrize("name", ["TEMPERATURE_SCALE", "SKYLIGHT_MUON", "COMPILE_SHAPE_WARMUP", "UW_FLOOR"])
+@pytest.mark.parametrize("name", ["SKYLIGHT_MUON", "MUON_HUBER_WD", "COMPILE_SHAPE_WARMUP", "UW_FLOOR"])
 def test_parts_that_are_not_built_are_not_ignored(name):
     [line] = problems(**{name: "1"})
     assert line.startswith(f"{name}: ") and "no such part yet" in line
+
+
+@pytest.mark.parametrize("recipe", ["demo", "pr1787", "pr2118", "pr2123", "pr2135", "record"])
+def test_recipes_are_settings_that_go_together(recipe, root):
+    lines = [line for line in (root / "recipes" / f"{recipe}.env").read_text().splitlines() if line and not line.startswith("#")]
+    chosen = dict(line.split("=", 1) for line in lines)
+    assert len(chosen) == len(lines)
+    settings = g.Settings.from_environment(chosen)
+    for name, value in chosen.items():
+        assert str(getattr(settings, name.lower())) in (value, str(value == "1")) or float(value) == getattr(settings, name.lower())
+
+
+def test_what_published_commands_switch_off_is_accepted():
+    off = dict(SKYLIGHT_MUON="0", TEMPERATURE_SCALE="1.0", FUSED_CE_ENABLED="1", WITHIN_BOOST="0", WITHIN_TAU="99.0", WORD_TAU="999",
+               AGREE_ADD_BOOST="0.0")
+    assert g.Settings.from_environment(off) == g.Settings()
+    for name in off:
+        [line] = problems(**{name: "0.5"})
+        assert line.startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize("changes", [dict(NUM_LOOPS=0, PARALLEL_START_LAYER=1), dict(LOOP_START=0, LOOP_END=0, NUM_LOOPS=2,
