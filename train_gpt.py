@@ -3949,7 +3949,7 @@ class TestTimeTraining(Rider):
         """
         s, finished = self.settings, np.zeros(len(self.lengths), bool)
         prefix, phases = min(len(self.lengths), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
-        pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
+        pauses = sorted({prefix * (k + 1) // phases for k in range(phases)} - {0})
         with ahead(self.prepared(), 4) as prepared:
             for step, groups in prepared:
                 fresh = np.flatnonzero(step.fresh[self.mine])
