@@ -86,41 +86,55 @@ def setting(group, default, text, *, unit="", low=-math.inf, high=math.inf, abov
 CASEOPS_NAME = "lossless_caps_caseops_v1_reserved"
 BOS_ID = 1  # first token of every document, in every shard format this project knows
 
-# Variables of earlier published systems that must not be set: a knob that nothing reads would be a false record.
-REFUSED_SETTINGS = {
-    "ROPE_TRAIN_SEQ_LEN": "no published system used it; positions count from the start of each segment",
-    "ROPE_YARN": "it scaled by the length of the packed buffer, not of the document; leave it unset",
-    "MATRIX_CLIP_SIGMAS": "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS",
-    "LQER_GROUP_SIZE": "no published system reads it; use LQER_ASYM_GROUP",
-    "PERGROUP_ROUNDTRIP_CHECK": "every artifact is read back and compared, whatever the compressor; leave it unset",
-    "TIE_EMBEDDINGS": "the output head is always the embedding; the untied head of earlier systems was never trained",
-    "EMBED_LR": "it belonged to the untied embedding; use TIED_EMBED_LR",
-    "CONTROL_TENSOR_NAME_PATTERNS": "parameter groups follow from the model, not from name fragments",
-    "TTT_EVAL_BATCHES": "it reordered the documents; every document is scored, in the order that TTT_ORDER names",
-    "TTT_TRAIN_MIN_DOC_LEN": "whether a document is trained on may not depend on a length that is not known yet",
-    "TTT_TRAIN_MAX_DOC_LEN": "whether a document is trained on may not depend on a length that is not known yet",
-    "GLOBAL_TTT_BATCH_SEQS": "one step takes GLOBAL_TTT_CHUNK_TOKENS; no published run reached this bound",
-    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "attention never crosses a document border; leave it unset",
-    "GLOBAL_TTT_MUON_NESTEROV": "Muon always looks ahead here; leave it unset",
+# Variables of the published systems that are no settings here: the one value that is accepted, if any, and why no other.
+PEEKS = "its expert looks at the class of the token that it scores, which a decoder does not know"
+ADAPTER = "no published run switched these adapters on"
+FIXED_SETTINGS = {
+    "TIE_EMBEDDINGS": ("1", "the output head is always the embedding; the untied head of earlier systems was never trained"),
+    "EMBED_LR": ("", "it belonged to the untied embedding; use TIED_EMBED_LR"),
+    "ROPE_YARN": ("0", "it scaled by the length of the packed buffer, not of the document"),
+    "ROPE_TRAIN_SEQ_LEN": ("", "ignored by the systems that published it; positions count from the start of each segment"),
+    "FUSED_CE_ENABLED": ("1", "soft cap and cross entropy are always fused"),
+    "CONTROL_TENSOR_NAME_PATTERNS": ("", "parameter groups follow from the model, not from name fragments"),
+    "COMPILE_SHAPE_WARMUP": ("1", "every context length and state of looping is compiled before the clock starts"),
+    "COMPILE_SHAPE_WARMUP_ITERS": ("", "WARMUP_STEPS says how many steps each of them takes"),
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the schedules say which of them occur together"),
+    "DYNAMO_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
+    "DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
+    "MIDRUN_CAP_LOG_UPDATES": ("1", "every change of that cap is logged"),
+    "MATRIX_CLIP_SIGMAS": ("", "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS"),
+    "LQER_GROUP_SIZE": ("", "ignored by the system that published it; use LQER_ASYM_GROUP"),
+    "PERGROUP_ROUNDTRIP_CHECK": ("1", "every artifact is read back and compared, whatever the compressor"),
+    "TTT_EVAL_BATCHES": ("", "it reordered the documents; every document is scored, in the order that TTT_ORDER names"),
+    "TTT_TRAIN_MIN_DOC_LEN": ("0", "whether a document is trained on may not depend on a length that is not known yet"),
+    "TTT_TRAIN_MAX_DOC_LEN": ("0", "whether a document is trained on may not depend on a length that is not known yet"),
+    "TTT_SHORT_LORA_ENABLED": ("0", ADAPTER), "TTT_SHORT_LORA_RANK": ("", ADAPTER), "TTT_SHORT_LORA_LR": ("", ADAPTER),
+    "TTT_SHORT_WEIGHT_DECAY": ("", ADAPTER), "TTT_SHORT_BETA2": ("", ADAPTER), "TTT_WARM_START_MEAN_ENABLED": ("0", ADAPTER),
+    "TTT_WARM_START_MEAN_DOC_LEN": ("", ADAPTER), "TTT_WARM_START_MEAN_MOMENTUM": ("", ADAPTER),
+    "PHASED_TTT_ENABLED": ("", "ignored by the systems that published it; PHASED_TTT_PREFIX_DOCS=0 turns the phase off"),
+    "GLOBAL_TTT_BATCH_SEQS": ("", "one step takes GLOBAL_TTT_CHUNK_TOKENS; no published run reached this bound"),
+    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": ("1", "attention never crosses a document border"),
+    "GLOBAL_TTT_MUON_NESTEROV": ("1", "Muon always looks ahead"),
+    "WITHIN_BOOST": ("0", PEEKS), "WITHIN_TAU": (">1", PEEKS), "WORD_BOOST": ("0", PEEKS), "WORD_TAU": (">1", PEEKS),
+    "WORD_ORDER": ("", PEEKS), "WORD_NORMALIZE": ("", PEEKS),
+    "AGREE_ADD_BOOST": ("0", "only one expert is left, so none can agree"),
+    "PG_NGRAM_BUILD_DIR": ("", "the C library is compiled once, into ~/.cache/online_ngram"),
 }
-NO_ADAPTER = "no published run switched these adapters on"
-REFUSED_SETTINGS |= {name: f"{NO_ADAPTER}; leave it unset" for name in (
-    "TTT_SHORT_LORA_RANK", "TTT_SHORT_LORA_LR", "TTT_SHORT_WEIGHT_DECAY", "TTT_SHORT_BETA2",
-    "TTT_WARM_START_MEAN_DOC_LEN", "TTT_WARM_START_MEAN_MOMENTUM")}
-
-# What published systems can switch on and this one has not: (least, largest) value under which it is off there too.
-UNBUILT = "this version has no such part yet"
-PEEKS = "this expert looks at the class of the token that it scores, which a decoder does not know"
-SWITCHED_OFF = {"WITHIN_BOOST": (0, 0, PEEKS), "WORD_BOOST": (0, 0, PEEKS), "AGREE_ADD_BOOST": (0, 0, PEEKS),
-                "WITHIN_TAU": (1.0001, math.inf, PEEKS), "WORD_TAU": (1.0001, math.inf, PEEKS),
-                "TTT_SHORT_LORA_ENABLED": (0, 0, NO_ADAPTER), "TTT_WARM_START_MEAN_ENABLED": (0, 0, NO_ADAPTER),
-                "SKYLIGHT_MUON": (0, 0, UNBUILT), "SKYLIGHT_UW_FLOOR": (0, 0, UNBUILT), "SKYLIGHT_NORM_EMA": (0, 0, UNBUILT),
-                "MUON_HUBER_WD": (0, 0, UNBUILT), "TEMPERATURE_SCALE": (1, 1, UNBUILT),
-                "FUSED_CE_ENABLED": (1, 1, "soft cap and cross entropy are always compiled together")}
+# Names under which one of the published systems knows settings that another calls otherwise.
+ALIASES = {"SKYLIGHT_MUON": ("SKYLIGHT_NORM_EMA", "SKYLIGHT_UW_FLOOR"), "BETA2_NORMUON": ("SKYLIGHT_NORM_BETA2",),
+           "UW_FLOOR": ("SKYLIGHT_UW_RATIO",)}
 TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}  # TTT_MASK: adapters left out
 
-# Parts of the published systems that are not built yet. To ignore their variables would be a false record too.
-MISSING_PREFIXES = ("SKYLIGHT_", "BETA2_NORMUON", "UW_FLOOR", "MIDRUN_CAP_", "COMPILE_SHAPE_", "SEQ_CHANGE_")
+# Settings that do something only with certain values of another; elsewhere they must keep their default.
+READ_ONLY_WITH = {
+    "muon_huber_delta": ("muon_huber_wd", (True,)), "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
+    "skylight_norm_beta2": ("skylight_norm_ema", (True,)), "skylight_norm_eps": ("skylight_norm_ema", (True,)),
+    "warmdown_frac": ("warmdown_iters", (0,)), "target_bytes": ("step_rule", ("loss",)),
+    **{name: ("step_rule", ("sigma",)) for name in ("matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas",
+                                                    "embed_clip_sigmas", "scale_grid")},
+    "token_threshold": ("ngram_boost", ("fixed", "calibrated")), "token_boost": ("ngram_boost", ("fixed",)),
+    "token_backoff": ("ngram_boost", ("learned",)),
+}
 
 # First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
 SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_", "ARTIFACT_",
@@ -184,6 +198,8 @@ class Settings:
     rope_dims: int = setting("Model", 16, "leading dimensions of each head that are rotated; 0: all", low=0)
     ln_scale: bool = setting("Model", True, "1: scale a block's normalized inputs by 1/sqrt(block index + 1)")
     qk_gain_init: float = setting("Model", 5.0, "initial learned gain on each head's normalized queries", above=0)
+    qk_gain_init_schedule: str = setting("Model", "", "that gain block by block, comma separated; QK_GAIN_INIT for blocks "
+                                         "behind the list's end")
     num_loops: int = setting("Model", 2, "extra visits of blocks LOOP_START..LOOP_END; 0: no looping", low=0)
     loop_start: int = setting("Model", 3, "first looped block", low=0)
     loop_end: int = setting("Model", 5, "last looped block", low=0)
@@ -216,6 +232,15 @@ class Settings:
     muon_backend_steps: int = setting("Optimizer", 5, "Newton-Schulz iterations", low=1, high=5)
     muon_row_normalize: bool = setting("Optimizer", True, "1: unit rows before Newton-Schulz")
     muon_wd: float = setting("Optimizer", 0.095, "decoupled weight decay of the banks", low=0)
+    muon_huber_wd: bool = setting("Optimizer", False, "1: that decay stops growing with weights above MUON_HUBER_DELTA")
+    muon_huber_delta: float = setting("Optimizer", 0.1, "that magnitude", above=0)
+    skylight_norm_ema: bool = setting("Optimizer", False, "1: rows of Muon's update are evened out by the running mean of "
+                                      "their squares, the matrix's norm kept (NorMuon)")
+    skylight_norm_beta2: float = setting("Optimizer", 0.95, "coefficient of that mean", low=0, below=1)
+    skylight_norm_eps: float = setting("Optimizer", 1e-7, "added to it before the square root", above=0)
+    skylight_uw_floor: bool = setting("Optimizer", False, "1: no update of a matrix smaller than SKYLIGHT_UW_RATIO x its norm")
+    skylight_uw_ratio: float = setting("Optimizer", 0.35, "least ratio of the update's norm to the matrix's, before the "
+                                       "learning rate", above=0)
     beta1: float = setting("Optimizer", 0.9, "AdamW first-moment coefficient", low=0, below=1)
     beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, below=1)
     adam_eps: float = setting("Optimizer", 1e-8, "AdamW epsilon", above=0)
@@ -232,13 +257,23 @@ class Settings:
     # --- Schedule (progress = training time / cap, or steps / ITERATIONS without a cap)
     train_seq_len: int = setting("Schedule", 2048, "documents are cut into pieces of at most this length", unit="tokens",
                                  low=1)
+    train_seq_schedule: str = setting("Schedule", "", "that length in stages: comma-separated length@end, each until the "
+                                      "progress `end`, the longest equal to TRAIN_SEQ_LEN; empty: one length")
+    train_seq_schedule_mode: str = setting("Schedule", "wallclock", "what the stages follow: progress, or step / ITERATIONS",
+                                           choices=("wallclock", "step"))
+    seq_change_warmup_steps: int = setting("Schedule", 0, "steps over which learning rates rise again after each change of "
+                                           "length", unit="steps", low=0)
     warmup_steps: int = setting("Schedule", 3, "throw-away steps that compile everything before the clock starts",
                                 unit="steps", low=0)
     lr_warmup_steps: int = setting("Schedule", 0, "steps over which every learning rate rises linearly; 0: full rate "
                                    "from the first step", unit="steps", low=0)
     warmdown_frac: float = setting("Schedule", 0.85, "last fraction of progress over which learning rates fall", low=0,
                                    high=1)
+    warmdown_iters: int = setting("Schedule", 0, "above 0: they fall over this many last steps instead, as far as the mean "
+                                  "step so far can tell", unit="steps", low=0)
     min_lr: float = setting("Schedule", 0.1, "floor of the learning-rate multiplier", low=0, high=1)
+    midrun_cap_schedule: str = setting("Schedule", "", "comma-separated factor@start: from the progress `start` on learning "
+                                       "rates are multiplied by `factor`, at most 1; empty: never")
     enable_looping_at: float = setting("Schedule", 0.35, "progress at which looping starts", low=0, high=1)
     muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, below=1)
     muon_momentum_warmup_steps: int = setting("Schedule", 1500, "steps until MUON_MOMENTUM is reached", unit="steps",
@@ -291,6 +326,8 @@ class Settings:
                                "EVAL_STRIDE tokens of context", unit="tokens", low=0)
     val_batch_tokens: int = setting("Evaluation", 524288, "one eighth of it is one packed batch of plain evaluation",
                                     unit="tokens", low=8)
+    val_doc_fraction: float = setting("Evaluation", 1.0, "share of the validation documents that test-time training scores, "
+                                      "drawn by SEED; below 1: no valid record", above=0, high=1)
 
     # --- Test-time training (TTT): every chunk is scored, then its document's adapters are trained on it
     ttt_enabled: bool = setting("Test-time training", True, "1: score once more, adapting to what has been scored")
@@ -328,6 +365,7 @@ class Settings:
     ttt_weight_decay: float = setting("Test-time training", 2.0, "weight decay of the adapters", low=0)
     ttt_beta1: float = setting("Test-time training", 0.0, "first-moment coefficient", low=0, below=1)
     ttt_beta2: float = setting("Test-time training", 0.99, "second-moment coefficient", low=0, below=1)
+    temperature_scale: float = setting("Test-time training", 1.0, "divides the scores before the soft cap", above=0)
     ttt_grad_steps: int = setting("Test-time training", 1, "updates after each chunk, every one with a gradient of its own",
                                   low=1)
     ttt_grad_steps_clean: bool = setting("Test-time training", True, "0: they add to the gradients before them, as in #2135")
@@ -379,31 +417,31 @@ class Settings:
     def from_environment(cls, environ) -> Settings:
         """Read every setting from the mapping `environ`; raises InputError with all problems at once, a line each."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems = [f"{name}: {why}" for name, why in REFUSED_SETTINGS.items() if name in environ]
-        for name, (least, largest, why) in SWITCHED_OFF.items():
-            if name in environ and not least <= number(environ[name]) <= largest:
-                problems.append(f"{name}: {why}; set it to {least if least == largest else 99} or leave it unset")
-        environ = {f"TTT_{letter}_LORA": "0" for letter in TTT_MASKS.get(environ.get("TTT_MASK", ""), "")} | dict(environ)
-        values = {}
+        problems = [f"{name}: {why}; " + (f"set it to {accepted} or unset it" if accepted else "unset it")
+                    for name, (accepted, why) in FIXED_SETTINGS.items() if name in environ and
+                    not (accepted and is_value(environ[name], accepted))]
+        masked = {f"TTT_{letter}_LORA": "0" for letter in TTT_MASKS.get(environ.get("TTT_MASK", ""), "")}
+        aliased = {name: alias for alias, names in ALIASES.items() if alias in environ for name in names}
+        for name, alias in aliased.items():
+            if environ.get(name, environ[alias]) != environ[alias]:
+                problems.append(f"{alias}: {environ[alias]}, but {name}={environ[name]} means the same; unset one of them")
+        environ, values = masked | {name: environ[alias] for name, alias in aliased.items()} | dict(environ), {}
         for name, field in fields.items():
             if name in environ:
                 try:
-                    values[field.name] = parse_setting(name, environ[name], field)
+                    values[field.name] = parse_setting(aliased.get(name, name), environ[name], field)
                 except InputError as error:
                     problems.append(str(error))
         ours = tuple({"_".join(name.split("_")[:k]) + "_" for name in fields for k in (1, 2) if name.count("_") >= k}
                      - SHARED_PREFIXES)
-        for name in sorted(environ.keys() - fields.keys() - REFUSED_SETTINGS.keys() - SWITCHED_OFF.keys()):
-            if name.startswith(MISSING_PREFIXES):
-                problems.append(f"{name}: {UNBUILT}; unset it")
-                continue
+        for name in sorted(environ.keys() - fields.keys() - FIXED_SETTINGS.keys() - ALIASES.keys()):
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0 if name.startswith(ours) else 0.9)
             if nearest:
                 problems.append(f"{name}: no such setting; the nearest is {nearest[0]}")
         settings = cls(**values)
         problems += settings.conflicts()
         if problems:
-            raise InputError("\n".join(problems))
+            raise InputError("\n".join(dict.fromkeys(problems)))
         return settings
 
     def conflicts(self) -> list[str]:
@@ -440,21 +478,30 @@ class Settings:
                 f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
         require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
                 f"{s.world_size} ranks x {s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)")
+        require(len(s.gains) <= s.num_layers and all(0 < gain < math.inf for gain in s.gains), "QK_GAIN_INIT_SCHEDULE: "
+                f"{s.qk_gain_init_schedule!r} is no list of at most NUM_LAYERS={s.num_layers} positive gains like 5.0,5.25")
+        stages, caps = s.stages(s.train_seq_schedule), s.stages(s.midrun_cap_schedule)
+        fine = all(length >= 1 and length == int(length) and end > 0 for length, end in stages or ())
+        require(stages is not None and fine, f"TRAIN_SEQ_SCHEDULE: {s.train_seq_schedule!r} is no list like 1024@0.1,2048@1.0 "
+                "of whole lengths, each with an end of its own in (0, 1]")
+        require(not stages or not fine or max(stages)[0] == s.train_seq_len, f"TRAIN_SEQ_LEN: {s.train_seq_len} is not the "
+                f"longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
+        require(stages or stages is None or not s.seq_change_warmup_steps and s.train_seq_schedule_mode == "wallclock",
+                "SEQ_CHANGE_WARMUP_STEPS, TRAIN_SEQ_SCHEDULE_MODE: they are read only with TRAIN_SEQ_SCHEDULE; set that or "
+                "leave them unset")
+        require(caps is not None and all(0 < cap <= 1 for cap, _ in caps), f"MIDRUN_CAP_SCHEDULE: {s.midrun_cap_schedule!r} is "
+                "no list like 0.5@0.3,1.0@0.6 of factors in (0, 1], each with a start of its own in [0, 1]")
         require(s.max_wallclock_seconds == 0 or s.max_wallclock_seconds > s.gptq_reserve_seconds,
                 f"GPTQ_RESERVE_SECONDS: {s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS="
                 f"{s.max_wallclock_seconds}")
         require(s.eval_batch_tokens >= s.eval_seq_len,
                 f"VAL_BATCH_TOKENS: one eighth of {s.val_batch_tokens} is below EVAL_SEQ_LEN={s.eval_seq_len}")
         require(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE: {s.eval_stride} is above EVAL_SEQ_LEN={s.eval_seq_len}")
-        if s.step_rule == "loss":
-            unread = {"matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "scale_grid"}
-            for f in dataclasses.fields(s):
-                require(f.name not in unread or getattr(s, f.name) == f.default,
-                        f"{f.name.upper()}: it is read only with STEP_RULE=sigma; set that or leave it unset")
-            require(not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own step; set "
-                    "STEP_RULE=sigma or unset it")
-        require(s.step_rule == "loss" or s.target_bytes == Settings.target_bytes,
-                "TARGET_BYTES: it is read only with STEP_RULE=loss; set that or leave it unset")
+        for name, (switch, read) in READ_ONLY_WITH.items():
+            require(getattr(s, switch) in read or getattr(s, name) == getattr(Settings, name), f"{name.upper()}: it is read "
+                    f"only with {switch.upper()}={' or '.join(map(setting_text, read))}; set that or leave it unset")
+        require(s.step_rule == "sigma" or not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own "
+                "step; set STEP_RULE=sigma or unset it")
         require(not (s.lqer_enabled and s.lqer_weighted and s.lqer_gain_select),
                 "LQER_GAIN_SELECT: LQER_WEIGHTED=1 chooses by predicted loss; unset one of them")
         require(gates or not s.gated_attn_quant_gate, "GATED_ATTN_QUANT_GATE: no head gate is on; unset it or turn one on")
@@ -470,10 +517,6 @@ class Settings:
         require(not s.optrot_enabled or s.head_dim & (s.head_dim - 1) == 0,
                 f"OPTROT_ENABLED: the head width {s.head_dim} is no power of two; unset it")
         require(not (s.ttt_eval_only and s.quantize_only), "QUANTIZE_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
-        modes = dict(token_threshold=("fixed", "calibrated"), token_boost=("fixed",), token_backoff=("learned",))
-        for name, read in modes.items():
-            require(s.ngram_boost in read or getattr(s, name) == getattr(Settings, name),
-                    f"{name.upper()}: it is read only with NGRAM_BOOST={' or '.join(read)}; set that or leave it unset")
         orders = [s.token_order, *map(int, re.findall(r"\d+", s.token_backoff))]
         falling = all(a > b > 1 for a, b in itertools.pairwise(orders)) or s.token_backoff == Settings.token_backoff
         require(re.fullmatch(r"(\d{1,3}(,(?=\d)|$))*", s.token_backoff) and falling, f"TOKEN_BACKOFF: {s.token_backoff!r} is "
@@ -503,6 +546,7 @@ class Settings:
     log_dir = property(lambda s: s.artifact_dir or "logs")
     artifact_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.int6.ptz"))
     checkpoint_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.fp32.ptz"))
+    gains = property(lambda s: [number(gain) for gain in s.qk_gain_init_schedule.split(",")] if s.qk_gain_init_schedule else [])
     ttt_slots = property(lambda s: 8 * s.ttt_batch_size)
     token_orders = property(lambda s: [s.token_order] + [k for k in map(int, re.findall(r"\d+", s.token_backoff)) if
                                                          k < s.token_order and s.ngram_boost == "learned"])
@@ -519,6 +563,21 @@ class Settings:
     def micro_batch_tokens(self) -> int:
         return self.train_batch_tokens // (self.world_size * self.accumulation)
 
+    @staticmethod
+    def stages(text: str) -> list[tuple[float, float]] | None:
+        """The (value, point) pairs of a list like 1024@0.1,2048@1.0 in the order of their points; None if it is none."""
+        if not re.fullmatch(r"([\d.]+@[\d.]+(,(?=[\d.])|$))*", text):
+            return None
+        pairs = [tuple(map(number, pair.split("@"))) for pair in text.split(",") if pair]
+        sound = len({point for _, point in pairs}) == len(pairs) and all(v > 0 and 0 <= point <= 1 for v, point in pairs)
+        return sorted(pairs, key=lambda pair: pair[1]) if sound else None
+
+    def context_at(self, progress: float, step: int) -> int:
+        """The length at which documents are cut in this step."""
+        share = min(1.0, step / self.iterations) if self.train_seq_schedule_mode == "step" else progress
+        stages = self.stages(self.train_seq_schedule) or [(self.train_seq_len, 1.0)]
+        return int(next((length for length, end in stages if share <= end), stages[-1][0]))
+
     def first_chunk(self, length: int) -> int:
         """The size of a document's first chunk; its `length`, in targets, counts with TTT_SHORT_SCORE_FIRST_ENABLED alone."""
         if not self.ttt_short_score_first_enabled:
@@ -533,7 +592,8 @@ class Settings:
 
     def function_settings(self) -> dict:
         """The settings that change what function a set of weights computes; they travel in the artifact."""
-        free = {"tied_embed_init_std", "qk_gain_init", "sparse_attn_gate_init_std", "gated_attn_init_std"}
+        free = {"tied_embed_init_std", "qk_gain_init", "qk_gain_init_schedule", "sparse_attn_gate_init_std",
+                "gated_attn_init_std"}
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                   if f.metadata["group"] in ("Model", "Gates") and f.name not in free}
         return chosen | {"vocab_size": self.vocab_size}
@@ -545,6 +605,13 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def is_value(text: str, accepted: str) -> bool:
+    """Whether a variable's text means the accepted value: a number, a bound like >1, or a word."""
+    if accepted.startswith(">"):
+        return number(text) > float(accepted[1:])
+    return text == accepted or number(text) == number(accepted)
 
 
 def parse_setting(name: str, text: str, field: dataclasses.Field):
@@ -589,17 +656,42 @@ def settings_help() -> str:
     """Every setting with default, unit, range and meaning, grouped as they are declared."""
     lines = [(__doc__ or "").strip(), "", "Settings are environment variables.", "  --help   this text",
              "  --check  validate settings and data, then stop",
+             "  --diff A B  what two recipes (names or files) set differently, then stop",
              "  --pack-code FILE  write the one self-extracting script that a submission ships, then stop"]
     for group, fields in itertools.groupby(dataclasses.fields(Settings), key=lambda f: f.metadata["group"]):
         lines += ["", group]
         for f in fields:
-            default = int(f.default) if isinstance(f.default, bool) else f.default
             limits = "0|1" if isinstance(f.default, bool) else describe_range(f.metadata)
-            facts = "; ".join(filter(None, (f"default {default}" if default != "" else "default empty",
-                                            f.metadata["unit"], limits)))
+            facts = "; ".join(filter(None, (f"default {setting_text(f.default)}", f.metadata["unit"], limits)))
             lines += [f"  {f.name.upper()}  ({facts})"] + textwrap.wrap(
                 f.metadata["text"], 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def read_recipe(name: str) -> Settings:
+    """The settings of recipes/NAME.env, or of the file NAME."""
+    path = name if os.path.exists(name) else os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes", f"{name}.env")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name one of recipes/*.env or a file like them") from None
+    return Settings.from_environment(dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")))
+
+
+def settings_diff(names: list[str]) -> str:
+    """The settings in which two recipes differ, grouped like settings_help, a line each."""
+    sides, lines = [read_recipe(name) for name in names], []
+    for group, fields in itertools.groupby(dataclasses.fields(Settings), key=lambda f: f.metadata["group"]):
+        values = [(f.name.upper(), *(setting_text(getattr(side, f.name)) for side in sides)) for f in fields]
+        changed = [row for row in values if row[1] != row[2]]
+        lines += ["", group] * bool(changed) + [f"  {name:30} {a:>24} {b:>24}" for name, a, b in changed]
+    return "\n".join([f"{'':32} {names[0]:>24} {names[1]:>24}", *(lines or ["no difference"])])
+
+
+def setting_text(value) -> str:
+    """A setting's value as the environment would say it."""
+    return str(int(value)) if isinstance(value, bool) else str(value) if value != "" else "(empty)"
 
 
 # ======================================================================================================================
@@ -959,18 +1051,18 @@ class TrainingData:
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces)
 
-    def batch(self, step: int, micro: int) -> Batch:
+    def batch(self, step: int, micro: int, max_seqlen: int) -> Batch:
         """This rank's micro-batch on the host. Neighbouring micro-batches share one token: the target of the first."""
         s, r = self.settings, self.runtime
         length = s.micro_batch_tokens
         tokens = self.read(((step * s.accumulation + micro) * r.world_size + r.rank) * length, length + 1)
-        bounds = segment_bounds(np.flatnonzero(tokens[:-1] == BOS_ID), length, s.train_seq_len)
+        bounds = segment_bounds(np.flatnonzero(tokens[:-1] == BOS_ID), length, max_seqlen)
         return Batch(torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy()),
-                     make_segments(bounds, s.train_seq_len))
+                     make_segments(bounds, max_seqlen))
 
-    def stream(self):
-        """Yield this rank's micro-batches from step 0 on, on the device."""
-        order = ((step, micro) for step in itertools.count() for micro in range(self.settings.accumulation))
+    def stream(self, max_seqlen: int, first: int = 0):
+        """Yield this rank's micro-batches from step `first` on, on the device, documents cut to `max_seqlen` tokens."""
+        order = ((step, micro, max_seqlen) for step in itertools.count(first) for micro in range(self.settings.accumulation))
         with ahead(itertools.starmap(self.batch, order), 4) as batches:
             for batch in batches:
                 yield batch.to(self.runtime)
@@ -1006,6 +1098,16 @@ class ValidationData:
                 raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of "
                                  f"EVAL_SEQ_LEN={settings.eval_seq_len}; set EVAL_INCLUDE_TAIL=1")
             self.tokens, self.bytes = self.tokens[:keep], self.bytes[:keep]
+
+    def sample(self, fraction: float, seed: int) -> ValidationData:
+        """That share of the documents, at least one, drawn without replacement and kept in order."""
+        starts = np.unique(np.concatenate(([0], np.flatnonzero(self.tokens[:-1] == BOS_ID))))
+        count = max(1, round(fraction * len(starts)))
+        chosen = np.sort(np.random.default_rng(seed).choice(len(starts), count, replace=False))
+        keep = np.isin(np.searchsorted(starts, np.arange(len(self.tokens)), side="right") - 1, chosen)
+        some = copy.copy(self)
+        some.tokens, some.bytes = self.tokens[keep], self.bytes[keep]
+        return some
 
 
 def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
@@ -1605,7 +1707,7 @@ class GPT(nn.Module):
         mlp_down_bank                           0
         attn_scale, mlp_scale, skip_weights     1
         resid_mix                               row 0 (the stream) 1, row 1 (the embedding) 0
-        q_gain                                  QK_GAIN_INIT
+        q_gain                                  QK_GAIN_INIT_SCHEDULE, else QK_GAIN_INIT
         attn_gate                               normal with its *_INIT_STD (0 for the published systems)
         skip_gates, smear_*, xsa_alpha          0
         parallel_post_lambdas / _resid_lambdas  1 / 1.1
@@ -1613,12 +1715,13 @@ class GPT(nn.Module):
         """
         s, n = self.settings, self.settings.num_layers
         draw = torch.Generator().manual_seed(s.seed)
-        constants = dict(mlp_down_bank=0, attn_scale=1, mlp_scale=1, skip_weights=1, q_gain=s.qk_gain_init, skip_gates=0,
-                         smear_gate=0, smear_lambda=0, xsa_alpha=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
+        constants = dict(mlp_down_bank=0, attn_scale=1, mlp_scale=1, skip_weights=1, skip_gates=0, smear_gate=0,
+                         smear_lambda=0, xsa_alpha=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
                          softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
         for name, value in constants.items():
             if getattr(self, name) is not None:
                 getattr(self, name).fill_(value)
+        self.q_gain.copy_(torch.tensor((s.gains + [s.qk_gain_init] * n)[:n])[:, None])
         self.tok_emb.normal_(0, s.tied_embed_init_std, generator=draw)
         for matrix in itertools.chain(self.qo_bank[:n], self.kv_bank, self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=draw)
@@ -1828,12 +1931,25 @@ POLAR_EXPRESS = (  # (a, b, c) of iteration i: X <- a X + (b G + c G G) X with G
 )
 
 
-def learning_rate_multiplier(progress: float, step: int, s: Settings) -> float:
-    """What every learning rate is multiplied by: linear warm-up in steps, flat, linear fall to MIN_LR in progress."""
-    warm = min(1.0, (step + 1) / s.lr_warmup_steps) if s.lr_warmup_steps else 1.0
-    if s.warmdown_frac <= 0 or progress < 1 - s.warmdown_frac:
-        return warm
-    return warm * max((1 - progress) / s.warmdown_frac, s.min_lr)
+def learning_rate_multiplier(progress: float, steps_left: float, step: int, changed: int, s: Settings) -> float:
+    """What every learning rate is multiplied by in `step`: rises in steps, then 1, then a linear fall to MIN_LR.
+
+    changed: the step in which the context length last changed, 0 if never. The fall is in progress (WARMDOWN_FRAC) or in
+    steps that are left (WARMDOWN_ITERS).
+    """
+    rise = min(1.0, (step + 1) / max(1, s.lr_warmup_steps))
+    if changed:
+        rise *= min(1.0, (step - changed + 1) / max(1, s.seq_change_warmup_steps))
+    if s.warmdown_iters:
+        fall = steps_left / s.warmdown_iters
+    else:
+        fall = (1 - progress) / s.warmdown_frac if s.warmdown_frac else 1.0
+    return rise * midrun_cap(progress, s) * min(1.0, max(fall, s.min_lr))
+
+
+def midrun_cap(progress: float, s: Settings) -> float:
+    """The factor of MIDRUN_CAP_SCHEDULE."""
+    return next((cap for cap, start in reversed(s.stages(s.midrun_cap_schedule)) if progress >= start), 1.0)
 
 
 def muon_momentum(step: int, s: Settings) -> float:
@@ -1862,9 +1978,27 @@ def nesterov(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor, ro
     return update.to(torch.bfloat16 if update.is_cuda else torch.float32)
 
 
-def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, decay: float) -> None:
-    """Decoupled decay and update in one pass; `scale` sqrt(max(1, rows / columns)) evens out the shapes."""
-    weight.mul_(1 - hyper[0] * decay).sub_(hyper[0] * scale * update)
+def skylight(update: Tensor, weight: Tensor, square: Tensor, hyper: Tensor, even_out: bool, beta2: float, eps: float,
+             least: float) -> Tensor:
+    """What SKYLIGHT_NORM_EMA and SKYLIGHT_UW_FLOOR make of orthogonalized updates of (matrices, rows, columns), each by itself.
+
+    even_out: divide each row by the root of the bias-corrected running mean `square` (matrices, rows, 1) of its squares, which
+    is updated in place (hyper[2] = 1 - beta2^t), and restore the matrix's Frobenius norm (NorMuon, Li et al. 2025). least:
+    norm of the update over that of the weights from which on it is scaled up. No branch depends on data.
+    """
+    result = update.float()
+    norm = result.norm(dim=(-2, -1), keepdim=True)
+    if even_out:
+        square.lerp_(result.square().mean(-1, keepdim=True), 1 - beta2)
+        result = result * (square / hyper[2] + eps).rsqrt()
+        result = result * (norm / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12))
+    floor = least * weight.norm(dim=(-2, -1), keepdim=True) / norm.clamp(min=1e-12)
+    return (result * floor.clamp(min=1.0)).to(update.dtype)
+
+
+def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, decay: float, bound: float) -> None:
+    """Decoupled decay, of at most `bound` of each weight, and update; `scale` sqrt(max(1, rows / columns)) evens out shapes."""
+    weight.sub_(hyper[0] * (decay * weight.clamp(-bound, bound) + scale * update))
 
 
 def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, clip: Tensor, hyper: Tensor, decay: float,
@@ -1897,14 +2031,17 @@ class BankGroup:
         self.mine = torch.zeros_like(self.all[:per_rank]) if runtime.world_size > 1 else self.all
         self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
         self.pending = None
-        self.slots, self.runs, first = [], [], 0  # slots: each bank in `all`; runs: this rank's share of it in `mine`
+        # slots: each bank in `all`; runs: where this rank's share of it lies in `mine`, its weights, running means of squares
+        self.slots, self.runs, first = [], [], 0
         low, high = runtime.rank * per_rank, (runtime.rank + 1) * per_rank
         for bank in banks:
             last = first + len(bank)
             self.slots.append(self.all[first:last].view_as(bank))
             a, b = max(first, low), min(last, high)
             if a < b:
-                self.runs.append((slice(a - low, b - low), (b - a, *bank.shape[1:])))
+                square = torch.zeros(b - a, bank.size(1), 1, device=runtime.device)
+                weights = bank[a - first:b - first].detach()
+                self.runs.append((slice(a - low, b - low), weights, square))
             first = last
 
     def launch_reduce(self) -> None:
@@ -1959,7 +2096,7 @@ class Optimizer:
         if sorted(placed) != sorted(map(id, trained)):
             raise AssertionError("every trained parameter must belong to exactly one optimizer group")
         self.weights = [self.flat, *banks]
-        self.nesterov, self.apply_muon = runtime.compile(nesterov), runtime.compile(apply_muon)
+        self.nesterov, self.skylight, self.apply_muon = map(runtime.compile, (nesterov, skylight, apply_muon))
         self.apply_adamw = runtime.compile(apply_adamw)
 
     @torch.no_grad()
@@ -2007,12 +2144,16 @@ class Optimizer:
             flat_pending.wait()
         gradient_norm = (squares + self.flat_grad[:-1].square().sum()).sqrt()
         clip = (s.grad_clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0) if s.grad_clip_norm else torch.ones_like(squares)
-        hyper = self.runtime.upload([s.matrix_lr * multiplier, momentum])
+        hyper = self.runtime.upload([s.matrix_lr * multiplier, momentum, 1 - s.skylight_norm_beta2 ** self.steps])
         for group in self.groups:
-            for run, shape in group.runs:
-                update = self.nesterov(group.mine[run].view(shape), group.momentum[run].view(shape), clip, hyper,
+            for run, weight, square in group.runs:
+                update = self.nesterov(group.mine[run].view_as(weight), group.momentum[run].view_as(weight), clip, hyper,
                                        s.muon_row_normalize)
-                group.mine[run] = newton_schulz(update, s.muon_backend_steps).flatten(1)
+                update = newton_schulz(update, s.muon_backend_steps)
+                if s.skylight_norm_ema or s.skylight_uw_floor:
+                    update = self.skylight(update, weight, square, hyper, s.skylight_norm_ema, s.skylight_norm_beta2,
+                                           s.skylight_norm_eps, s.skylight_uw_ratio * s.skylight_uw_floor)
+                group.mine[run] = update.flatten(1)
             group.launch_gather()
         for run, lr, *rule in self.flat_groups:
             adam = self.runtime.upload([lr * multiplier, 1 - s.beta1 ** self.steps, 1 - s.beta2 ** self.steps])
@@ -2021,14 +2162,16 @@ class Optimizer:
         for group in self.groups:
             group.wait()
             for bank, update in zip(group.banks, group.slots):
-                self.apply_muon(bank, update, hyper, math.sqrt(max(1, bank.size(1) / bank.size(2))), s.muon_wd)
+                self.apply_muon(bank, update, hyper, math.sqrt(max(1, bank.size(1) / bank.size(2))), s.muon_wd,
+                                s.muon_huber_delta if s.muon_huber_wd else math.inf)
         figures = torch.stack((self.flat_grad[-1], gradient_norm))
         self.flat_grad.zero_()
         return figures
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        return self.weights + [self.mean, self.square] + [group.momentum for group in self.groups]
+        moments = [[group.momentum, *(square for *_, square in group.runs)] for group in self.groups]
+        return self.weights + [self.mean, self.square] + sum(moments, [])
 
     @contextmanager
     def rehearsal(self):
@@ -2089,19 +2232,20 @@ class TrainingClock:
         recent = self.completed[-2:]
         return recent[-1] - recent[0] if len(recent) == 2 else recent[0] if recent else 0.0
 
-    def begin_step(self, step: int) -> tuple[float, bool]:
-        """Progress in [0, 1] at the start of this step, and whether to stop instead of taking it."""
+    def begin_step(self, step: int) -> tuple[float, float, bool]:
+        """At the start of this step: progress in [0, 1], steps that are left at the mean pace so far, whether to stop here."""
         self.observe(step - self.lag)
         s = self.settings
         if s.max_wallclock_seconds:
             start = self.completed[-1] + (self.lag - 1) * self.step_seconds() if self.completed else self.elapsed()
             progress = start / self.budget
+            left = (self.budget - start) * len(self.completed) / self.completed[-1] if self.completed else math.inf
             stop = start + self.step_seconds() > self.budget
         else:
-            progress, stop = step / s.iterations, False
-        progress, stop = self.runtime.from_rank0([progress, float(stop)])
+            progress, left, stop = step / s.iterations, s.iterations - step, False
+        progress, left, stop = self.runtime.from_rank0([progress, left, float(stop)])
         self.progress = min(1.0, max(self.progress, progress))  # estimates may step back, schedules must not
-        return self.progress, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
+        return self.progress, left, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
 
     def end_step(self, step: int) -> None:
         if self.runtime.on_cuda:
@@ -2147,12 +2291,13 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
 
     reserve = warm_up(take_step, optimizer, data, calibration, s, runtime, log)
     average = WeightAverage(optimizer.weights, s.ema_decay)
-    batches, looping, looping_from = data.stream(), False, None
+    context, changed, cap = s.context_at(0.0, 0), 0, 1.0
+    batches, looping, looping_from = data.stream(context), False, None
     host_figures: dict[int, Tensor] = {}
     graphs_before = compiled_graphs()
     clock = TrainingClock(s, runtime, reserve)
     for step in itertools.count():
-        progress, stop = clock.begin_step(step)
+        progress, steps_left, stop = clock.begin_step(step)
         log_step(log, clock, host_figures, s)
         if stop:
             break
@@ -2164,7 +2309,15 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
         if not looping and s.num_loops and progress >= s.enable_looping_at:
             looping, looping_from = True, step
             log.event("looping", step=step, progress=round(progress, 4))
-        multiplier = learning_rate_multiplier(progress, step, s)
+        if s.context_at(progress, step) != context:
+            context, changed = s.context_at(progress, step), step
+            batches.close()
+            batches = data.stream(context, step)
+            log.event("context", step=step, progress=round(progress, 4), tokens=context)
+        if midrun_cap(progress, s) != cap:
+            cap = midrun_cap(progress, s)
+            log.event("midrun_cap", step=step, progress=round(progress, 4), factor=cap)
+        multiplier = learning_rate_multiplier(progress, steps_left, step, changed, s)
         figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
         average.update()
         if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
@@ -2191,17 +2344,18 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
 
 def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Callable, s: Settings, runtime: Runtime,
             log: RunLog) -> float:
-    """Compile what training will run, by WARMUP_STEPS steps for each state of looping; the rehearsal undoes them.
+    """Compile what training will run, by WARMUP_STEPS steps for each context length with each state of looping.
 
-    Returns the seconds to reserve for calibration: GPTQ_RESERVE_SECONDS, or the measured estimate where that is longer.
+    The rehearsal undoes them. Returns the seconds to reserve for calibration: GPTQ_RESERVE_SECONDS, or the measured estimate
+    where that is longer.
     """
-    began = time.perf_counter()
-    batches = data.stream()
+    began, shapes = time.perf_counter(), training_shapes(s)
     with optimizer.rehearsal():
-        for looping in sorted({False, s.loops_at_end}):
+        for context, looping in shapes:
+            batches = data.stream(context)
             for _ in range(s.warmup_steps):
                 take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
-    batches.close()
+            batches.close()
     runtime.synchronize()
     estimate = 0.0
     if s.max_wallclock_seconds:
@@ -2211,12 +2365,24 @@ def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Ca
             runtime.synchronize()
             estimate = 1.1 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
     reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
-    log.event("warmup", steps=s.warmup_steps, seconds=round(time.perf_counter() - began, 1),
+    log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)), seconds=round(time.perf_counter() - began, 1),
               reserve_seconds=round(reserve, 3))
     if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
         raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train, calibration alone "
                          f"needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
     return reserve
+
+
+def training_shapes(s: Settings) -> list[tuple[int, bool]]:
+    """Every (context length, looping) that training can meet, in the order in which it meets them."""
+    loop_at = s.enable_looping_at if s.num_loops else 1.0
+    shapes, begin = [], 0.0
+    for length, end in s.stages(s.train_seq_schedule) or [(s.train_seq_len, 1.0)]:
+        apart = s.train_seq_schedule_mode == "step"  # stages then follow another clock than looping
+        shapes += [(int(length), False)] * (apart or begin <= loop_at) + [(int(length), True)] * (
+            s.loops_at_end and (apart or end >= loop_at))
+        begin = end
+    return list(dict.fromkeys(shapes))
 
 
 def compiled_graphs() -> int:
@@ -3897,6 +4063,8 @@ class TestTimeTraining(Rider):
         if not self.cache:
             hidden = hidden[rows.chunk]
         scores = self.plain.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
+        if self.settings.temperature_scale != 1:
+            scores = scores / self.settings.temperature_scale
         cap = self.plain.softcap_pos, self.plain.softcap_neg
         return two_value_nll(scores, *(self.settings.logit_softcap if c is None else c for c in cap), rows.targets, rows.hints)
 
@@ -3999,7 +4167,7 @@ class TestTimeTraining(Rider):
                     if s.global_ttt_optimizer == "muon" and id(p) in banks:
                         update = newton_schulz(nesterov(g, m, torch.ones((), device=r.device), hyper, False),
                                                s.global_ttt_muon_ns_steps)
-                        apply_muon(p, update, hyper, math.sqrt(max(1, p.size(1) / p.size(2))), 0.0)
+                        apply_muon(p, update, hyper, math.sqrt(max(1, p.size(1) / p.size(2))), 0.0, math.inf)
                     else:
                         p.sub_(lr * m.mul_(s.global_ttt_momentum).add_(g))
         self.cut_layers()
@@ -4042,9 +4210,9 @@ class TestTimeTraining(Rider):
         seconds = time.perf_counter() - began
         return dict(val_loss=round(nats / total, 8), val_bpb=round(nats / math.log(2) / size, 8),
                     untilted_bpb=round(untilted / math.log(2) / size, 8), targets=total, bytes=size,
-                    phases=self.phases, hints=int(self.hints.gate.sum()),
-                    hints_inside_timer=not s.ngram_hint_precompute_outside, decodable=s.ttt_order == "stream",
-                    seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
+                    documents=len(self.lengths), whole_text=s.val_doc_fraction == 1, phases=self.phases,
+                    hints=int(self.hints.gate.sum()), hints_inside_timer=not s.ngram_hint_precompute_outside,
+                    decodable=s.ttt_order == "stream", seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
                     process_seconds=round(process_seconds(), 3))
 
 
@@ -4126,7 +4294,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
                    total_bytes=artifact + code, cap=SIZE_CAP, within_cap=artifact + code < SIZE_CAP)
     log.result("quantized", **validation.score(model, looping))
     if s.ttt_enabled:
-        log.result("ttt", **TestTimeTraining(model, validation.data, looping, s, runtime).score(log))
+        text = validation.data if s.val_doc_fraction == 1 else validation.data.sample(s.val_doc_fraction, s.seed)
+        log.result("ttt", **TestTimeTraining(model, text, looping, s, runtime).score(log))
     if first and artifact + code >= SIZE_CAP:
         raise OverCapError(f"artifact and code take {artifact + code:,} bytes, not below {SIZE_CAP:,}: no valid record")
 
@@ -4165,9 +4334,12 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
         return 0
     rank = environ.get("RANK", "0")
     try:
-        if arguments not in ([], ["--check"]) and (len(arguments), *arguments[:1]) != (2, "--pack-code"):
+        if len(arguments) != dict([("--check", 1), ("--pack-code", 2), ("--diff", 3)]).get(*arguments[:1] or [""], 0):
             raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are --help, "
-                             "--check, --pack-code FILE")
+                             "--check, --pack-code FILE, --diff RECIPE RECIPE")
+        if arguments[:1] == ["--diff"]:
+            print(settings_diff(arguments[1:]))
+            return 0
         settings = Settings.from_environment(environ)
     except InputError as error:
         return complain(error, rank) if rank in ("0", "") or not rank.isdigit() else 2  # the same on every rank

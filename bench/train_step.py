@@ -29,7 +29,7 @@ def main() -> None:
         data = g.TrainingData(settings, runtime)
         model = g.GPT(settings, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
         optimizer = g.Optimizer(model, settings, runtime)
-        batches = data.stream()
+        batches = data.stream(settings.train_seq_len)
 
         def micro_batches(looping):
             for _ in range(settings.accumulation):

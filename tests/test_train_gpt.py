@@ -69,18 +69,12 @@ def test_values_outside_type_or_range_are_refused(name, value, part):
 
 
 def test_all_problems_are_reported_at_once_a_line_each():
-    lines = problems(SEED="x", MUON_BACKEND_STEPS="9", ROPE_YARN="0", MATRIX_LRR="1", NUM_HEADS="7")
+    lines = problems(SEED="x", MUON_BACKEND_STEPS="9", ROPE_YARN="1", MATRIX_LRR="1", NUM_HEADS="7")
     assert sorted(line.split(":")[0] for line in lines) == ["MATRIX_LRR", "MUON_BACKEND_STEPS", "NUM_HEADS", "NUM_KV_HEADS",
                                                              "ROPE_YARN", "SEED"]
 
 
-@pytest.mark.parametrize("name", ["SKYLIGHT_MUON", "MUON_HUBER_WD", "COMPILE_SHAPE_WARMUP", "UW_FLOOR"])
-def test_parts_that_are_not_built_are_not_ignored(name):
-    [line] = problems(**{name: "1"})
-    assert line.startswith(f"{name}: ") and "no such part yet" in line
-
-
-@pytest.mark.parametrize("recipe", ["demo", "pr1787", "pr2118", "pr2123", "pr2135", "record"])
+@pytest.mark.parametrize("recipe", ["demo", "pr1787", "pr2118", "pr2123", "pr2135", "pr2140", "record"])
 def test_recipes_are_settings_that_go_together(recipe, root):
     lines = [line for line in (root / "recipes" / f"{recipe}.env").read_text().splitlines() if line and not line.startswith("#")]
     chosen = dict(line.split("=", 1) for line in lines)
@@ -92,11 +86,19 @@ def test_recipes_are_settings_that_go_together(recipe, root):
 
 def test_what_published_commands_switch_off_is_accepted():
     off = dict(SKYLIGHT_MUON="0", TEMPERATURE_SCALE="1.0", FUSED_CE_ENABLED="1", WITHIN_BOOST="0", WITHIN_TAU="99.0", WORD_TAU="999",
-               AGREE_ADD_BOOST="0.0")
+               AGREE_ADD_BOOST="0.0", TIE_EMBEDDINGS="1", COMPILE_SHAPE_WARMUP_LOOP_MODES="auto")
     assert g.Settings.from_environment(off) == g.Settings()
-    for name in off:
+    for name in off.keys() - {"TEMPERATURE_SCALE"}:
         [line] = problems(**{name: "0.5"})
         assert line.startswith(f"{name}: ")
+
+
+def test_aliases_set_what_they_stand_for():
+    s = g.Settings.from_environment(dict(SKYLIGHT_MUON="1", BETA2_NORMUON="0.9", UW_FLOOR="0.2"))
+    assert (s.skylight_norm_ema, s.skylight_uw_floor, s.skylight_norm_beta2, s.skylight_uw_ratio) == (True, True, 0.9, 0.2)
+    [line] = problems(SKYLIGHT_MUON="1", SKYLIGHT_UW_FLOOR="0")
+    assert line.startswith("SKYLIGHT_MUON: 1, but SKYLIGHT_UW_FLOOR=0")
+    assert {line.split(":")[0] for line in problems(UW_FLOOR="0.2")} == {"SKYLIGHT_UW_RATIO"}
 
 
 @pytest.mark.parametrize("changes", [dict(NUM_LOOPS=0, PARALLEL_START_LAYER=1), dict(LOOP_START=0, LOOP_END=0, NUM_LOOPS=2,
@@ -115,7 +117,7 @@ def test_misspelt_variable_names_its_nearest_setting(wrong, nearest):
     assert line.startswith(f"{wrong}: ") and line.endswith(nearest)
 
 
-@pytest.mark.parametrize("name", ["ROPE_TRAIN_SEQ_LEN", "ROPE_YARN", "MATRIX_CLIP_SIGMAS", "TIE_EMBEDDINGS", "EMBED_LR",
+@pytest.mark.parametrize("name", ["ROPE_TRAIN_SEQ_LEN", "MATRIX_CLIP_SIGMAS", "TIE_EMBEDDINGS", "EMBED_LR",
                                   "CONTROL_TENSOR_NAME_PATTERNS"])
 def test_refused_variable_says_why(name):
     [line] = problems(**{name: "0"})
@@ -567,7 +569,7 @@ def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_si
         for micro in range(8 // world_size):
             for rank in range(world_size):
                 data = training_data(corpus, rank, world_size, GRAD_ACCUM_STEPS=0)
-                batch = data.batch(step, micro)
+                batch = data.batch(step, micro, 256)
                 inputs.append(batch.inputs.numpy()), targets.append(batch.targets.numpy())
                 starts = {t for t in range(length) if batch.inputs[t] == BOS}
                 assert starts <= set(batch.segments.cu_seqlens.tolist())
@@ -579,15 +581,16 @@ def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_si
 
 def test_the_stream_delivers_every_batch_in_order(corpus):
     data = training_data(corpus, rank=1, world_size=2)
-    stream = data.stream()
+    stream = data.stream(256)
     for step, micro in itertools.islice(((s, m) for s in itertools.count() for m in range(2)), 11):
-        got, want = next(stream), data.batch(step, micro)
+        got, want = next(stream), data.batch(step, micro, 256)
         assert torch.equal(got.inputs, want.inputs) and torch.equal(got.targets, want.targets)
         assert torch.equal(got.segments.cu_seqlens, want.segments.cu_seqlens)
     stream.close()
-    fresh = data.stream()
-    assert torch.equal(next(fresh).inputs, data.batch(0, 0).inputs)
-    fresh.close()
+    later = data.stream(64, first=3)
+    got, want = next(later), data.batch(3, 0, 64)
+    assert torch.equal(got.inputs, want.inputs) and got.segments.max_seqlen == 64 == np.diff(got.segments.cu_seqlens).max()
+    later.close()
 
 
 def test_errors_of_the_reading_thread_arrive_where_the_batch_is_asked_for(tmp_path):
@@ -596,7 +599,7 @@ def test_errors_of_the_reading_thread_arrive_where_the_batch_is_asked_for(tmp_pa
     data = training_data(tmp_path)
     stream[4500] = 256
     write_data(tmp_path / "data", stream, documents(1, 2)[0])
-    batches = data.stream()
+    batches = data.stream(256)
     next(batches), next(batches)
     with pytest.raises(g.InputError, match=r"fineweb_train_\d+.bin: token 256 .*VOCAB_SIZE"):
         next(batches)
@@ -879,6 +882,19 @@ def test_tail_cut_keeps_whole_windows_of_the_stream(corpus):
     assert evaluator(corpus, EVAL_SEQ_LEN=150).targets == total - 1
 
 
+def test_a_sample_holds_whole_documents_in_order(corpus):
+    data = g.ValidationData(tiny(corpus))
+    some = data.sample(0.5, seed=5)
+    starts = [at for at in range(len(data.tokens)) if data.tokens[at] == BOS] + [len(data.tokens)]
+    whole = [tuple(data.tokens[a:b]) for a, b in itertools.pairwise(starts)]
+    cuts = np.flatnonzero(some.tokens == BOS).tolist() + [len(some.tokens)]
+    chosen = [tuple(some.tokens[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert len(chosen) == round(0.5 * len(whole)) and set(chosen) <= set(whole) and len(set(chosen)) == 4
+    assert sorted(map(whole.index, chosen)) == list(map(whole.index, chosen))
+    assert np.array_equal(some.bytes, bytes_of(some.tokens))
+    assert not np.array_equal(some.tokens, data.sample(0.5, seed=6).tokens)
+
+
 def test_tail_cut_of_a_stream_shorter_than_a_window_is_refused_by_name(corpus, tmp_path):
     write_data(tmp_path / "data", documents(60)[0], documents(1, 2, 40)[0])
     with pytest.raises(g.InputError, match="EVAL_INCLUDE_TAIL|EVAL_SEQ_LEN"):
@@ -893,12 +909,51 @@ def test_tail_cut_of_a_stream_shorter_than_a_window_is_refused_by_name(corpus, t
     (0.95, 500, 0.1), (1.0, 500, 0.1)])
 def test_learning_rate_multiplier_by_hand(progress, step, expected):
     s = changed(g.Settings(), lr_warmup_steps=10, warmdown_frac=0.85, min_lr=0.1)
-    assert g.learning_rate_multiplier(progress, step, s) == pytest.approx(expected)
+    assert g.learning_rate_multiplier(progress, math.nan, step, 0, s) == pytest.approx(expected)
 
 
 def test_learning_rate_without_warmup_or_warmdown():
     s = changed(g.Settings(), lr_warmup_steps=0, warmdown_frac=0.0)
-    assert [g.learning_rate_multiplier(f, 0, s) for f in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert [g.learning_rate_multiplier(f, math.nan, 0, 0, s) for f in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+
+
+def test_learning_rate_falls_over_the_last_steps():
+    s = tiny(WARMDOWN_ITERS=10, MIN_LR=0.2, LR_WARMUP_STEPS=0)
+    left = {math.inf: 1.0, 50.0: 1.0, 10.0: 1.0, 7.5: 0.75, 3.0: 0.3, 1.0: 0.2, -0.5: 0.2}
+    assert [g.learning_rate_multiplier(0.5, x, 99, 0, s) for x in left] == pytest.approx(list(left.values()))
+
+
+def test_learning_rate_rises_again_after_a_change_of_context():
+    s = tiny(WARMDOWN_FRAC=0, LR_WARMUP_STEPS=0, SEQ_CHANGE_WARMUP_STEPS=4, TRAIN_SEQ_SCHEDULE="64@0.1,256@1.0")
+    assert [g.learning_rate_multiplier(0.5, 9, step, 20, s) for step in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert g.learning_rate_multiplier(0.0, 9, 0, 0, s) == 1.0
+
+
+def test_midrun_cap_holds_from_its_start_on():
+    s = tiny(WARMDOWN_FRAC=0, LR_WARMUP_STEPS=0, MIDRUN_CAP_SCHEDULE="1.0@0.6,0.5@0.3")
+    expected = {0.0: 1.0, 0.29: 1.0, 0.3: 0.5, 0.59: 0.5, 0.6: 1.0, 1.0: 1.0}
+    assert [g.learning_rate_multiplier(f, 9, 0, 0, s) for f in expected] == list(expected.values())
+
+
+@pytest.mark.parametrize("mode, step, expected", [
+    ("wallclock", 0, [64, 64, 128, 128, 256]), ("step", 0, [64] * 5), ("step", 7, [128] * 5), ("step", 8, [256] * 5)])
+def test_context_grows_with_progress_or_steps(mode, step, expected):
+    s = tiny(TRAIN_SEQ_SCHEDULE="128@0.7,64@0.1,256@0.9", TRAIN_SEQ_SCHEDULE_MODE=mode, ITERATIONS=10)
+    assert [s.context_at(f, step) for f in (0.0, 0.1, 0.11, 0.7, 1.0)] == expected
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(), [(256, False), (256, True)]),
+    (dict(ENABLE_LOOPING_AT=1), [(256, False)]), (dict(NUM_LOOPS=0), [(256, False)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0"), [(64, False), (128, False), (128, True), (256, True)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0", NUM_LOOPS=0), [(64, False), (128, False), (256, False)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,256@1.0", TRAIN_SEQ_SCHEDULE_MODE="step"),
+     [(64, False), (64, True), (256, False), (256, True)])])
+def test_every_shape_that_training_meets_is_compiled(changes, expected):
+    s = tiny(**changes)
+    assert g.training_shapes(s) == expected
+    met = {(s.context_at(f, round(20 * f)), s.loops_at_end and f >= s.enable_looping_at) for f in np.linspace(0, 1, 201)}
+    assert met <= set(expected)
 
 
 @pytest.mark.parametrize("step, expected", [(0, 0.92), (750, 0.945), (1500, 0.97), (9999, 0.97)])
@@ -948,6 +1003,18 @@ class SlowOptimizer:
         self.start = {name: p.clone() for name, p in self.p.items()}
         self.m = {name: torch.zeros_like(p) for name, p in self.p.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.p.items()}
+        self.rows = {}
+
+    def skylight(self, update, matrix, key):
+        s, norm = self.s, update.norm()
+        if s.skylight_norm_ema:
+            beta2 = s.skylight_norm_beta2
+            self.rows[key] = beta2 * self.rows.get(key, 0.0) + (1 - beta2) * (update ** 2).mean(1)
+            update = update / torch.sqrt(self.rows[key] / (1 - beta2 ** self.t) + s.skylight_norm_eps)[:, None]
+            update = update * norm / update.norm()
+        if s.skylight_uw_floor and norm < s.skylight_uw_ratio * matrix.norm():
+            update = update * (s.skylight_uw_ratio * matrix.norm() / norm)
+        return update
 
     def step(self, gradients, multiplier, momentum):
         s = self.s
@@ -963,8 +1030,10 @@ class SlowOptimizer:
                     update = gradient[i] + momentum * self.m[name][i]
                     if s.muon_row_normalize:
                         update = update / update.norm(dim=1, keepdim=True).clamp(min=1e-7)
-                    matrix *= 1 - lr * s.muon_wd
-                    matrix -= lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * slow_newton_schulz(update)
+                    update = self.skylight(slow_newton_schulz(update), matrix, (name, i))
+                    bound = s.muon_huber_delta if s.muon_huber_wd else math.inf
+                    matrix -= lr * s.muon_wd * matrix.sign() * matrix.abs().clamp(max=bound)
+                    matrix -= lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * update
                 continue
             base, decay, anchor = {"tok_emb": (s.tied_embed_lr, s.embed_wd, 0.0), "softcap_pos": (s.softcap_lr, 0.0, 0.0),
                                    "softcap_neg": (s.softcap_lr, 0.0, 0.0)}.get(
@@ -979,8 +1048,12 @@ class SlowOptimizer:
 
 @pytest.mark.parametrize("changes", [dict(GRAD_CLIP_NORM=0.3, ADAM_WD_MODE="init"),
                                      dict(GRAD_CLIP_NORM=0, ADAM_WD_MODE="zero", ADAM_EPS=0.1),
-                                     dict(GRAD_CLIP_NORM=1e6, MUON_ROW_NORMALIZE=0, NUM_KV_HEADS=4, GATED_XSA=1)],
-                         ids=["clipped, decay to init", "decay to zero", "no row norm, one bank group"])
+                                     dict(GRAD_CLIP_NORM=1e6, MUON_ROW_NORMALIZE=0, NUM_KV_HEADS=4, GATED_XSA=1),
+                                     dict(MUON_HUBER_WD=1, MUON_HUBER_DELTA=0.05),
+                                     dict(SKYLIGHT_MUON=1, SKYLIGHT_NORM_BETA2=0.9, SKYLIGHT_NORM_EPS=1e-3, UW_FLOOR=2.5),
+                                     dict(SKYLIGHT_UW_FLOOR=1)],
+                         ids=["clipped, decay to init", "decay to zero", "no row norm, one bank group", "bounded decay",
+                              "rows evened out, floor", "floor"])
 def test_optimizer_equals_a_slow_one_over_three_steps(changes):
     s = tiny(**dict(MUON_WD=0.5, ADAM_WD=0.5, EMBED_WD=0.5, ADAM_EPS=1e-3) | changes)
     model = random_model(s)
@@ -1109,7 +1182,8 @@ def test_every_matrix_is_dealt_to_exactly_one_rank(world_size):
                 slot.copy_(bank.detach())
             share = len(group.all) // world_size
             mine = group.all[rank * share:(rank + 1) * share]
-            matrices = [matrix for run, shape in group.runs for matrix in mine[run].view(shape)]
+            matrices = [matrix for run, weights, _ in group.runs for matrix in mine[run].view_as(weights)]
+            assert all(torch.equal(mine[run].view_as(weights), weights) for run, weights, _ in group.runs)
             assert len(mine) == len(group.mine) == len(group.momentum)
             dealt += matrices
             loads[rank] += len(matrices)
@@ -1132,7 +1206,7 @@ def drive(clock, fake, lengths):
     """Run until the clock says stop; returns the progress of every step and the training time at the end."""
     seen = []
     for step in itertools.count():
-        progress, stop = clock.begin_step(step)
+        progress, _, stop = clock.begin_step(step)
         if stop:
             return seen, clock.elapsed()
         seen.append(progress)
@@ -1180,7 +1254,7 @@ def test_pauses_do_not_count(monkeypatch):
         clock.end_step(step)
     with clock.paused(2):
         fake.now += 500.0
-    assert clock.begin_step(2) == (pytest.approx(0.2), False)
+    assert clock.begin_step(2) == (pytest.approx(0.2), pytest.approx(8.0), False)
     assert clock.elapsed() == 2.0 and clock.step_seconds() == 1.0
     with clock.paused(2):
         fake.now += 500.0

@@ -214,10 +214,23 @@ def test_a_run_id_is_a_name_and_not_a_path(place, run_id):
 # --- Several ranks
 
 
-@pytest.mark.parametrize("ranks, batch, micro_batches", [(2, 4096, 4), (3, 3072, 6)])
-def test_several_ranks_train_like_one(place, ranks, batch, micro_batches):
+GROWING = dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.6,256@1.0", SEQ_CHANGE_WARMUP_STEPS=2, SKYLIGHT_MUON=1, WARMDOWN_ITERS=3)
+
+
+def test_context_grows_while_training(place):
+    result = run_here(place, ITERATIONS=10, TRAIN_LOG_EVERY=1, **GROWING)
+    assert [(e["step"], e["tokens"]) for e in events(result, "context")] == [(3, 128), (7, 256)]
+    [warm] = events(result, "warmup")
+    assert warm["shapes"] == [[64, False], [128, False], [128, True], [256, True]]
+    short = run_here(place, ITERATIONS=10, TRAIN_LOG_EVERY=1, RUN_ID="short",
+                     **GROWING | dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.8,256@1.0"))
+    assert curve(result)[:7] == curve(short)[:7] and curve(result)[7] != curve(short)[7]
+
+
+@pytest.mark.parametrize("ranks, batch, micro_batches, more", [(2, 4096, 4, {}), (3, 3072, 6, GROWING)])
+def test_several_ranks_train_like_one(place, ranks, batch, micro_batches, more):
     """The step is the same tokens in the same micro-batches: only the order of the sums differs."""
-    changes = dict(TRAIN_BATCH_TOKENS=batch, ITERATIONS=8, ENABLE_LOOPING_AT=0.5)
+    changes = dict(TRAIN_BATCH_TOKENS=batch, ITERATIONS=8, ENABLE_LOOPING_AT=0.5) | more
     result = launch(environment(place, RUN_ID="several", GRAD_ACCUM_STEPS=micro_batches // ranks, **changes), ranks=ranks)
     assert result.returncode == 0, result.stderr
     several = record(place, "several")
