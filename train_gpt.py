@@ -32,7 +32,6 @@ import os
 import platform
 import queue
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -45,6 +44,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -3327,16 +3327,14 @@ def similarity_order(codes: Tensor) -> Tensor:
 
 def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
     """Run the program lrzip over `data`; the result may have at most `limit` bytes."""
-    def bounded():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     with tempfile.TemporaryDirectory() as folder:
         source, result = os.path.join(folder, "in.lrz"), os.path.join(folder, "out")
         with open(source, "wb") as file:
             file.write(data)
         try:
-            subprocess.run(["lrzip", "-q", *arguments, "-o", result, source], check=True, timeout=300, preexec_fn=bounded,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source], check=True,
+                           timeout=600, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
             with open(result, "rb") as file:
                 return file.read()
         except (subprocess.SubprocessError, OSError) as error:
@@ -3345,7 +3343,7 @@ def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
 
 def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
     """Each role's codes, some with sorted rows, column after column through lrzip's ZPAQ; brotli for the rest."""
-    rest, streams = {name: a for name, a in arrays.items() if not is_codes(name)}, []
+    rest, texts = {name: a for name, a in arrays.items() if not is_codes(name)}, []
     for name, codes in arrays.items():
         if is_codes(name):
             if name in PERGROUP_SORTED:
@@ -3353,20 +3351,22 @@ def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
                 order = similarity_order(torch.from_numpy(codes).to(device)).cpu().numpy()
                 codes = np.take_along_axis(codes, order[..., None], 1)
                 rest[name + ".order"] = order.astype(np.uint16)
-            streams.append(lrzip(codes.transpose(0, 2, 1).tobytes(), "-z", "-L", "9"))
-    return streams + [deflate(rest)]
+            texts.append(codes.transpose(0, 2, 1).tobytes())
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(lambda plane: lrzip(plane, "-z", "-L", "9"), texts), deflate(rest)]
 
 
 def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
     coded = [spec for spec in specs if is_codes(spec[0])]
     orders = [(name + ".order", "uint16", shape[:2]) for name, _, shape in coded if name in PERGROUP_SORTED]
     rest = inflate(streams[-1], [spec for spec in specs if not is_codes(spec[0])] + orders)
-    for (name, _, shape), stream in zip(coded, streams):
-        layers, rows, columns = shape
+    with ThreadPoolExecutor() as pool:
         try:
-            raw = lrzip(stream, "-d", limit=math.prod(shape))
+            texts = list(pool.map(lambda spec, stream: lrzip(stream, "-d", limit=math.prod(spec[2])), coded, streams))
         except RuntimeError:
             raise DamagedError from None
+    for (name, _, shape), raw in zip(coded, texts):
+        layers, rows, columns = shape
         if len(raw) != math.prod(shape):
             raise DamagedError
         codes = np.frombuffer(raw, np.int8).reshape(layers, columns, rows).transpose(0, 2, 1)
@@ -4227,8 +4227,9 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     changed = {f.name.upper(): getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
-    if first and s.compressor == "pergroup" and not s.prequant_only and not shutil.which("lrzip"):
-        raise InputError("COMPRESSOR: pergroup needs the program lrzip; install it, or choose entropy, brotli or lzma")
+    if first and s.compressor == "pergroup" and not s.prequant_only and not all(map(shutil.which, ("lrzip", "prlimit"))):
+        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose entropy, brotli "
+                         "or lzma")
     if s.ttt_enabled and not s.prequant_only:
         check_machine(s, runtime)
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
