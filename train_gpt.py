@@ -125,6 +125,11 @@ ALIASES = {"SKYLIGHT_MUON": ("SKYLIGHT_NORM_EMA", "SKYLIGHT_UW_FLOOR"), "BETA2_N
            "UW_FLOOR": ("SKYLIGHT_UW_RATIO",)}
 TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}  # TTT_MASK: adapters left out
 
+# Settings that name their reader where the environment does not: (reader, its value).
+IMPLIED = {"TTT_SHORT_SCORE_FIRST_ENABLED": ("TTT_ORDER", "length"), **dict.fromkeys(
+    ("MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "SCALE_GRID", "AWQ_LITE_ENABLED"),
+    ("STEP_RULE", "sigma"))}
+
 # Settings that do something only with certain values of another; elsewhere they must keep their default.
 READ_ONLY_WITH = {
     "muon_huber_delta": ("muon_huber_wd", (True,)), "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
@@ -288,7 +293,8 @@ class Settings:
     mlp_clip_sigmas: float = setting("Artifact", 11.5, "clip of MLP matrices, in deviations of the row", above=0)
     embed_clip_sigmas: float = setting("Artifact", 14.0, "clip of the embedding, in deviations of the row", above=0)
     step_rule: str = setting("Artifact", "loss", "quantization steps: loss: every weight shall add the same predicted loss, "
-                             "sized to TARGET_BYTES; sigma: by the *_BITS and *_CLIP_SIGMAS", choices=("loss", "sigma"))
+                             "sized to TARGET_BYTES; sigma: by the *_BITS and *_CLIP_SIGMAS, chosen by naming one of them",
+                             choices=("loss", "sigma"))
     target_bytes: int = setting("Artifact", 15_998_000, "artifact and code together, for STEP_RULE=loss",
                                 unit="bytes", low=1, high=15_999_999)
     trellis_enabled: bool = setting("Artifact", True, "1: trellis-coded quantization; 0: rounding to nearest")
@@ -425,7 +431,8 @@ class Settings:
         for name, alias in aliased.items():
             if environ.get(name, environ[alias]) != environ[alias]:
                 problems.append(f"{alias}: {environ[alias]}, but {name}={environ[name]} means the same; unset one of them")
-        environ, values = masked | {name: environ[alias] for name, alias in aliased.items()} | dict(environ), {}
+        implied = dict(IMPLIED[name] for name in IMPLIED if environ.get(name, "0") != "0")
+        environ, values = masked | implied | {name: environ[alias] for name, alias in aliased.items()} | dict(environ), {}
         for name, field in fields.items():
             if name in environ:
                 try:
@@ -669,14 +676,18 @@ def settings_help() -> str:
 
 
 def read_recipe(name: str) -> Settings:
-    """The settings of recipes/NAME.env, or of the file NAME."""
+    """The settings of recipes/NAME.env, or of the file NAME: lines NAME=VALUE, empty ones, and comments that begin with #."""
     path = name if os.path.exists(name) else os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes", f"{name}.env")
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
+            lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+        return Settings.from_environment(dict(re.fullmatch(r"(\w+)=(.*)", line).groups() for line in lines))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name one of recipes/*.env or a file like them") from None
-    return Settings.from_environment(dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")))
+    except (UnicodeDecodeError, AttributeError):
+        raise InputError(f"{path}: no recipe, which has lines NAME=VALUE and comments alone") from None
+    except InputError as error:
+        raise InputError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
 
 
 def settings_diff(names: list[str]) -> str:
@@ -2376,8 +2387,8 @@ def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Ca
 def training_shapes(s: Settings) -> list[tuple[int, bool]]:
     """Every (context length, looping) that training can meet, in the order in which it meets them."""
     loop_at = s.enable_looping_at if s.num_loops else 1.0
-    shapes, begin = [], 0.0
-    for length, end in s.stages(s.train_seq_schedule) or [(s.train_seq_len, 1.0)]:
+    shapes, begin, stages = [], 0.0, s.stages(s.train_seq_schedule) or [(s.train_seq_len, 1.0)]
+    for length, end in [*stages[:-1], (stages[-1][0], 1.0)]:  # the last goes on to the end
         apart = s.train_seq_schedule_mode == "step"  # stages then follow another clock than looping
         shapes += [(int(length), False)] * (apart or begin <= loop_at) + [(int(length), True)] * (
             s.loops_at_end and (apart or end >= loop_at))

@@ -93,6 +93,18 @@ def test_what_published_commands_switch_off_is_accepted():
         assert line.startswith(f"{name}: ")
 
 
+@pytest.mark.parametrize("environ, name, value", [
+    (dict(MATRIX_BITS="6"), "step_rule", "sigma"), (dict(AWQ_LITE_ENABLED="1"), "step_rule", "sigma"),
+    (dict(AWQ_LITE_ENABLED="0"), "step_rule", "loss"), (dict(TTT_SHORT_SCORE_FIRST_ENABLED="1"), "ttt_order", "length")])
+def test_a_setting_chooses_its_reader(environ, name, value):
+    assert getattr(g.Settings.from_environment(environ), name) == value
+
+
+def test_a_chosen_reader_is_not_overruled():
+    [line] = problems(STEP_RULE="loss", MATRIX_BITS=5)
+    assert line.startswith("MATRIX_BITS: it is read only with STEP_RULE=sigma")
+
+
 def test_aliases_set_what_they_stand_for():
     s = g.Settings.from_environment(dict(SKYLIGHT_MUON="1", BETA2_NORMUON="0.9", UW_FLOOR="0.2"))
     assert (s.skylight_norm_ema, s.skylight_uw_floor, s.skylight_norm_beta2, s.skylight_uw_ratio) == (True, True, 0.9, 0.2)
@@ -947,6 +959,7 @@ def test_context_grows_with_progress_or_steps(mode, step, expected):
     (dict(ENABLE_LOOPING_AT=1), [(256, False)]), (dict(NUM_LOOPS=0), [(256, False)]),
     (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0"), [(64, False), (128, False), (128, True), (256, True)]),
     (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0", NUM_LOOPS=0), [(64, False), (128, False), (256, False)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,256@0.2"), [(64, False), (256, False), (256, True)]),
     (dict(TRAIN_SEQ_SCHEDULE="64@0.1,256@1.0", TRAIN_SEQ_SCHEDULE_MODE="step"),
      [(64, False), (64, True), (256, False), (256, True)])])
 def test_every_shape_that_training_meets_is_compiled(changes, expected):
