@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -56,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import online_ngram_tilt as ngram
 
@@ -877,6 +879,12 @@ def file_sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
+def progress_bar(total: float, unit: str, text: str, runtime: Runtime) -> tqdm:
+    """A progress bar on rank 0's terminal; nothing where stderr is none."""
+    return tqdm(total=total, unit=unit, desc=text, disable=runtime.rank > 0 or not sys.stderr.isatty(), leave=False,
+                dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} {postfix}")
+
+
 class RunLog:
     """The log and the run record, from one place: a log line is the text form of an event in the record.
 
@@ -895,10 +903,24 @@ class RunLog:
                            settings=dataclasses.asdict(settings), machine=runtime.describe(), results={}, events=[])
         if self.active:
             os.makedirs(settings.log_dir, exist_ok=True)
-            if not os.access(os.path.dirname(settings.artifact_path) or ".", os.W_OK):
-                raise InputError(f"ARTIFACT_DIR: no permission to write {settings.artifact_path}; choose another folder")
+            self.lock = self.claim(os.path.dirname(settings.artifact_path) or ".", settings.ttt_eval_only)
             self.file = open(self.path + ".txt", "w", buffering=1, encoding="utf-8")
             self.save()
+
+    def claim(self, folder: str, reads_only: bool) -> int:
+        """Hold the folder of the artifact, together with other runs that only read it, until the process ends."""
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"ARTIFACT_DIR: no permission to write in {folder}; choose another folder")
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX))
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"ARTIFACT_DIR: another run is writing its artifact in {folder}; wait for its end, or choose "
+                             "another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        return handle
 
     def event(self, kind: str, **fields) -> None:
         """Log and record one event; floats appear in both as they are given here, NaN as text, which JSON lacks."""
@@ -916,7 +938,8 @@ class RunLog:
     def write(self, text: str) -> None:
         if self.active:
             self.file.write(text + "\n")
-            print(text, flush=True)
+            tqdm.write(text)  # above a bar, if there is one
+            sys.stdout.flush()
 
     def save(self) -> None:
         if self.active:
@@ -928,6 +951,7 @@ class RunLog:
         self.save()
         if self.active:
             self.file.close()
+            os.close(self.lock)
 
 
 # ======================================================================================================================
@@ -2307,9 +2331,10 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     host_figures: dict[int, Tensor] = {}
     graphs_before = compiled_graphs()
     clock = TrainingClock(s, runtime, reserve)
+    bar = progress_bar(*(clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps"), "training", runtime)
     for step in itertools.count():
         progress, steps_left, stop = clock.begin_step(step)
-        log_step(log, clock, host_figures, s)
+        log_steps(log, clock, host_figures, bar, s)
         if stop:
             break
         if s.val_loss_every and step and step % s.val_loss_every == 0:
@@ -2331,13 +2356,13 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
         multiplier = learning_rate_multiplier(progress, steps_left, step, changed, s)
         figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
         average.update()
-        if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
-            host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
+        host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
         clock.end_step(step)
     batches.close()
     for earlier in range(len(clock.completed), step):
         clock.observe(earlier)
-    log_step(log, clock, host_figures, s)
+    log_steps(log, clock, host_figures, bar, s)
+    bar.close()
     recompilations = compiled_graphs() - graphs_before
     if s.ema_decay > 0:
         average.swap()
@@ -2400,15 +2425,24 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def log_step(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], s: Settings) -> None:
-    """Log the steps whose figures have arrived on the host."""
+def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], bar: tqdm, s: Settings) -> None:
+    """See to the steps whose figures have arrived on the host, and log the first five and each of TRAIN_LOG_EVERY."""
     for step in [step for step in figures if step < len(clock.completed)]:
         loss, gradient_norm = figures.pop(step).tolist()
-        first = max(0, step - max(1, s.train_log_every))
-        window = clock.completed[step] - clock.completed[first]
-        rate = round((step - first) * s.train_batch_tokens / window) if window > 0 else 0
-        log.event("step", step=step + 1, train_loss=round(loss, 4), grad_norm=round(gradient_norm, 4),
-                  seconds=round(clock.completed[step], 3), tokens_per_second=rate)
+        if not math.isfinite(loss + gradient_norm):
+            raise FloatingPointError(f"training diverged: the loss of step {step + 1} is {loss}, its gradient's norm "
+                                     f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+        seconds = clock.completed[step]
+        share = seconds / clock.budget if s.max_wallclock_seconds else (step + 1) / s.iterations
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        bar.update((seconds if s.max_wallclock_seconds else step + 1) - bar.n)
+        if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
+            first = max(0, step - max(1, s.train_log_every))
+            window = seconds - clock.completed[first]
+            rate = round((step - first) * s.train_batch_tokens / window) if window > 0 else 0
+            log.event("step", step=step + 1, train_loss=round(loss, 4), grad_norm=round(gradient_norm, 4),
+                      seconds=round(seconds, 3), tokens_per_second=rate, share=round(share, 4),
+                      eta_seconds=round(seconds * (1 / share - 1), 1))
 
 
 def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, recompilations: int,
@@ -4198,17 +4232,20 @@ class TestTimeTraining(Rider):
         self.runtime.from_rank0([0.0])  # all ranks begin together
         began, graphs = time.perf_counter(), compiled_graphs()
         sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)  # nats tilted, nats, targets
+        bar = progress_bar(len(self.tokens) - 1, "tokens", "test-time training", self.runtime)
         times, seen, total, shown = np.zeros(len(self.tokens) - 1, np.uint8), [0, 0], len(self.tokens) - 1, 0.0
         for at, tilted, plain in self.steps():
             sums += torch.stack((tilted.double().sum(), plain.double().sum(), torch.ones_like(plain).double().sum()))
             np.add.at(times, at, 1)
             seen = [seen[0] + len(at), seen[1] + int(self.data.bytes[at + 1].sum(dtype=np.int64))]
             share, seconds = min(1.0, self.runtime.world_size * seen[0] / total), time.perf_counter() - began
+            bar.update(share * total - bar.n)
             if share >= shown + 0.05:
                 shown = share
                 bpb = float(sums[0]) / math.log(2) / max(1, seen[1])  # the one place where the host waits for the device
                 log.event("progress", share=round(share, 3), val_bpb=round(bpb, 6),
                           tokens_per_second=round(share * total / seconds), eta_seconds=round(seconds * (1 / share - 1), 1))
+        bar.close()
         nats, untilted, count = self.runtime.sum(sums).tolist()
         size, times = int(self.data.bytes[1:].sum(dtype=np.int64)), self.runtime.sum(torch.from_numpy(times).to(sums.device))
         if count != total or int(times.min()) != 1 or int(times.max()) != 1:
@@ -4375,7 +4412,8 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
             try:
                 run(settings, runtime, log)
             except BaseException as error:
-                if not isinstance(error, (InputError, ngram.NgramError, SystemExit, KeyboardInterrupt)):
+                if not isinstance(error, (InputError, ngram.NgramError, OverCapError, FloatingPointError, SystemExit,
+                                          KeyboardInterrupt)):
                     log.write(traceback.format_exc())
                 log.close("failed", error=f"{type(error).__name__}: {error}")
                 raise
@@ -4384,7 +4422,7 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
         return 0
     except (InputError, ngram.NgramError, OSError) as error:
         return complain(error, rank)
-    except OverCapError as error:
+    except (OverCapError, FloatingPointError) as error:
         complain(error, rank)
         return 1
     except KeyboardInterrupt:

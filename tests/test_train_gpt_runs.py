@@ -1,15 +1,25 @@
 """Whole runs of train_gpt.py on tiny data: as a program, on several ranks, stopped and broken."""
+import contextlib
+import fcntl
+import os
+import pty
 import re
+import resource
 import shutil
 import signal
 import socket
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt as g
-from tests.synthetic import environment, events, launch, record, runtime, start, tiny, write_corpus
+from tests.synthetic import INHERITED, ROOT, environment, events, launch, record, runtime, start, tiny, write_corpus
 
 torch.set_num_threads(1)
 
@@ -271,9 +281,70 @@ def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
     assert results["quantized"]["val_bpb"] == pytest.approx(results["averaged"]["val_bpb"], abs=0.03)
 
 
-def test_a_diverged_run_fails_and_leaves_the_old_artifact(place):
+def test_a_dead_rank_ends_the_launch(place):
+    with start(environment(place, ITERATIONS=400, GRAD_ACCUM_STEPS=1), ranks=2) as launcher:
+        for line in launcher.stdout:
+            if line.startswith("step step:2 "):
+                break
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        [victim] = [int(pid) for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(victim, signal.SIGKILL)
+        launcher.stdout.read()
+        assert launcher.wait(60) != 0
+    assert record(place)["status"] == "failed"
+
+
+def test_a_diverged_run_names_its_step_and_leaves_the_old_artifact(place):
     (place / "out").mkdir()
     (place / "out" / "final_model.int6.ptz").write_bytes(b"old")
-    result = launch(environment(place, MATRIX_LR=1e30, TIED_EMBED_LR=1e30, ITERATIONS=3))
-    assert result.returncode == 1 and "diverged" in result.stderr
-    assert record(place)["status"] == "failed" and (place / "out" / "final_model.int6.ptz").read_bytes() == b"old"
+    result = launch(environment(place, MATRIX_LR=1e30, TIED_EMBED_LR=1e30, ITERATIONS=6, TRAIN_LOG_EVERY=0))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 1 and "diverged: the loss of step 2 is" in line and "MATRIX_LR" in line
+    stopped = record(place)
+    assert stopped["status"] == "failed" and "step 2" in stopped["events"][-1]["error"] and len(events(stopped, "step")) == 1
+    assert (place / "out" / "final_model.int6.ptz").read_bytes() == b"old"
+
+
+def test_a_second_run_in_the_folder_is_refused(place):
+    with start(environment(place, ITERATIONS=400)) as process:
+        for line in process.stdout:
+            if line.startswith("step step:1 "):
+                break
+        second = launch(environment(place, RUN_ID="second", ITERATIONS=1))
+        process.terminate()
+        process.stdout.read()
+    [line] = second.stderr.splitlines()
+    assert second.returncode == 2 and line.startswith("train_gpt.py: ARTIFACT_DIR: another run")
+    assert not list((place / "out").glob("second*"))
+    assert launch(environment(place, RUN_ID="second", ITERATIONS=1, PREQUANT_ONLY=1)).returncode == 0, "it is free again"
+
+
+def test_a_full_disk_fails_with_one_line_and_leaves_nothing_half_written(place):
+    limit = 60_000  # bytes a file may have: the record fits, the artifact does not
+    result = launch(environment(place, ITERATIONS=2),
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and "final_model.int6.ptz" in line
+    stopped = record(place)
+    assert stopped["status"] == "failed" and "averaged" in stopped["results"] and events(stopped, "no_checkpoint")
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["tiny.json", "tiny.txt"]
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(place):
+    """Step lines tell share and time left; the bar goes to a terminal on stderr, and to nothing else."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    env = environment(place, ITERATIONS=12, PREQUANT_ONLY=1, OMP_NUM_THREADS=1, TERM="xterm")
+    env |= {name: os.environ[name] for name in INHERITED if name in os.environ}
+    with subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, stderr=slave,
+                          text=True) as process:
+        out, drawn = process.stdout.read(), b""
+    os.set_blocking(master, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            drawn += os.read(master, 65536)
+    os.close(master), os.close(slave)
+    assert process.returncode == 0 and b"training" in drawn and "%|".encode() in drawn and b"loss" in drawn
+    assert "%|" not in out and "\r" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert re.search(r"share:0\.5 eta_seconds:\d", lines[5]) and "share:1.0 eta_seconds:0.0" in lines[-1]
