@@ -9,13 +9,19 @@ CDPATH='' cd -- "$(dirname -- "$0")"
 usage() {
   cat <<'TXT'
 ./run.sh [RECIPE]       train and score with recipes/RECIPE.env; default: record with CUDA, demo without
+./run.sh RECIPE SEED... [--against FILE]
+                        these seeds one after another into runs/RECIPE, a finished one not again; then the results, compared
+                        with FILE's, the submission folder, its audit and the report
+./run.sh retest [RECIPE]            score the artifacts of these seeds again
+./run.sh submission DIR [RECIPE]    write the folder that can be copied as a record
+./run.sh report [RUN...]            an HTML page of run records: files, or folders that hold them
 ./run.sh test [ARGS]    run the tests (ARGS go to pytest)
 ./run.sh setup          only make .venv and install
 ./run.sh pack-code [F]  write the single self-extracting train_gpt.py that a submission ships (default packed/train_gpt.py)
 ./run.sh help           this text; all settings: python train_gpt.py --help
 
 Settings are environment variables and win over the recipe: SEED=42 ./run.sh, NPROC_PER_NODE=4 ./run.sh,
-DATA_PATH=/my/shards ./run.sh pr2135. Without a data set the demo's is built from Python's own library.
+DATA_PATH=/my/shards ./run.sh pr2135; ARTIFACT_DIR replaces runs/RECIPE. Without a data set the demo's is built from Python's own library.
 TXT
 }
 
@@ -64,25 +70,69 @@ find_data() {
   export DATA_PATH=data/demo
 }
 
-recipe=${1:-}
-case $recipe in
+# The program under its launcher, in `launch`, with data and recipe in the environment; checks both first.
+prepare() {
+  local gpus ranks
+  gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
+  ranks=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
+  find_data
+  if [[ -z ${VOCAB_SIZE:-} && -f $DATA_PATH/manifest.json ]]; then  # the vocabulary is the data's, not the recipe's
+    VOCAB_SIZE=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"]["vocab_size"])' "$DATA_PATH/manifest.json")
+    export VOCAB_SIZE
+  fi
+  recipe=${1:-$( ((gpus)) && echo record || echo demo)}
+  load_recipe "$recipe"
+  RANK=0 WORLD_SIZE=$ranks "$PY" train_gpt.py --check
+  launch=("$PY" train_gpt.py)
+  if ((ranks > 1)); then launch=("$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py); fi
+}
+
+known() {
+  [[ -f recipes/$1.env ]] || fail "no recipe recipes/$1.env; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
+}
+
+# The folder of a recipe's seeds; the variable that chose it must not reach the runs.
+runs_of() {
+  base=${ARTIFACT_DIR:-runs/$1}
+  unset ARTIFACT_DIR
+}
+
+case ${1:-} in
   help|-h|--help) usage; exit ;;
   setup) setup; exit ;;
-  test) setup; shift; exec "$PY" -m pytest -q "$@" ;;
+  test) setup; shift; OMP_NUM_THREADS=1 exec "$PY" -m pytest -q -n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile "$@" ;;
   pack-code) setup; mkdir -p "$(dirname "${2:-packed/train_gpt.py}")"; exec "$PY" train_gpt.py --pack-code "${2:-packed/train_gpt.py}" ;;
+  report) setup; shift; exec "$PY" bench/report.py "${@:-runs}" ;;
+  submission)
+    [[ -n ${2:-} ]] || fail "name the folder to write; see ./run.sh help"
+    known "${3:-record}"; setup; runs_of "${3:-record}"
+    exec "$PY" bench/submission.py folder "$base" "$2" ;;
+  retest)
+    known "${2:-record}"; setup; runs_of "${2:-record}"; prepare "${2:-record}"
+    exec "$PY" bench/submission.py retest "$base" -- "${launch[@]}" ;;
 esac
-(( $# <= 1 )) || fail "one recipe at a time; see ./run.sh help"
-[[ -z $recipe || -f recipes/$recipe.env ]] ||
-  fail "no recipe recipes/$recipe.env; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
+[[ -z ${1:-} ]] || known "$1"
+recipe=${1:-}
+shift $(($# > 0))
+seeds=() against=()
+while (($#)); do
+  case $1 in
+    --against) [[ -f ${2:-} ]] || fail "--against: no file ${2:-}"; against=(--against "$2"); shift ;;
+    *) [[ $1 =~ ^[0-9]+$ ]] || fail "$1 is no seed; see ./run.sh help"; seeds+=("$1") ;;
+  esac
+  shift
+done
 setup
-gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
-ranks=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
-find_data
-if [[ -z ${VOCAB_SIZE:-} && -f $DATA_PATH/manifest.json ]]; then  # the vocabulary is the data's, not the recipe's
-  VOCAB_SIZE=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"]["vocab_size"])' "$DATA_PATH/manifest.json")
-  export VOCAB_SIZE
+if ((${#seeds[@]} == 0)); then
+  prepare "$recipe"
+  exec "${launch[@]}"
 fi
-load_recipe "${recipe:-$( ((gpus)) && echo record || echo demo)}"
-RANK=0 WORLD_SIZE=$ranks "$PY" train_gpt.py --check
-if ((ranks == 1)); then exec "$PY" train_gpt.py; fi
-exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py
+runs_of "$recipe"
+prepare "$recipe"
+publish=()
+if [[ $recipe == record ]]; then publish=(--publish); fi
+"$PY" bench/submission.py seeds "$base" "${seeds[@]}" ${against[@]+"${against[@]}"} ${publish[@]+"${publish[@]}"} -- "${launch[@]}"
+rm -rf "$base/submission"
+"$PY" bench/submission.py folder "$base" "$base/submission"
+"$PY" bench/report.py "$base" --out "$base/report"
+"$PY" verify_submission.py "$base/submission"

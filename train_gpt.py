@@ -4415,7 +4415,7 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
                 if not isinstance(error, (InputError, ngram.NgramError, OverCapError, FloatingPointError, SystemExit,
                                           KeyboardInterrupt)):
                     log.write(traceback.format_exc())
-                log.close("failed", error=f"{type(error).__name__}: {error}")
+                log.close("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - began, 1))
                 raise
             log.write(summary(log.record) + "\n")
             log.close("finished", seconds=round(time.perf_counter() - began, 1))

@@ -1,0 +1,374 @@
+"""Seeds one after another, and what a record needs from their run records: statistics, submission.json, the folder.
+
+    python bench/submission.py seeds FOLDER SEED... [--against FILE] -- COMMAND...   what `./run.sh RECIPE SEED...` calls
+    python bench/submission.py retest FOLDER -- COMMAND...                           evaluate every finished seed again
+    python bench/submission.py summary FOLDER [--against FILE]                       submission.json and results.md
+    python bench/submission.py folder FOLDER OUT_DIR                                 a folder that can be copied as a record
+
+FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifact, and eval_seed<N>.* of a repeated evaluation.
+--against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same seeds on both sides the test is a
+paired t-test, else Welch's; both are one-sided: is the improvement above 0.005 nats per token? --publish writes submission.json
+and the README's table at the project's top too.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "source")]
+from verify_submission import student_t_sf  # noqa: E402
+
+RULE_NATS, RULE_P = 0.005, 0.01
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank", "ttt_eval_only",
+         "train_log_every"}  # settings in which seeds may differ
+SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
+           "run.sh", "recipes", "tokenizers", "bench/submission.py", "bench/report.py")
+SOURCE = ("train_gpt.py", "online_ngram_state.c", "online_ngram_tilt.py")
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: one line that names it and the remedy."""
+
+
+def load(path: Path) -> dict:
+    """A run record; InputError when it is none."""
+    try:
+        record = json.loads(path.read_text())
+        record["settings"], record["events"], record["results"]
+        return record
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run the seed first") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: no run record of train_gpt.py; remove it and run the seed again") from None
+
+
+def event(record: dict, kind: str) -> dict:
+    return next((e for e in record["events"] if e["event"] == kind), {})
+
+
+def seed_folders(folder: Path) -> dict[int, Path]:
+    found = {int(path.name[4:]): path for path in folder.glob("seed*") if re.fullmatch(r"seed\d+", path.name)}
+    if not found:
+        raise InputError(f"{folder}: no folders seed<N> in it; run ./run.sh RECIPE SEED... first")
+    return found
+
+
+def finished(folder: Path) -> dict[int, dict]:
+    """The records of all seeds, in the order in which they were run; InputError unless all are finished and belong together."""
+    records = {seed: load(path / f"train_seed{seed}.json") for seed, path in seed_folders(folder).items()}
+    for seed, record in records.items():
+        if record["status"] != "finished" or "ttt" not in record["results"] and "quantized" not in record["results"]:
+            raise InputError(f"{folder}/seed{seed}: its run is {record['status']}; run it again, or remove the folder")
+    (first, one), *others = sorted(records.items(), key=lambda item: item[1]["started"])
+    for seed, other in others:
+        differing = sorted(name.upper() for name, value in one["settings"].items()
+                           if name not in APART and other["settings"].get(name) != value)
+        if differing or event(one, "code").get("sha256") != event(other, "code").get("sha256"):
+            raise InputError(f"{folder}/seed{seed}: not the settings or code of seed {first} ("
+                             f"{', '.join(differing) or 'code'}); run all seeds with the same")
+    return dict(sorted(records.items(), key=lambda item: item[1]["started"]))
+
+
+# --- Runs
+
+
+def run(command: list[str], **environ: object) -> int:
+    """Run the command with these variables, pass SIGTERM on to it, and return its exit code."""
+    process = subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in environ.items()})
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def check_finished(folder: Path, seeds: list[int]) -> set[int]:
+    """The seeds that are finished; InputError if one of them ran with other settings or code than are to run now."""
+    import train_gpt as g
+
+    done = {seed: load(path) for seed in seeds if (path := folder / f"seed{seed}" / f"train_seed{seed}.json").exists()}
+    done = {seed: record for seed, record in done.items() if record["status"] == "finished"}
+    try:
+        wanted = dataclasses.asdict(g.Settings.from_environment(os.environ))
+    except g.InputError as error:
+        raise InputError(str(error)) from None
+    for seed, record in done.items():
+        differing = sorted(name.upper() for name, value in wanted.items()
+                           if name not in APART | {"world_size"} and record["settings"].get(name) != value)
+        if differing or event(record, "code").get("sha256") != g.file_sha256(str(ROOT / "train_gpt.py")):
+            raise InputError(f"{folder}/seed{seed}: it is finished, with other {', '.join(differing) or 'code'} than now; "
+                             "remove the folder, or set ARTIFACT_DIR to a new one")
+    return set(done)
+
+
+def run_seeds(folder: Path, seeds: list[int], command: list[str]) -> None:
+    """Run every seed that is not finished yet. A record of an earlier attempt is kept beside it under another name."""
+    done = check_finished(folder, seeds)
+    for seed in seeds:
+        home, name = folder / f"seed{seed}", f"train_seed{seed}"
+        if seed in done:
+            print(f"seed {seed}: finished before", flush=True)
+            continue
+        if (home / f"{name}.json").exists():
+            attempt = 1 + len(list(home.glob("attempt*.json")))
+            for suffix in (".json", ".txt"):
+                if (home / (name + suffix)).exists():
+                    (home / (name + suffix)).rename(home / f"attempt{attempt}_{name}{suffix}")
+        print(f"seed {seed}: {home}", flush=True)
+        home.mkdir(parents=True, exist_ok=True)
+        code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name)
+        if code:
+            raise SystemExit(code)
+
+
+def retest(folder: Path, command: list[str]) -> None:
+    """Score every seed's artifact again; the scores of an earlier repetition are replaced."""
+    for seed, home in seed_folders(folder).items():
+        name = f"eval_seed{seed}"
+        for path in home.glob(f"{name}.*"):
+            path.unlink()
+        code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name, TTT_EVAL_ONLY=1)
+        if code:
+            raise SystemExit(code)
+        again, before = load(home / f"{name}.json")["results"], load(home / f"train_seed{seed}.json")["results"]
+        stage = "ttt" if "ttt" in before else "quantized"
+        print(f"seed {seed}: val_bpb {again[stage]['val_bpb']:.8f}, {before[stage]['val_bpb']:.8f} after training", flush=True)
+
+
+# --- Statistics
+
+
+def figures(record: dict) -> dict:
+    """One seed's figures for submission.json."""
+    results = record["results"]
+    final, training, size = results.get("ttt", results["quantized"]), results["training"], results["size"]
+    return dict(val_loss=final["val_loss"], val_bpb=final["val_bpb"],
+                pre_quant_bpb=results.get("averaged", results["raw"])["val_bpb"], quantized_bpb=results["quantized"]["val_bpb"],
+                steps=training["steps"], train_seconds=training["clock_seconds"], eval_seconds=final["seconds"],
+                artifact_bytes=size["artifact_bytes"], code_bytes=size["code_bytes"], total_bytes=size["total_bytes"])
+
+
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def baseline(path: Path) -> dict[str, float]:
+    """val_bpb by seed; seeds that are not known are numbered from #1."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"--against {path}: {error.strerror}; give a submission.json or lines `seed val_bpb`") from None
+    try:
+        seeds = json.loads(text)["seed_results"]
+        return {str(seed): float(value["val_bpb"]) for seed, value in seeds.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    values = {}
+    for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
+        match = re.fullmatch(r"(?:(\d+)[\s,:]+)?(\d+\.\d+)", line)
+        if not match:
+            raise InputError(f"--against {path}: line {number} is neither `seed val_bpb` nor `val_bpb`")
+        values[match[1] or f"#{number}"] = float(match[2])
+    if len(values) < 2:
+        raise InputError(f"--against {path}: fewer than two values, which no test can compare with")
+    return values
+
+
+def compare(ours: dict[str, float], theirs: dict[str, float], nats_per_bpb: float) -> dict:
+    """One-sided test that ours are lower by more than RULE_NATS nats per token. val_bpb by seed on both sides."""
+    if len(ours) < 2:
+        raise InputError("--against: one seed of our own is too few for a test")
+    a, b = ([value * nats_per_bpb for value in side.values()] for side in (ours, theirs))
+    difference = statistics.mean(b) - statistics.mean(a)
+    if ours.keys() == theirs.keys():
+        test, n = "paired t-test", len(a)
+        error, freedom = spread([(theirs[s] - ours[s]) * nats_per_bpb for s in ours]) / math.sqrt(n), n - 1
+    else:
+        test, (u, v) = "Welch's t-test", (statistics.variance(x) / len(x) for x in (a, b))
+        error = math.sqrt(u + v)
+        freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1)) if error else len(a) + len(b) - 2
+    p = student_t_sf((difference - RULE_NATS) / error, freedom) if error else float(difference <= RULE_NATS)
+    return dict(test=test, difference_nats=round(difference, 6), threshold_nats=RULE_NATS, p=round(p, 6), required_p=RULE_P,
+                baseline=theirs, new_record=difference > RULE_NATS and p < RULE_P)
+
+
+def summarize(folder: Path, against: Path | None) -> dict:
+    """Write FOLDER/submission.json and FOLDER/results.md from the records; returns what is in the first."""
+    records = finished(folder)
+    seeds = {str(seed): figures(record) for seed, record in records.items()}
+    one = next(iter(records.values()))
+    final = one["results"].get("ttt", one["results"]["quantized"])
+    machine, column = one["machine"], {name: [s[name] for s in seeds.values()] for name in next(iter(seeds.values()))}
+    name = os.environ.get("SUBMISSION_NAME", f"{folder.name}: score-first test-time training in one decodable order")
+    submission = dict(
+        author=os.environ.get("SUBMISSION_AUTHOR", ""), github_id=os.environ.get("SUBMISSION_GITHUB_ID", ""), name=name,
+        date=max(record["started"] for record in records.values())[:10], track="10min_16mb",
+        val_loss=round(statistics.mean(column["val_loss"]), 8), val_bpb=round(statistics.mean(column["val_bpb"]), 8),
+        val_loss_std=round(spread(column["val_loss"]), 8), val_bpb_std=round(spread(column["val_bpb"]), 8),
+        seeds=list(map(int, seeds)), seed_results=seeds, bytes_total=max(column["total_bytes"]),
+        bytes_code=max(column["code_bytes"]), hardware=f"{machine['devices']} x {machine['device']}", torch=machine["torch"])
+    if against:
+        ours = {seed: value["val_bpb"] for seed, value in seeds.items()}
+        nats = math.log(2) * final["bytes"] / final["targets"]
+        submission["comparison"] = dict(against=against.name, **compare(ours, baseline(against), nats))
+    write(folder / "submission.json", json.dumps(submission, indent=2) + "\n")
+    write(folder / "results.md", results_table(submission))
+    return submission
+
+
+def results_table(submission: dict) -> str:
+    """The README's table of results."""
+    rows = [(seed, *(f"{s[k]:.8f}" for k in ("pre_quant_bpb", "quantized_bpb", "val_bpb", "val_loss")), f"{s['steps']:,}",
+             f"{s['train_seconds']:.1f}", f"{s['eval_seconds']:.1f}", f"{s['total_bytes']:,}")
+            for seed, s in submission["seed_results"].items()]
+    seeds = list(submission["seed_results"].values())
+
+    def mean(key, form):
+        return format(statistics.mean(s[key] for s in seeds), form)
+
+    quality = ("pre_quant_bpb", "quantized_bpb", "val_bpb", "val_loss")
+    rows += [("mean", *(f"**{mean(k, '.8f')}**" if k == "val_bpb" else mean(k, ".8f") for k in quality), mean("steps", ",.0f"),
+              mean("train_seconds", ".1f"), mean("eval_seconds", ".1f"), "")]
+    if len(seeds) > 1:
+        rows += [("std", *(f"{spread([s[k] for s in seeds]):.8f}" for k in quality), "", "", "", "")]
+    head = ("seed", "val_bpb before quantization", "quantized", "final", "val_loss", "steps", "training s", "evaluation s",
+            "artifact + code bytes")
+    lines = [f"{submission['name']}; {submission['hardware']}, torch {submission['torch']}, {submission['date']}.", "",
+             *("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))]
+    if comparison := submission.get("comparison"):
+        verdict = "a new record" if comparison["new_record"] else "not a new record"
+        lines += ["", f"Against {comparison['against']}: {comparison['difference_nats']:.6f} nats per token lower; "
+                  f"{comparison['test']}, p = {comparison['p']:.4g} that the difference is not above {RULE_NATS}: {verdict} under "
+                  f"the rule of {RULE_NATS} nats at p < {RULE_P}."]
+    return "\n".join(lines) + "\n"
+
+
+# --- Files
+
+
+def write(path: Path, text: str) -> None:
+    """All of the text or what was there before."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def with_results(readme: str, table: str) -> str:
+    """A README with the table between its two marks, or at its end."""
+    section = f"{BEGIN}\n{table}{END}\n"
+    if BEGIN in readme and END in readme:
+        return readme[:readme.index(BEGIN)] + section + readme[readme.index(END) + len(END):].lstrip("\n")
+    return f"{readme}\n## Results\n\n{section}"
+
+
+def build(folder: Path, out: Path) -> None:
+    """Write the folder that is the submission, complete or not at all."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: it exists and is not empty; name a new folder")
+    records = finished(folder)
+    try:
+        submission, table = (folder / "submission.json").read_text(), (folder / "results.md").read_text()
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; run ./run.sh RECIPE SEED... first") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".submission") as scratch:
+        new = Path(scratch) / "new"
+        (new / "bench").mkdir(parents=True)
+        (new / "source").mkdir()
+        for name in SHIPPED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, new / name)
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, new / name)
+        here = ROOT / "source" if (ROOT / "source").is_dir() else ROOT
+        for name in SOURCE:
+            shutil.copy(here / name, new / "source" / name)
+        packed = subprocess.run([sys.executable, str(here / "train_gpt.py"), "--pack-code", str(new / "train_gpt.py")],
+                                capture_output=True, text=True)
+        if packed.returncode:
+            raise InputError(f"{here / 'train_gpt.py'}: it cannot be packed: {packed.stderr.strip()}")
+        counted = next(iter(records.values()))["results"]["size"]["code_bytes"]
+        if counted != (new / "train_gpt.py").stat().st_size:
+            raise InputError(f"{here / 'train_gpt.py'}: it packs into {(new / 'train_gpt.py').stat().st_size:,} bytes, but the "
+                             f"seeds ran with a code of {counted:,}; build with the code that ran, or run the seeds again")
+        for seed, record in records.items():
+            home = folder / f"seed{seed}"
+            for kind in ("train", "eval"):
+                if (home / f"{kind}_seed{seed}.json").exists():
+                    shutil.copy(home / f"{kind}_seed{seed}.txt", new / f"{kind}_seed{seed}.log")
+                    shutil.copy(home / f"{kind}_seed{seed}.json", new / f"{kind}_seed{seed}.json")
+            manifest = Path(event(record, "data").get("manifest", ""))
+            if manifest.is_file():
+                shutil.copy(manifest, new / "data_manifest.json")
+        (new / "submission.json").write_text(submission)
+        readme = ROOT / "README.md"
+        (new / "README.md").write_text(with_results(readme.read_text() if readme.exists() else "", table))
+        if out.exists():
+            out.rmdir()
+        new.rename(out)
+
+
+def main(arguments: list[str]) -> int:
+    own, command = arguments, []
+    if "--" in arguments:
+        at = arguments.index("--")
+        own, command = arguments[:at], arguments[at + 1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("seeds", "retest", "summary", "folder"):
+        action = actions.add_parser(name)
+        action.add_argument("folder", type=Path)
+        if name == "seeds":
+            action.add_argument("seeds", type=int, nargs="+")
+        if name in ("seeds", "summary"):
+            action.add_argument("--against", type=Path)
+            action.add_argument("--publish", action="store_true")
+        if name == "folder":
+            action.add_argument("out", type=Path)
+    options = parser.parse_args(own)
+    try:
+        if getattr(options, "against", None):
+            baseline(options.against)
+        if options.action == "seeds":
+            if len(set(options.seeds)) < len(options.seeds):
+                raise InputError(f"{' '.join(map(str, options.seeds))}: a seed is named twice")
+            run_seeds(options.folder, options.seeds, command)
+        if options.action in ("seeds", "summary"):
+            summarize(options.folder, options.against)
+            if options.publish:
+                write(ROOT / "submission.json", (options.folder / "submission.json").read_text())
+                readme, table = (ROOT / "README.md").read_text(), (options.folder / "results.md").read_text()
+                write(ROOT / "README.md", with_results(readme, table))
+            print((options.folder / "results.md").read_text(), end="")
+        elif options.action == "retest":
+            retest(options.folder, command)
+        else:
+            build(options.folder, options.out)
+            print(f"{options.out}: python verify_submission.py {options.out} audits it")
+    except InputError as error:
+        print(f"submission.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
