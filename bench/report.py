@@ -3,9 +3,9 @@
     python bench/report.py [RECORD.json or FOLDER ...] [--out report]
 
 Records are the JSON files that a run leaves (without arguments: those in logs/); of a folder, every *.json in it that is
-one. The folder given by --out receives report.html, which holds all its images and needs no network, and the same images as
-report_*.png. Runs that failed or have not ended are shown as far as they came; what a record does not hold is left out and
-named. The same records give the same page.
+one, and those of the seeds that `run.sh RECIPE SEED...` left there. The folder given by --out receives report.html, which
+holds all its images and needs no network, and the same images as report_*.png. Runs that failed or have not ended are shown as
+far as they came; what a record does not hold is left out and named. The same records give the same page.
 
 Exit code 2 with one line on stderr for bad input; --out is then left as it was. Needs matplotlib.
 """
@@ -123,7 +123,7 @@ def read_records(paths: list[str]) -> tuple[list[Run], int]:
     files: dict[Path, bool] = {}  # whether the file was named itself
     for path in map(Path, paths):
         if path.is_dir():
-            for file in sorted(path.glob("*.json")):
+            for file in (*sorted(path.glob("*.json")), *sorted(path.glob("seed*/train_*.json"))):  # `run.sh RECIPE SEED...`
                 files.setdefault(file, False)
         else:
             files[path] = True

@@ -142,6 +142,15 @@ def three(tmp_path_factory) -> tuple[list[Path], Path]:
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_seeds_of_a_recipe_are_found_in_their_folders(three, tmp_path):
+    paths, _ = three
+    for seed, name in ((1, "train_seed1"), (2, "train_seed2"), (2, "eval_seed2")):
+        (tmp_path / f"seed{seed}").mkdir(exist_ok=True)
+        (tmp_path / f"seed{seed}" / f"{name}.json").write_bytes(paths[0].read_bytes())
+    runs, others = report.read_records([str(tmp_path)])
+    assert [run.path.name for run in runs] == ["train_seed1.json", "train_seed2.json"] and not others
+
+
 def test_summary_holds_the_figures_of_the_records(three):
     paths, out = three
     page = Page((out / "report.html").read_text())
