@@ -510,7 +510,9 @@ def long_docs(work) -> Path:
 
 def start(root, *arguments) -> subprocess.Popen:
     command = [sys.executable, str(root / "prepare_caseops_data.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that runs the tests in the background has its children ignore interrupts.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:

@@ -999,13 +999,14 @@ def test_a_document_start_is_found_behind_a_very_long_document(stream_of):
 
 
 @pytest.mark.parametrize("environ, name, words", [
-    (dict(MATRIX_BITS=5), "MATRIX_BITS", "STEP_RULE=sigma"), (dict(EMBED_BITS=8), "EMBED_BITS", "STEP_RULE=sigma"),
-    (dict(ATTN_CLIP_SIGMAS=12), "ATTN_CLIP_SIGMAS", "STEP_RULE=sigma"),
-    (dict(MLP_CLIP_SIGMAS=12), "MLP_CLIP_SIGMAS", "STEP_RULE=sigma"),
-    (dict(EMBED_CLIP_SIGMAS=12), "EMBED_CLIP_SIGMAS", "STEP_RULE=sigma"),
-    (dict(SCALE_GRID="fp16"), "SCALE_GRID", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", MATRIX_BITS=5), "MATRIX_BITS", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", EMBED_BITS=8), "EMBED_BITS", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", ATTN_CLIP_SIGMAS=12), "ATTN_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", MLP_CLIP_SIGMAS=12), "MLP_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", EMBED_CLIP_SIGMAS=12), "EMBED_CLIP_SIGMAS", "STEP_RULE=sigma"),
+    (dict(STEP_RULE="loss", SCALE_GRID="fp16"), "SCALE_GRID", "STEP_RULE=sigma"),
     (dict(GPTQ_CALIBRATION_BATCHES=0), "GPTQ_CALIBRATION_BATCHES", "STEP_RULE=loss"),
-    (dict(AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=loss"),
+    (dict(STEP_RULE="loss", AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=loss"),
     (dict(LQER_ENABLED=1, LQER_ASYM_GROUP=48), "LQER_ASYM_GROUP", "48"),
     (dict(OPTROT_ENABLED=1, MODEL_DIM=384), "OPTROT_ENABLED", "48"),
     (dict(QUANTIZE_ONLY=1, TTT_EVAL_ONLY=1), "QUANTIZE_ONLY", "TTT_EVAL_ONLY")])

@@ -1215,7 +1215,7 @@ def test_a_rank_that_dies_ends_the_launch(finished, tmp_path):
     (dict(TTT_CHUNK_GROWTH=0.1, TTT_CHUNK_MAX=33), "TTT_EVAL_SEQ_LEN: 32 is below the largest chunk, 33"),
     (dict(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="9:40"),
      "TTT_EVAL_SEQ_LEN: 32 is below the largest chunk, 40"),
-    (dict(TTT_SHORT_SCORE_FIRST_ENABLED=1), "TTT_SHORT_SCORE_FIRST_ENABLED: .*TTT_ORDER=length"),
+    (dict(TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_ORDER="stream"), "TTT_SHORT_SCORE_FIRST_ENABLED: .*TTT_ORDER=length"),
     (dict(TTT_UPDATE_EVERY=2, TTT_GRAD_STEPS=2), "TTT_UPDATE_EVERY: .* does not go with TTT_GRAD_STEPS above 1"),
     (dict(TTT_ORDER="file"), "TTT_ORDER: 'file' is none of stream, length"),
     (dict(NGRAM_BOOST="free"), "NGRAM_BOOST: 'free' is none of fixed, calibrated, learned"),
