@@ -2402,7 +2402,7 @@ def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Ca
             estimate = 1.1 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
     reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
     log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)), seconds=round(time.perf_counter() - began, 1),
-              reserve_seconds=round(reserve, 3))
+              reserve_seconds=round(reserve, 3), process_seconds=round(process_seconds(), 1))
     if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
         raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train, calibration alone "
                          f"needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
@@ -4418,7 +4418,7 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
                 log.close("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - began, 1))
                 raise
             log.write(summary(log.record) + "\n")
-            log.close("finished", seconds=round(time.perf_counter() - began, 1))
+            log.close("finished", seconds=round(time.perf_counter() - began, 1), process_seconds=round(process_seconds(), 1))
         return 0
     except (InputError, ngram.NgramError, OSError) as error:
         return complain(error, rank)
