@@ -4,7 +4,10 @@ set -euo pipefail
 for name in DATA_PATH DATA_DIR ARTIFACT_DIR TOKENIZER_PATH; do  # relative to where the caller stands
   if [[ -n ${!name:-} && ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
 done
+caller=$PWD
 CDPATH='' cd -- "$(dirname -- "$0")"
+
+from_caller() { if [[ $1 == /* ]]; then echo "$1"; else echo "$caller/$1"; fi; }
 
 usage() {
   cat <<'TXT'
@@ -59,23 +62,25 @@ load_recipe() {
 }
 
 # DATA_PATH if it is set, else the published set if it has been downloaded, else the demo's.
-find_data() {
+find_data() {  # --own: no demo instead
   local folder
   if [[ -n ${DATA_PATH:-} ]]; then return; fi
   for folder in "${DATA_DIR:-data}"/datasets/fineweb10B_sp8192_caseops/{datasets/,}datasets/fineweb10B_sp8192_*; do
     if compgen -G "$folder/fineweb_train_*.bin" > /dev/null; then export DATA_PATH=$folder; return; fi
   done
+  [[ ${1:-} != --own ]] ||
+    fail "no data set found; get it with python prepare_caseops_data.py --download, or set DATA_PATH"
   echo "no data set found: using the demo's, made from Python's own library (README.md says how to get the real one)"
   if [[ ! -f data/demo/manifest.json ]]; then "$PY" prepare_caseops_data.py --demo --out data/demo --overwrite; fi
   export DATA_PATH=data/demo
 }
 
-# The program under its launcher, in `launch`, with data and recipe in the environment; checks both first.
+# The program under its launcher, in `launch`, with data and recipe in the environment; checks both first. --own as above.
 prepare() {
   local gpus ranks
   gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
   ranks=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
-  find_data
+  find_data ${2:+"$2"}
   if [[ -z ${VOCAB_SIZE:-} && -f $DATA_PATH/manifest.json ]]; then  # the vocabulary is the data's, not the recipe's
     VOCAB_SIZE=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"]["vocab_size"])' "$DATA_PATH/manifest.json")
     export VOCAB_SIZE
@@ -101,12 +106,24 @@ case ${1:-} in
   help|-h|--help) usage; exit ;;
   setup) setup; exit ;;
   test) setup; shift; OMP_NUM_THREADS=1 exec "$PY" -m pytest -q -n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile "$@" ;;
-  pack-code) setup; mkdir -p "$(dirname "${2:-packed/train_gpt.py}")"; exec "$PY" train_gpt.py --pack-code "${2:-packed/train_gpt.py}" ;;
-  report) setup; shift; exec "$PY" bench/report.py "${@:-runs}" ;;
+  pack-code)
+    setup
+    target=$(from_caller "${2:-packed/train_gpt.py}")
+    mkdir -p "$(dirname "$target")"
+    exec "$PY" train_gpt.py --pack-code "$target" ;;
+  report)
+    setup; shift
+    runs=()
+    for run in "$@"; do runs+=("$(from_caller "$run")"); done
+    if (($# == 0)); then
+      for run in logs runs/*; do if [[ -d $run ]]; then runs+=("$run"); fi; done
+      ((${#runs[@]})) || fail "no logs/ and no runs/ yet; name run records or their folders"
+    fi
+    exec "$PY" bench/report.py "${runs[@]}" ;;
   submission)
     [[ -n ${2:-} ]] || fail "name the folder to write; see ./run.sh help"
     known "${3:-record}"; setup; runs_of "${3:-record}"
-    exec "$PY" bench/submission.py folder "$base" "$2" ;;
+    exec "$PY" bench/submission.py folder "$base" "$(from_caller "$2")" ;;
   retest)
     known "${2:-record}"; setup; runs_of "${2:-record}"; prepare "${2:-record}"
     exec "$PY" bench/submission.py retest "$base" -- "${launch[@]}" ;;
@@ -117,22 +134,22 @@ shift $(($# > 0))
 seeds=() against=()
 while (($#)); do
   case $1 in
-    --against) [[ -f ${2:-} ]] || fail "--against: no file ${2:-}"; against=(--against "$2"); shift ;;
+    --against)
+      against=(--against "$(from_caller "${2:-}")")
+      [[ -f ${against[1]} ]] || fail "--against: no file ${2:-}"
+      shift ;;
     *) [[ $1 =~ ^[0-9]+$ ]] || fail "$1 is no seed; see ./run.sh help"; seeds+=("$1") ;;
   esac
   shift
 done
 setup
 if ((${#seeds[@]} == 0)); then
+  ((${#against[@]} == 0)) || fail "--against: name the seeds too"
   prepare "$recipe"
   exec "${launch[@]}"
 fi
 runs_of "$recipe"
-prepare "$recipe"
-publish=()
-if [[ $recipe == record ]]; then publish=(--publish); fi
-"$PY" bench/submission.py seeds "$base" "${seeds[@]}" ${against[@]+"${against[@]}"} ${publish[@]+"${publish[@]}"} -- "${launch[@]}"
-rm -rf "$base/submission"
-"$PY" bench/submission.py folder "$base" "$base/submission"
-"$PY" bench/report.py "$base" --out "$base/report"
-"$PY" verify_submission.py "$base/submission"
+options=(${against[@]+"${against[@]}"})
+if [[ $recipe == record ]]; then options+=(--publish); fi
+if [[ $recipe == demo ]]; then prepare demo; else prepare "$recipe" --own; fi
+exec "$PY" bench/submission.py seeds "$base" "${seeds[@]}" ${options[@]+"${options[@]}"} -- "${launch[@]}"

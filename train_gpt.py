@@ -136,7 +136,8 @@ IMPLIED = {"TTT_SHORT_SCORE_FIRST_ENABLED": ("TTT_ORDER", "length"), **dict.from
 READ_ONLY_WITH = {
     "muon_huber_delta": ("muon_huber_wd", (True,)), "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
     "skylight_norm_beta2": ("skylight_norm_ema", (True,)), "skylight_norm_eps": ("skylight_norm_ema", (True,)),
-    "warmdown_frac": ("warmdown_iters", (0,)), "target_bytes": ("step_rule", ("loss",)),
+    "val_doc_fraction": ("ttt_enabled", (True,)), "warmdown_frac": ("warmdown_iters", (0,)),
+    "target_bytes": ("step_rule", ("loss",)),
     **{name: ("step_rule", ("sigma",)) for name in ("matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas",
                                                     "embed_clip_sigmas", "scale_grid")},
     "token_threshold": ("ngram_boost", ("fixed", "calibrated")), "token_boost": ("ngram_boost", ("fixed",)),
@@ -679,7 +680,8 @@ def settings_help() -> str:
 
 def read_recipe(name: str) -> Settings:
     """The settings of recipes/NAME.env, or of the file NAME: lines NAME=VALUE, empty ones, and comments that begin with #."""
-    path = name if os.path.exists(name) else os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes", f"{name}.env")
+    here = os.path.dirname(os.path.abspath(PACKED_SCRIPT or __file__))
+    path = name if os.path.exists(name) else os.path.join(here, "recipes", f"{name}.env")
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
@@ -879,10 +881,16 @@ def file_sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def progress_bar(total: float, unit: str, text: str, runtime: Runtime) -> tqdm:
-    """A progress bar on rank 0's terminal; nothing where stderr is none."""
-    return tqdm(total=total, unit=unit, desc=text, disable=runtime.rank > 0 or not sys.stderr.isatty(), leave=False,
-                dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} {postfix}")
+@contextmanager
+def progress_bar(total: float, unit: str, text: str, runtime: Runtime):
+    """Yields a function of (what is done, a note) that draws a bar on rank 0's terminal; where stderr is none, nothing."""
+    with tqdm(total=round(total), unit=unit, desc=text, disable=runtime.rank > 0 or not sys.stderr.isatty(), leave=False,
+              dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} {postfix}") as bar:
+        def show(done: float, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(min(round(done), bar.total) - bar.n)  # tqdm draws nothing beyond its total
+
+        yield show
 
 
 class RunLog:
@@ -2331,38 +2339,38 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     host_figures: dict[int, Tensor] = {}
     graphs_before = compiled_graphs()
     clock = TrainingClock(s, runtime, reserve)
-    bar = progress_bar(*(clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps"), "training", runtime)
-    for step in itertools.count():
-        progress, steps_left, stop = clock.begin_step(step)
-        log_steps(log, clock, host_figures, bar, s)
-        if stop:
-            break
-        if s.val_loss_every and step and step % s.val_loss_every == 0:
-            with clock.paused(step):
-                graphs_before -= compiled_graphs()
-                log.event("val", step=step, **validation.score(model, looping))
-                graphs_before += compiled_graphs()
-        if not looping and s.num_loops and progress >= s.enable_looping_at:
-            looping, looping_from = True, step
-            log.event("looping", step=step, progress=round(progress, 4))
-        if s.context_at(progress, step) != context:
-            context, changed = s.context_at(progress, step), step
-            batches.close()
-            batches = data.stream(context, step)
-            log.event("context", step=step, progress=round(progress, 4), tokens=context)
-        if midrun_cap(progress, s) != cap:
-            cap = midrun_cap(progress, s)
-            log.event("midrun_cap", step=step, progress=round(progress, 4), factor=cap)
-        multiplier = learning_rate_multiplier(progress, steps_left, step, changed, s)
-        figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
-        average.update()
-        host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
-        clock.end_step(step)
-    batches.close()
-    for earlier in range(len(clock.completed), step):
-        clock.observe(earlier)
-    log_steps(log, clock, host_figures, bar, s)
-    bar.close()
+    length = (clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps")
+    with progress_bar(*length, "training", runtime) as show:
+        for step in itertools.count():
+            progress, steps_left, stop = clock.begin_step(step)
+            log_steps(log, clock, host_figures, show, s)
+            if stop:
+                break
+            if s.val_loss_every and step and step % s.val_loss_every == 0:
+                with clock.paused(step):
+                    graphs_before -= compiled_graphs()
+                    log.event("val", step=step, **validation.score(model, looping))
+                    graphs_before += compiled_graphs()
+            if not looping and s.num_loops and progress >= s.enable_looping_at:
+                looping, looping_from = True, step
+                log.event("looping", step=step, progress=round(progress, 4))
+            if s.context_at(progress, step) != context:
+                context, changed = s.context_at(progress, step), step
+                batches.close()
+                batches = data.stream(context, step)
+                log.event("context", step=step, progress=round(progress, 4), tokens=context)
+            if midrun_cap(progress, s) != cap:
+                cap = midrun_cap(progress, s)
+                log.event("midrun_cap", step=step, progress=round(progress, 4), factor=cap)
+            multiplier = learning_rate_multiplier(progress, steps_left, step, changed, s)
+            figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
+            average.update()
+            host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
+            clock.end_step(step)
+        batches.close()
+        for earlier in range(len(clock.completed), step):
+            clock.observe(earlier)
+        log_steps(log, clock, host_figures, show, s)
     recompilations = compiled_graphs() - graphs_before
     if s.ema_decay > 0:
         average.swap()
@@ -2425,7 +2433,7 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], bar: tqdm, s: Settings) -> None:
+def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], show: Callable, s: Settings) -> None:
     """See to the steps whose figures have arrived on the host, and log the first five and each of TRAIN_LOG_EVERY."""
     for step in [step for step in figures if step < len(clock.completed)]:
         loss, gradient_norm = figures.pop(step).tolist()
@@ -2434,8 +2442,7 @@ def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], bar
                                      f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
         seconds = clock.completed[step]
         share = seconds / clock.budget if s.max_wallclock_seconds else (step + 1) / s.iterations
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update((seconds if s.max_wallclock_seconds else step + 1) - bar.n)
+        show(seconds if s.max_wallclock_seconds else step + 1, f"loss {loss:.3f}")
         if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
             first = max(0, step - max(1, s.train_log_every))
             window = seconds - clock.completed[first]
@@ -4232,20 +4239,19 @@ class TestTimeTraining(Rider):
         self.runtime.from_rank0([0.0])  # all ranks begin together
         began, graphs = time.perf_counter(), compiled_graphs()
         sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)  # nats tilted, nats, targets
-        bar = progress_bar(len(self.tokens) - 1, "tokens", "test-time training", self.runtime)
         times, seen, total, shown = np.zeros(len(self.tokens) - 1, np.uint8), [0, 0], len(self.tokens) - 1, 0.0
-        for at, tilted, plain in self.steps():
-            sums += torch.stack((tilted.double().sum(), plain.double().sum(), torch.ones_like(plain).double().sum()))
-            np.add.at(times, at, 1)
-            seen = [seen[0] + len(at), seen[1] + int(self.data.bytes[at + 1].sum(dtype=np.int64))]
-            share, seconds = min(1.0, self.runtime.world_size * seen[0] / total), time.perf_counter() - began
-            bar.update(share * total - bar.n)
-            if share >= shown + 0.05:
-                shown = share
-                bpb = float(sums[0]) / math.log(2) / max(1, seen[1])  # the one place where the host waits for the device
-                log.event("progress", share=round(share, 3), val_bpb=round(bpb, 6),
-                          tokens_per_second=round(share * total / seconds), eta_seconds=round(seconds * (1 / share - 1), 1))
-        bar.close()
+        with progress_bar(total, "tokens", "test-time training", self.runtime) as show:
+            for at, tilted, plain in self.steps():
+                sums += torch.stack((tilted.double().sum(), plain.double().sum(), torch.ones_like(plain).double().sum()))
+                np.add.at(times, at, 1)
+                seen = [seen[0] + len(at), seen[1] + int(self.data.bytes[at + 1].sum(dtype=np.int64))]
+                share, seconds = min(1.0, self.runtime.world_size * seen[0] / total), time.perf_counter() - began
+                show(share * total)
+                if share >= shown + 0.05:
+                    shown = share
+                    bpb = float(sums[0]) / math.log(2) / max(1, seen[1])  # the one place where the host waits for the device
+                    log.event("progress", share=round(share, 3), val_bpb=round(bpb, 6),
+                              tokens_per_second=round(share * total / seconds), eta_seconds=round(seconds * (1 / share - 1), 1))
         nats, untilted, count = self.runtime.sum(sums).tolist()
         size, times = int(self.data.bytes[1:].sum(dtype=np.int64)), self.runtime.sum(torch.from_numpy(times).to(sums.device))
         if count != total or int(times.min()) != 1 or int(times.max()) != 1:
@@ -4284,8 +4290,9 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     validation = Evaluator(ValidationData(s), s, runtime)
     log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0, val_targets=validation.targets,
               **check_manifest(s))
-    code = len(packed_code()) if first and not s.prequant_only else 0  # before training: a missing tool must show now
-    log.event("code", sha256=file_sha256(PACKED_SCRIPT or __file__), packed_bytes=code)
+    packed = packed_code() if first and not s.prequant_only else b""  # before training: a missing tool must show now
+    code = len(packed)
+    log.event("code", sha256=hashlib.sha256(packed).hexdigest() if packed else "not packed", packed_bytes=code)
     model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
     runtime.share(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,

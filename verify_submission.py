@@ -13,6 +13,8 @@ record beside it, and that of the challenge's published records. Unknown lines a
 submission.json may compare the score with another submission: `comparison` = {against, difference_nats, p, test,
 threshold_nats, required_p, new_record}. What it compares with, per seed, is `baseline` = {seed: val_bpb}, or `val_loss` =
 {seed: nats per token}, or a list of either; or `against` is the path, from the folder, of a submission.json with seed_results.
+The rule is the challenge's, whatever threshold, level and p are stated: more than 0.005 nats better, and the one-sided test of
+that gives p < 0.01.
 """
 from __future__ import annotations
 
@@ -34,9 +36,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import brotli  # packs our scripts; without it they stay closed
+except ImportError:
+    brotli = None
+
 BYTES_CAP, SECONDS_CAP, LEAST_SEEDS = 16_000_000, 600.0, 3
 THRESHOLD_NATS, LARGEST_P = 0.005, 0.01
 PUBLISHED_TARGETS = 47_853_343  # of the published validation text, its tail included
+SCORES_DIFFER = 1e-4  # bpb by which a repeated evaluation may differ from the first
+UNPACKED_CAP, ENCODED_CAP, ENCODED_PIECE = 1 << 22, 4000, 64  # characters: unpacked at most; encoded that need no look; a piece
 PASS, FAIL, UNKNOWN = "PASS", "FAIL", "UNKNOWN"
 
 # Names that submission.json files use for a figure; mean_, _mean, std_, _std, max_, _ms and the like come on top.
@@ -108,8 +117,9 @@ PUBLISHED = [(re.compile(pattern, re.I), facts.split()) for pattern, facts in (
 PLACES = [(re.compile(pattern, re.I), fact) for pattern, fact in (
     (r"eval timer", "timer_begins"), (r"outside[ _]timer|precompute_outside", "built_outside"),
     (r"inside[ _]timer", "built_inside"))]
-OWN_TO_A_RUN = {"seed", "run_id", "artifact_dir", "logfile", "model_path", "quantized_model_path", "rank", "local_rank"}
-OWN_TO_AN_EVALUATION = OWN_TO_A_RUN | {"ttt_eval_only", "world_size", "data_path", "data_dir", "tokenizer_path"}
+OWN_TO_A_RUN = {"seed", "run_id", "artifact_dir", "logfile", "model_path", "quantized_model_path", "rank", "local_rank",
+                "data_path", "data_dir", "datasets_dir", "tokenizer_path", "train_log_every"}
+OWN_TO_AN_EVALUATION = OWN_TO_A_RUN | {"ttt_eval_only", "world_size"}
 PEEKING = ("within_boost", "word_boost", "agree_add_boost")  # experts that look at the token being scored
 
 
@@ -540,7 +550,7 @@ def check_figures(f: Folder) -> Iterator[Finding]:
         yield Finding(FAIL if there else UNKNOWN, f"submission.json: {f.submission_wrong}" if there else
                       "no submission.json in the folder", "submission.json")
         return
-    confirmed, unknown, shown = 0, [], []
+    confirmed, unknown, shown, two = 0, [], [], {}
     for path, value in leaves(f.submission):
         if (path[0] in NO_FIGURES and (path[0] not in SEED_TABLES or len(path) == 2) or path[-1] in NO_FIGURES
                 or isinstance(value, bool) or value is None):
@@ -571,6 +581,10 @@ def check_figures(f: Folder) -> Iterator[Finding]:
             found = f"its log says {' or '.join(dict.fromkeys(fact.text for fact in facts))}" if facts else None
             agreed = [fact for fact in facts if agree(claim, fact)]
             sources = agreed[:1] or facts
+            if agreed and is_better(f, seed, figure, max(agreed, key=lambda fact: fact.value)):
+                yield Finding(FAIL, f"{claim.where[17:]} {claim.text}, the better of two scores that disagree: "
+                              f"{tell_apart(f, [seed], figure)}", evidence(claim, *scores_apart(f, seed, figure)), seed)
+                continue
         elif figure:
             found, agreed, sources = compare_over_seeds(f, figure, statistic, claim)
         if not found:
@@ -578,27 +592,76 @@ def check_figures(f: Folder) -> Iterator[Finding]:
         elif agreed:
             confirmed += 1
             shown += sources[:1] if figure == "val_bpb" and seed is not None else []
+            seeds = [seed] if seed is not None else f.claimed_seeds or f.seeds
+            two |= {(figure, seed): scores_apart(f, seed, figure) for seed in seeds}
         else:
             yield Finding(FAIL, f"{claim.where[17:]} {claim.text}, {found}", evidence(claim, *sources), seed)
+    two = {key: apart for key, apart in two.items() if apart}
     yield from check_hardware(f)
     if unknown:
         yield Finding(UNKNOWN, f"no log states {', '.join(unknown)}", "submission.json")
     if confirmed:
-        yield Finding(PASS, f"{confirmed} figures of submission.json are those of the logs",
-                      evidence("submission.json", *shown))
+        notes = [f"the better {figure} of two that disagree is not the one named: {tell_apart(f, [seed], figure)}"
+                 for figure, seed in two]
+        yield Finding(PASS, "; ".join([f"{confirmed} figures of submission.json are those of the logs", *notes]),
+                      evidence("submission.json", *shown, *(fact for apart in two.values() for fact in apart)))
 
 
 def compare_over_seeds(f: Folder, figure: str, statistic: str, claim: Fact) -> tuple[str | None, bool, list[Fact]]:
     """What the logs give for a figure over all seeds: in words, None if a seed lacks it; whether the claim agrees; sources."""
-    entries = {seed: row for key in SEED_TABLES for seed, row in seed_entries(f.submission.get(key))}
-    sources = []
-    for seed in f.claimed_seeds or f.seeds:
-        facts = [fact for fact in f.facts(seed, figure) if is_figure(fact.value)]
-        stated = [fact for key, value in entries.get(seed, {}).items() if named_figure(key)[0] == figure
-                  and (fact := as_claim(value, (key,), named_figure(key)[2]))]
-        if not facts:
-            return None, False, []
-        sources.append(next((fact for fact in facts for row in stated if agree(fact, row)), facts[0]))
+    seeds = f.claimed_seeds or f.seeds
+    if not all(any(is_figure(fact.value) for fact in f.facts(seed, figure)) for seed in seeds):
+        return None, False, []
+    refused = None
+    for first in (True, False):  # a seed without a row of its own: by the repeated evaluation, or by the training log
+        sources = [named_fact(f, seed, figure, first) for seed in seeds]
+        text, same, sources = over_seeds(f, figure, statistic, claim, sources)
+        better = [seed for seed, fact in zip(seeds, sources) if statistic != "std" and is_better(f, seed, figure, fact)]
+        if same and not better:
+            return text, True, sources
+        if same:
+            return (f"which takes the better of two scores that disagree: {tell_apart(f, better, figure)}", False,
+                    [fact for seed in better for fact in scores_apart(f, seed, figure)])
+        refused = refused or (text, False, sources)
+    return refused
+
+
+def figures_of(f: Folder, seed: int, figure: str) -> list[Fact]:
+    return [fact for fact in f.facts(seed, figure) if is_figure(fact.value)]
+
+
+def named_fact(f: Folder, seed: int, figure: str, first: bool = True) -> Fact:
+    """What a seed's logs state of a figure: that which its row in submission.json names, else the first or the last."""
+    facts = figures_of(f, seed, figure)
+    rows = [row for name in SEED_TABLES for number, row in seed_entries((f.submission or {}).get(name)) if number == seed]
+    stated = [fact for row in rows for key, value in row.items() if named_figure(str(key))[0] == figure
+              and (fact := as_claim(value, (key,), named_figure(str(key))[2]))]
+    return next((fact for fact in facts for row in stated if agree(fact, row)), facts[0 if first else -1])
+
+
+def scores_apart(f: Folder, seed: int, figure: str) -> list[Fact]:
+    """A seed's scores by its training and its repeated evaluation, if they disagree."""
+    facts = figures_of(f, seed, figure) if figure.endswith("_bpb") or figure == "val_loss" else []
+    nats = 1.0
+    if facts and figure == "val_loss":
+        bpb = figures_of(f, seed, "val_bpb")
+        nats = facts[0].value / bpb[0].value if bpb and bpb[0].value > 0 else math.log(2)
+    values = [fact.value for fact in facts]
+    return facts if facts and max(values) - min(values) > SCORES_DIFFER * nats * (1 + 1e-9) else []
+
+
+def is_better(f: Folder, seed: int, figure: str, fact: Fact) -> bool:
+    """Whether this is the better of a seed's scores that disagree."""
+    apart = scores_apart(f, seed, figure)
+    return bool(apart) and fact.value < 0.5 * (max(x.value for x in apart) + min(x.value for x in apart))
+
+
+def tell_apart(f: Folder, seeds: list[int], figure: str) -> str:
+    return ", ".join(f"seed {seed} {' and '.join(fact.text for fact in scores_apart(f, seed, figure))}" for seed in seeds)
+
+
+def over_seeds(f: Folder, figure: str, statistic: str, claim: Fact, sources: list[Fact]) -> tuple[str | None, bool, list[Fact]]:
+    """compare_over_seeds() with one fact for each seed."""
     values = [fact.value for fact in sources]
     if not values or statistic == "std" and len(values) < 2:
         return None, False, []
@@ -670,30 +733,69 @@ def parse_nodes(text: str) -> list[ast.AST] | None:
         return None
 
 
-def hidden_source(nodes: list[ast.AST]) -> list[str]:
-    """Python source that the constants of a self-extracting script hold, where the standard library can unpack it."""
-    found = []
+def unpack_lzma(data: bytes) -> bytes | None:
+    unpacker = lzma.LZMADecompressor(memlimit=1 << 28)
+    found = unpacker.decompress(data, UNPACKED_CAP)
+    return found if unpacker.eof and not unpacker.unused_data else None
+
+
+def unpack_zlib(data: bytes) -> bytes | None:
+    unpacker = zlib.decompressobj()
+    found = unpacker.decompress(data, UNPACKED_CAP)
+    return found if unpacker.eof and not unpacker.unused_data else None
+
+
+def unpack_brotli(data: bytes) -> bytes | None:
+    unpacker = brotli.Decompressor()
+    found = unpacker.process(data, output_buffer_limit=UNPACKED_CAP)
+    return found if unpacker.is_finished() else None
+
+
+def hidden_source(nodes: list[ast.AST]) -> tuple[list[str], int]:
+    """The texts that the constants of a self-extracting script hold; characters of encoded constants that stay closed."""
+    found, closed = [], 0
     for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and len(node.value) > 1000:
-            for decode in (base64.b85decode, base64.b64decode, bytes):
-                for unpacker in (lzma.LZMADecompressor, zlib.decompressobj):
-                    try:
-                        found.append(unpacker().decompress(decode(node.value), 1 << 24).decode("utf-8"))
-                    except Exception:  # whatever a stranger's constant is, it is then no source
-                        continue
-    return found
+        value = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else ""
+        opened = []
+        for decode in (base64.b85decode, base64.b64decode, bytes) if len(value) > 1000 else ():
+            for unpack in (unpack_lzma, unpack_zlib, unpack_brotli):
+                try:
+                    opened.append(unpack(decode(value)).decode("utf-8"))
+                except Exception:  # whatever a stranger's constant is, it is then no source
+                    continue
+        blanks = value.count(b" " if isinstance(value, bytes) else " ")  # prose and code have many, what is encoded has none
+        if not opened and len(value) >= ENCODED_PIECE and blanks * 100 < len(value):
+            closed += len(value)
+        found += opened
+    return found, closed
 
 
-def helper_files(folder: Path, script: str = "train_gpt.py") -> tuple[set[str], bool]:
-    """Files of the folder that the script imports or names, and those that these do; whether all could be parsed."""
-    seen, waiting, parsed = set(), [(script, (folder / script).read_text("utf-8", "replace"))], True
+def bundle(text: str) -> dict[str, str]:
+    """The files of a script that packs several, as JSON {name: text}; empty for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and all(isinstance(x, str) for x in value.values()) else {}
+
+
+def helper_files(folder: Path, script: str = "train_gpt.py") -> tuple[set[str], bool, int]:
+    """Files of the folder that the script imports or names, and those that these do; whether all could be parsed; how many
+    characters of encoded text could not be unpacked."""
+    seen, waiting, parsed, closed = set(), [(script, (folder / script).read_text("utf-8", "replace"))], True, 0
+    packed = set()  # names of files that the script brings itself
     while waiting:
         name, text = waiting.pop()
         nodes = parse_nodes(text)
         if nodes is None:
             parsed = False
             continue
-        waiting += [(name, source) for source in hidden_source(nodes)]
+        sources, more = hidden_source(nodes)
+        closed += more
+        for source in sources:
+            files = bundle(source)
+            packed |= files.keys()
+            waiting += [x for x in files.items() if x[0].endswith(".py") or parse_nodes(x[1])] if files else [(name, source)]
         wanted = set()
         for node in nodes:
             if isinstance(node, ast.Import):
@@ -709,12 +811,19 @@ def helper_files(folder: Path, script: str = "train_gpt.py") -> tuple[set[str], 
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(
                     r"[\w./-]+\.(c|cc|cpp|cu|cuh|h|py|so|npy|bin|json)", node.value):
                 paths.add(node.value.lstrip("./"))
-        for path in sorted(paths - seen - {script, "submission.json"}):
+        for path in sorted(paths - seen - packed - {script, "submission.json"}):
             if (folder / path).is_file() and ".." not in path:
                 seen.add(path)
                 if path.endswith(".py"):
                     waiting.append((path, (folder / path).read_text("utf-8", "replace")))
-    return seen, parsed
+    return seen, parsed, closed
+
+
+def script_named(f: Folder) -> bool:
+    """Whether the folder's train_gpt.py is, byte by byte, the code that every run's own record names."""
+    script = f.path / "train_gpt.py"
+    named = {fact.text if (fact := run.get("code_sha256")) and run.ours else "" for run in f.runs}
+    return script.is_file() and named == {hashlib.sha256(script.read_bytes()).hexdigest()}
 
 
 def check_code(f: Folder) -> Iterator[Finding]:
@@ -728,7 +837,7 @@ def check_code(f: Folder) -> Iterator[Finding]:
         yield Finding(UNKNOWN, f"no log states the bytes of code; train_gpt.py has {script.stat().st_size:,}", "train_gpt.py")
         return
     size, counts = script.stat().st_size, sorted({fact.value for fact in counted})
-    files, parsed = helper_files(f.path)
+    files, parsed, closed = helper_files(f.path)
     helpers = {name: (f.path / name).read_bytes() for name in sorted(files)}
     text = f"{' or '.join(f'{count:,}' for count in counts)} bytes of code counted, train_gpt.py has {size:,}"
     extra = sum(map(len, helpers.values()))
@@ -746,6 +855,12 @@ def check_code(f: Folder) -> Iterator[Finding]:
         yield Finding(UNKNOWN, f"{text}: another form of it was counted{note}", where)
     elif not parsed:
         yield Finding(UNKNOWN, f"{text}; what it imports cannot be told, it is no Python of this version", where)
+    elif closed > ENCODED_CAP and not script_named(f):
+        yield Finding(UNKNOWN, f"{text}; whether it needs other files cannot be told: {closed:,} characters of it are encoded "
+                      "and cannot be unpacked here", where)
+    elif closed > ENCODED_CAP:
+        yield Finding(PASS, f"{text}; it cannot be unpacked here, but its SHA-256 is that of the whole code of every run",
+                      evidence(where, *(run.get("code_sha256") for run in f.runs)))
     else:
         yield Finding(PASS, f"{text} and needs no other file of the folder", where)
 
@@ -856,7 +971,8 @@ def check_targets(f: Folder) -> Iterator[Finding]:
         text, scored, whole = run.get("val_targets"), run.get("targets"), run.get("whole_text")
         tail = run.settings.get("eval_include_tail")
         length = run.settings.get("eval_seq_len")
-        full = stated if run.ours else Fact(PUBLISHED_TARGETS, "", "")
+        full = Fact(PUBLISHED_TARGETS, "", "") if not run.ours else stated or (
+            text if text and text.value == PUBLISHED_TARGETS else None)
         if scored and text and scored.value != text.value:
             yield Finding(FAIL, f"{text.value - scored.value:,} targets unscored: {scored.value:,} of {text.value:,}",
                           evidence(scored, text), seed)
@@ -867,7 +983,12 @@ def check_targets(f: Folder) -> Iterator[Finding]:
         elif run.ours and text and full and text.value != full.value:
             yield Finding(FAIL, f"{full.value - text.value:,} targets unscored: {text.value:,} of {full.value:,}",
                           evidence(text, full), seed)
-        elif run.ours and text and scored:
+        elif run.ours and text and not (full and scored):
+            yield Finding(UNKNOWN, f"{text.value:,} targets; " + (
+                "the log does not say how many were scored" if full else "how many the whole text has only its manifest can "
+                "say, and data_manifest.json is not here" if manifest is None else "data_manifest.json does not say how many "
+                "the whole text has"), evidence(text, scored), seed)
+        elif run.ours and text:
             yield Finding(PASS, f"{scored.value:,} of {text.value:,} targets", evidence(scored, text), seed)
         elif text and text.value == PUBLISHED_TARGETS:
             yield Finding(PASS, f"{text.value:,} targets, the tail included", evidence(text), seed)
@@ -992,7 +1113,7 @@ def check_same(f: Folder) -> Iterator[Finding]:
                 yield Finding(FAIL, f"{text} differ{'s' * (name == 'code_sha256')} between seeds {first.seed} and {run.seed}: "
                               f"{a.text[:16]} and {b.text[:16]}", evidence(a, b), run.seed)
                 break
-        if run.ours and not run.get("code_sha256"):
+        if run.ours and not is_digest(run.get("code_sha256")):
             code_known = False
         base = first if run.trains or run.seed is None else f.of(run.seed)[0]  # what it is to be equal to
         a, b = base.get("artifact_sha256"), run.get("artifact_sha256")
@@ -1021,15 +1142,22 @@ def check_same(f: Folder) -> Iterator[Finding]:
     elif good and not f.ours:
         yield Finding(PASS, "the settings in the heads of the logs differ in the seed only; the code is not identified",
                       evidence(*(run.settings.get("seed") or run.name for run in f.runs)))
-    elif good and code_known:
-        yield Finding(PASS, "one script, one set of settings", evidence(*(run.get("code_sha256") for run in f.runs)))
-    elif good:
-        yield Finding(UNKNOWN, "a log does not name its code", evidence(*(r.name for r in f.runs if not r.get("code_sha256"))))
-    stated, here = first.get("code_sha256"), [f.path / name for name in ("train_gpt.py", "source/train_gpt.py")]
-    here = [path for path in here if path.is_file()]
-    if stated and here and all(hashlib.sha256(path.read_bytes()).hexdigest() != stated.value for path in here):
-        yield Finding(UNKNOWN, "the script that ran is not here, train_gpt.py has another SHA-256",
-                      evidence("train_gpt.py", stated))
+    elif good and code_known and script_named(f):
+        yield Finding(PASS, "one script, which train_gpt.py is, one set of settings", evidence(
+            "train_gpt.py", *(run.get("code_sha256") for run in f.runs)))
+    elif good and not code_known:
+        yield Finding(UNKNOWN, "a log does not name its code", evidence(
+            *(run.get("code_sha256") or run.name for run in f.runs if not is_digest(run.get("code_sha256")))))
+    if code_known and f.ours and not script_named(f):
+        here = (f.path / "train_gpt.py").is_file()
+        yield Finding(UNKNOWN, "the script that ran is not here, train_gpt.py has another SHA-256" if here else
+                      "the script that ran is not here: no train_gpt.py", evidence(
+                          "train_gpt.py" if here else None, *(run.get("code_sha256") for run in f.runs)))
+
+
+def is_digest(fact: Fact | None) -> bool:
+    """Whether a log states a SHA-256; of a script that was not packed it does not."""
+    return bool(fact and re.fullmatch(r"[0-9a-f]{64}", fact.text))
 
 
 def check_settings(f: Folder) -> Iterator[Finding]:
@@ -1139,8 +1267,9 @@ def check_comparison(f: Folder) -> Iterator[Finding]:
         yield Finding(UNKNOWN, "submission.json compares with nothing" if f.submission else "no submission.json", key)
         return
     theirs, unit, place = other_scores(f, comparison)
-    losses, bpbs = ({seed: facts[0].value for seed in f.claimed_seeds or f.seeds if (facts := f.facts(seed, figure))
-                     and is_figure(facts[0].value) and facts[0].value > 0} for figure in ("val_loss", "val_bpb"))
+    losses, bpbs = ({seed: fact.value for seed in f.claimed_seeds or f.seeds if figures_of(f, seed, figure)
+                     and (fact := max(scores_apart(f, seed, figure), key=lambda fact: fact.value, default=None)
+                          or named_fact(f, seed, figure)).value > 0} for figure in ("val_loss", "val_bpb"))
     if theirs is None or min(len(losses), len(bpbs)) < 2 or losses.keys() != bpbs.keys():
         yield Finding(UNKNOWN, "the scores per seed of both sides are not there, so nothing can be recomputed", place)
         return
@@ -1153,14 +1282,21 @@ def check_comparison(f: Folder) -> Iterator[Finding]:
     if paired and len(high) != len(low):
         yield Finding(FAIL, f"{len(high)} scores and {len(low)} cannot be paired", f"{key}.test")
         return
-    threshold, level = (float(value) if is_figure(value := comparison.get(name)) else default for name, default in (
-        ("threshold_nats", THRESHOLD_NATS), ("required_p", LARGEST_P)))
     gain, faults = statistics.fmean(high) - statistics.fmean(low), []
+    shifts = [THRESHOLD_NATS, 0.0]
+    for name, rule, stricter in (("threshold_nats", THRESHOLD_NATS, 1), ("required_p", LARGEST_P, -1)):
+        value = comparison.get(name)
+        said = as_claim(value, ("comparison", name), 0)
+        value = said.value if said else value
+        if is_number(value) and not stricter * value >= stricter * rule:
+            faults.append(Finding(FAIL, f"{name} {value}, the rule has {rule:g}", f"{key}.{name}"))
+        elif name == "threshold_nats" and is_figure(value):
+            shifts.insert(1, float(value))
     stated, p = (as_claim(comparison.get(name), ("comparison", name), 0) for name in ("difference_nats", "p"))
     if stated and abs(stated.value - gain) > half_unit(stated.text) * (1 + 1e-6) + 1e-7:
         faults.append(Finding(FAIL, f"difference_nats {stated.text}, the scores give {gain:.8f}", evidence(stated, place)))
     found = {}  # p of every test that the text may mean
-    for shift in (threshold, 0.0):
+    for shift in shifts:
         t, freedom = t_test(high, low, paired, shift)
         found[f"one-sided, above {shift:g}"] = student_t_sf(t, freedom)
         found[f"two-sided, other than {shift:g}"] = 2 * student_t_sf(abs(t), freedom)
@@ -1171,17 +1307,21 @@ def check_comparison(f: Folder) -> Iterator[Finding]:
              if p and abs(value - p.value) <= max(half_unit(p.text), 2e-3 * value) + 1e-12]
     if p and not meant:
         faults.append(Finding(FAIL, f"p {p.text}, the {test} gives {shown}", evidence(p, place)))
+    t, freedom = t_test(high, low, paired, THRESHOLD_NATS)
+    rule, rule_p = f"one-sided, above {THRESHOLD_NATS:g}", student_t_sf(t, freedom)
+    reached, claimed = gain > THRESHOLD_NATS and rule_p < LARGEST_P, comparison.get("new_record", True)
+    text = f"{gain:.6f} nats better, {test}, p {rule_p:.4g} {rule}"
+    if meant and rule not in meant:
+        text += f"; the p that is stated, {p.text}, fits only the test that is {meant[0]}, which is not the rule's"
     if not stated or not p:
         faults.append(Finding(UNKNOWN, f"{'p' if stated else 'difference_nats'} is not stated; the difference is {gain:.8f} "
                               f"nats, {test}: {shown}", key))
-    elif meant:
-        reached, claimed = gain > threshold and found[meant[0]] < level, comparison.get("new_record", True)
-        text = f"{gain:.6f} nats better, {test}, p {p.text} {meant[0]}"
-        if claimed and not reached:
-            faults.append(Finding(FAIL, f"{text}: a record needs more than {threshold:g} and p below {level:g}", evidence(
-                stated if gain <= threshold else p, place)))
-        elif not faults:
-            yield Finding(PASS, text if reached else f"{text}: no new record, and it claims none", evidence(stated, p, place))
+    if not reached and (claimed if meant else comparison.get("new_record")):
+        faults.append(Finding(FAIL, f"{text}: a record needs more than {THRESHOLD_NATS:g} and p below {LARGEST_P:g}", evidence(
+            (stated if gain <= THRESHOLD_NATS else p) or key, place)))
+    elif not faults:
+        yield Finding(PASS, f"{text}{': no new record' * (not reached)}{', and it claims none' * (not claimed)}", evidence(
+            stated, p, place))
     yield from faults
 
 

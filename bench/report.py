@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
 
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4d4d4d"  # of runs; told apart by the colour-blind
 DASHES = "-", "--", ":", "-."  # the next runs take the colours again, with another dash

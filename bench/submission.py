@@ -7,13 +7,16 @@
 
 FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifact, and eval_seed<N>.* of a repeated evaluation.
 --against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same seeds on both sides the test is a
-paired t-test, else Welch's; both are one-sided: is the improvement above 0.005 nats per token? --publish writes submission.json
-and the README's table at the project's top too.
+paired t-test, else Welch's; both are one-sided: is the improvement above 0.005 nats per token? After the seeds come the folder
+(FOLDER/submission), the report (FOLDER/report) and the audit, whose exit code is this one's; where it finds no fault --publish
+writes submission.json and the README's table at the project's top too.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -24,11 +27,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "source")]
-from verify_submission import student_t_sf  # noqa: E402
+sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
+import verify_submission  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -36,6 +40,7 @@ APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_p
          "train_log_every"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
            "run.sh", "recipes", "tokenizers", "bench/submission.py", "bench/report.py")
+PICTURE = "bench/records/waterfall.png"  # of the README
 SOURCE = ("train_gpt.py", "online_ngram_state.c", "online_ngram_tilt.py")
 
 
@@ -98,40 +103,68 @@ def run(command: list[str], **environ: object) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def check_finished(folder: Path, seeds: list[int]) -> set[int]:
-    """The seeds that are finished; InputError if one of them ran with other settings or code than are to run now."""
+@contextmanager
+def held(home: Path):
+    """Nothing else writes or scores in this seed's folder meanwhile; InputError if something does."""
+    handle = os.open(home, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{home}: a run is under way in it; wait for its end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
+    """The seeds that are finished; InputError if what lies in the folder does not belong with what is to run now."""
     import train_gpt as g
 
-    done = {seed: load(path) for seed in seeds if (path := folder / f"seed{seed}" / f"train_seed{seed}.json").exists()}
-    done = {seed: record for seed, record in done.items() if record["status"] == "finished"}
     try:
-        wanted = dataclasses.asdict(g.Settings.from_environment(os.environ))
+        settings = g.Settings.from_environment(os.environ)
+        code = hashlib.sha256(g.packed_code()).hexdigest()
     except g.InputError as error:
         raise InputError(str(error)) from None
-    for seed, record in done.items():
-        differing = sorted(name.upper() for name, value in wanted.items()
-                           if name not in APART | {"world_size"} and record["settings"].get(name) != value)
-        if differing or event(record, "code").get("sha256") != g.file_sha256(str(ROOT / "train_gpt.py")):
-            raise InputError(f"{folder}/seed{seed}: it is finished, with other {', '.join(differing) or 'code'} than now; "
-                             "remove the folder, or set ARTIFACT_DIR to a new one")
-    return set(done)
+    for name in ("ttt_eval_only", "quantize_only", "prequant_only"):
+        if getattr(settings, name):
+            raise InputError(f"{name.upper()}: seeds are whole runs; unset it")
+    others = sorted(path.name for path in folder.glob("seed*") if path.name not in {f"seed{seed}" for seed in seeds})
+    if others:
+        raise InputError(f"{folder}/{others[0]}: not one of the seeds {' '.join(map(str, seeds))}; name it too, or move it "
+                         "away")
+    wanted, done = dataclasses.asdict(settings) | dict(world_size=ranks), set()
+    for seed in seeds:
+        path = folder / f"seed{seed}" / f"train_seed{seed}.json"
+        record = load(path) if path.exists() else dict(status="none")
+        if record["status"] == "finished":
+            differing = sorted(name.upper() for name, value in wanted.items()
+                               if name not in APART and record["settings"].get(name) != value)
+            if differing or event(record, "code").get("sha256") != code:
+                raise InputError(f"{folder}/seed{seed}: it is finished, with other {', '.join(differing) or 'code'} than now; "
+                                 "remove the folder, or set ARTIFACT_DIR to a new one")
+            done.add(seed)
+    return done
 
 
 def run_seeds(folder: Path, seeds: list[int], command: list[str]) -> None:
     """Run every seed that is not finished yet. A record of an earlier attempt is kept beside it under another name."""
-    done = check_finished(folder, seeds)
+    nproc = [int(word.partition("=")[2]) for word in command if word.startswith("--nproc_per_node=")]
+    done = check_finished(folder, seeds, nproc[0] if nproc else 1)
     for seed in seeds:
         home, name = folder / f"seed{seed}", f"train_seed{seed}"
         if seed in done:
             print(f"seed {seed}: finished before", flush=True)
             continue
-        if (home / f"{name}.json").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        with held(home):
             attempt = 1 + len(list(home.glob("attempt*.json")))
             for suffix in (".json", ".txt"):
                 if (home / (name + suffix)).exists():
                     (home / (name + suffix)).rename(home / f"attempt{attempt}_{name}{suffix}")
         print(f"seed {seed}: {home}", flush=True)
-        home.mkdir(parents=True, exist_ok=True)
         code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name)
         if code:
             raise SystemExit(code)
@@ -141,8 +174,9 @@ def retest(folder: Path, command: list[str]) -> None:
     """Score every seed's artifact again; the scores of an earlier repetition are replaced."""
     for seed, home in seed_folders(folder).items():
         name = f"eval_seed{seed}"
-        for path in home.glob(f"{name}.*"):
-            path.unlink()
+        with held(home):
+            for path in home.glob(f"{name}.*"):
+                path.unlink()
         code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name, TTT_EVAL_ONLY=1)
         if code:
             raise SystemExit(code)
@@ -164,8 +198,9 @@ def figures(record: dict) -> dict:
                 artifact_bytes=size["artifact_bytes"], code_bytes=size["code_bytes"], total_bytes=size["total_bytes"])
 
 
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def spread(values: list[float]) -> float | None:
+    """Sample standard deviation; one value has none."""
+    return round(statistics.stdev(values), 8) if len(values) > 1 else None
 
 
 def baseline(path: Path) -> dict[str, float]:
@@ -175,16 +210,14 @@ def baseline(path: Path) -> dict[str, float]:
     except OSError as error:
         raise InputError(f"--against {path}: {error.strerror}; give a submission.json or lines `seed val_bpb`") from None
     try:
-        seeds = json.loads(text)["seed_results"]
-        return {str(seed): float(value["val_bpb"]) for seed, value in seeds.items()}
+        values = {str(seed): float(value["val_bpb"]) for seed, value in json.loads(text)["seed_results"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    values = {}
-    for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
-        match = re.fullmatch(r"(?:(\d+)[\s,:]+)?(\d+\.\d+)", line)
-        if not match:
-            raise InputError(f"--against {path}: line {number} is neither `seed val_bpb` nor `val_bpb`")
-        values[match[1] or f"#{number}"] = float(match[2])
+        values = {}
+        for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
+            match = re.fullmatch(r"(?:(\d+)[\s,:]+)?(\d+\.\d+)", line)
+            if not match:
+                raise InputError(f"--against {path}: line {number} is neither `seed val_bpb` nor `val_bpb`") from None
+            values[match[1] or f"#{number}"] = float(match[2])
     if len(values) < 2:
         raise InputError(f"--against {path}: fewer than two values, which no test can compare with")
     return values
@@ -198,12 +231,12 @@ def compare(ours: dict[str, float], theirs: dict[str, float], nats_per_bpb: floa
     difference = statistics.mean(b) - statistics.mean(a)
     if ours.keys() == theirs.keys():
         test, n = "paired t-test", len(a)
-        error, freedom = spread([(theirs[s] - ours[s]) * nats_per_bpb for s in ours]) / math.sqrt(n), n - 1
+        error, freedom = statistics.stdev((theirs[s] - ours[s]) * nats_per_bpb for s in ours) / math.sqrt(n), n - 1
     else:
         test, (u, v) = "Welch's t-test", (statistics.variance(x) / len(x) for x in (a, b))
         error = math.sqrt(u + v)
         freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1)) if error else len(a) + len(b) - 2
-    p = student_t_sf((difference - RULE_NATS) / error, freedom) if error else float(difference <= RULE_NATS)
+    p = verify_submission.student_t_sf((difference - RULE_NATS) / error, freedom) if error else float(difference <= RULE_NATS)
     return dict(test=test, difference_nats=round(difference, 6), threshold_nats=RULE_NATS, p=round(p, 6), required_p=RULE_P,
                 baseline=theirs, new_record=difference > RULE_NATS and p < RULE_P)
 
@@ -220,7 +253,7 @@ def summarize(folder: Path, against: Path | None) -> dict:
         author=os.environ.get("SUBMISSION_AUTHOR", ""), github_id=os.environ.get("SUBMISSION_GITHUB_ID", ""), name=name,
         date=max(record["started"] for record in records.values())[:10], track="10min_16mb",
         val_loss=round(statistics.mean(column["val_loss"]), 8), val_bpb=round(statistics.mean(column["val_bpb"]), 8),
-        val_loss_std=round(spread(column["val_loss"]), 8), val_bpb_std=round(spread(column["val_bpb"]), 8),
+        val_loss_std=spread(column["val_loss"]), val_bpb_std=spread(column["val_bpb"]),
         seeds=list(map(int, seeds)), seed_results=seeds, bytes_total=max(column["total_bytes"]),
         bytes_code=max(column["code_bytes"]), hardware=f"{machine['devices']} x {machine['device']}", torch=machine["torch"])
     if against:
@@ -254,8 +287,8 @@ def results_table(submission: dict) -> str:
     if comparison := submission.get("comparison"):
         verdict = "a new record" if comparison["new_record"] else "not a new record"
         lines += ["", f"Against {comparison['against']}: {comparison['difference_nats']:.6f} nats per token lower; "
-                  f"{comparison['test']}, p = {comparison['p']:.4g} that the difference is not above {RULE_NATS}: {verdict} under "
-                  f"the rule of {RULE_NATS} nats at p < {RULE_P}."]
+                  f"{comparison['test']}, p = {comparison['p']:.4g} that the difference is not above {RULE_NATS}: {verdict} "
+                  f"under the rule of {RULE_NATS} nats at p < {RULE_P}."]
     return "\n".join(lines) + "\n"
 
 
@@ -304,10 +337,11 @@ def build(folder: Path, out: Path) -> None:
                                 capture_output=True, text=True)
         if packed.returncode:
             raise InputError(f"{here / 'train_gpt.py'}: it cannot be packed: {packed.stderr.strip()}")
-        counted = next(iter(records.values()))["results"]["size"]["code_bytes"]
-        if counted != (new / "train_gpt.py").stat().st_size:
-            raise InputError(f"{here / 'train_gpt.py'}: it packs into {(new / 'train_gpt.py').stat().st_size:,} bytes, but the "
-                             f"seeds ran with a code of {counted:,}; build with the code that ran, or run the seeds again")
+        ours, ran = hashlib.sha256((new / "train_gpt.py").read_bytes()).hexdigest(), event(next(iter(records.values())), "code")
+        if ours != ran["sha256"]:
+            raise InputError(f"{here / 'train_gpt.py'}: it packs into {(new / 'train_gpt.py').stat().st_size:,} bytes that are "
+                             f"not the {ran['packed_bytes']:,} with which the seeds ran; build with that code, or run the "
+                             "seeds again")
         for seed, record in records.items():
             home = folder / f"seed{seed}"
             for kind in ("train", "eval"):
@@ -318,11 +352,28 @@ def build(folder: Path, out: Path) -> None:
             if manifest.is_file():
                 shutil.copy(manifest, new / "data_manifest.json")
         (new / "submission.json").write_text(submission)
+        (new / PICTURE).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / PICTURE).exists():
+            shutil.copy(ROOT / PICTURE, new / PICTURE)
         readme = ROOT / "README.md"
         (new / "README.md").write_text(with_results(readme.read_text() if readme.exists() else "", table))
         if out.exists():
             out.rmdir()
         new.rename(out)
+
+
+def conclude(folder: Path, publish: bool) -> int:
+    """The folder, its report and its audit, whose exit code is returned; without a fault the results are published."""
+    out = folder / "submission"
+    if out.exists():
+        shutil.rmtree(out)
+    build(folder, out)
+    subprocess.run([sys.executable, str(ROOT / "bench" / "report.py"), str(folder), "--out", str(folder / "report")])
+    code = verify_submission.main([str(out)])
+    if publish and not code:
+        write(ROOT / "submission.json", (folder / "submission.json").read_text())
+        write(ROOT / "README.md", with_results((ROOT / "README.md").read_text(), (folder / "results.md").read_text()))
+    return code
 
 
 def main(arguments: list[str]) -> int:
@@ -352,14 +403,12 @@ def main(arguments: list[str]) -> int:
             run_seeds(options.folder, options.seeds, command)
         if options.action in ("seeds", "summary"):
             summarize(options.folder, options.against)
-            if options.publish:
-                write(ROOT / "submission.json", (options.folder / "submission.json").read_text())
-                readme, table = (ROOT / "README.md").read_text(), (options.folder / "results.md").read_text()
-                write(ROOT / "README.md", with_results(readme, table))
-            print((options.folder / "results.md").read_text(), end="")
-        elif options.action == "retest":
+            print((options.folder / "results.md").read_text(), end="", flush=True)
+        if options.action == "seeds":
+            return conclude(options.folder, options.publish)
+        if options.action == "retest":
             retest(options.folder, command)
-        else:
+        if options.action == "folder":
             build(options.folder, options.out)
             print(f"{options.out}: python verify_submission.py {options.out} audits it")
     except InputError as error:

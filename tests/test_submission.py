@@ -1,4 +1,5 @@
 """Seeds one after another, their statistics, and the folder that a record is copied from."""
+import fcntl
 import importlib.util
 import json
 import math
@@ -95,7 +96,7 @@ def test_an_unfinished_seed_is_run_again_and_its_first_attempt_kept(copied):
     path = copied / "runs" / "seed0" / "train_seed0.json"
     path.write_text(json.dumps(record(copied / "runs", 0) | dict(status="running")))
     result = call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN)
-    assert result.code == 0 and result.out.count("finished before") == 2
+    assert result.code == 0 and result.out.count("finished before") == 2, result.out
     assert record(copied / "runs", 0)["status"] == "finished"
     assert json.loads((path.parent / "attempt1_train_seed0.json").read_text())["status"] == "running"
 
@@ -110,6 +111,34 @@ def test_a_seed_that_fails_ends_the_row(copied):
 def test_finished_seeds_with_other_settings_are_refused(copied, changes, word):
     result = call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN, **changes)
     assert result.code == 2 and word in result.err and "Traceback" not in result.err
+
+
+def test_a_seed_that_is_not_named_stops_the_line_before_it_runs(copied):
+    result = call(copied, "seeds", copied / "runs", 42, 0, "--", *TRAIN)
+    assert result.code == 2 and "seed7" in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("action", [("seeds", *SEEDS), ("retest",)])
+def test_a_folder_in_which_a_run_is_under_way_is_left_alone(copied, action):
+    for seed in SEEDS:
+        path = copied / "runs" / f"seed{seed}" / f"train_seed{seed}.json"
+        path.write_text(json.dumps(record(copied / "runs", seed) | dict(status="running")))
+    before = sorted(copied.glob("runs/*/*"))
+    holders = [os.open(copied / "runs" / f"seed{seed}", os.O_RDONLY) for seed in SEEDS]
+    try:
+        for holder in holders:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+        result = call(copied, action[0], copied / "runs", *action[1:], "--", *TRAIN)
+    finally:
+        for holder in holders:
+            os.close(holder)
+    assert result.code == 2 and "under way" in result.err and sorted(copied.glob("runs/*/*")) == before
+
+
+@pytest.mark.parametrize("name", ["PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"])
+def test_seeds_are_whole_runs(copied, name):
+    result = call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN, **{name: 1})
+    assert result.code == 2 and name in result.err
 
 
 def test_records_that_do_not_belong_together_have_no_mean(copied):
@@ -164,7 +193,8 @@ def test_baselines_are_read(tmp_path, text, expected):
     assert sub.baseline(tmp_path / "theirs") == expected
 
 
-@pytest.mark.parametrize("text", ["1.05\n", "seed value\n", "", "42 nan\n1 1.0\n"])
+@pytest.mark.parametrize("text", ["1.05\n", "seed value\n", "", "42 nan\n1 1.0\n", '{"seed_results": {}}',
+                                  '{"seed_results": {"42": {"val_bpb": 1.05}}}'])
 def test_a_baseline_that_is_none_is_refused_before_anything_runs(copied, text):
     (copied / "theirs").write_text(text)
     shutil.rmtree(copied / "runs" / "seed7")
@@ -208,6 +238,14 @@ def test_the_folder_runs_on_its_own(copied):
     assert again["results"]["size"]["total_bytes"] == before["size"]["total_bytes"]
     helped = subprocess.run(["bash", "run.sh", "help"], cwd=elsewhere, text=True, capture_output=True)
     assert helped.returncode == 0 and "RECIPE" in helped.stdout
+    env, here = variables(copied), [sys.executable, "bench/submission.py"]
+    shutil.copytree(copied / "runs", copied / "theirs")
+    again = subprocess.run([*here, "seeds", str(copied / "theirs"), *map(str, SEEDS), "--", sys.executable, "train_gpt.py"],
+                           env=env, cwd=elsewhere, text=True, capture_output=True, timeout=200)
+    assert again.returncode == 0 and again.stdout.count("finished before") == 3, again.stderr
+    compared = subprocess.run([sys.executable, "train_gpt.py", "--diff", "record", "pr2140"], cwd=elsewhere, env=env, text=True,
+                              capture_output=True)
+    assert compared.returncode == 0 and "TRAIN_SEQ_SCHEDULE" in compared.stdout
 
 
 def test_the_folder_is_whole_or_not_there(copied):
@@ -216,9 +254,8 @@ def test_the_folder_is_whole_or_not_there(copied):
     result = call(copied, "folder", copied / "runs", copied / "taken")
     assert result.code == 2 and "not empty" in result.err and [p.name for p in (copied / "taken").iterdir()] == ["file"]
     for seed in SEEDS:
-        changed = record(copied / "runs", seed)
-        changed["results"]["size"]["code_bytes"] += 1
-        (copied / "runs" / f"seed{seed}" / f"train_seed{seed}.json").write_text(json.dumps(changed))
+        path = copied / "runs" / f"seed{seed}" / f"train_seed{seed}.json"
+        path.write_text(path.read_text().replace(sub.event(record(copied / "runs", seed), "code")["sha256"], "0" * 64))
     result = call(copied, "folder", copied / "runs", copied / "new")
     assert result.code == 2 and "packs into" in result.err and not (copied / "new").exists()
     assert not list(copied.glob(".submission*"))

@@ -330,11 +330,11 @@ def test_a_full_disk_fails_with_one_line_and_leaves_nothing_half_written(place):
     assert sorted(path.name for path in (place / "out").iterdir()) == ["tiny.json", "tiny.txt"]
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone(place):
-    """Step lines tell share and time left; the bar goes to a terminal on stderr, and to nothing else."""
+def run_on_a_terminal(place, **changes) -> tuple[int, str, bytes]:
+    """Exit code, stdout through a pipe, and what a terminal on stderr got."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    env = environment(place, ITERATIONS=12, PREQUANT_ONLY=1, OMP_NUM_THREADS=1, TERM="xterm")
+    env = environment(place, PREQUANT_ONLY=1, OMP_NUM_THREADS=1, TERM="xterm", **changes)
     env |= {name: os.environ[name] for name in INHERITED if name in os.environ}
     with subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, stderr=slave,
                           text=True) as process:
@@ -344,7 +344,21 @@ def test_a_bar_is_drawn_on_a_terminal_alone(place):
         while True:
             drawn += os.read(master, 65536)
     os.close(master), os.close(slave)
-    assert process.returncode == 0 and b"training" in drawn and "%|".encode() in drawn and b"loss" in drawn
+    return process.returncode, out, drawn
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(place):
+    """Step lines tell share and time left; the bar goes to a terminal on stderr, and to nothing else."""
+    code, out, drawn = run_on_a_terminal(place, ITERATIONS=12)
+    assert code == 0 and b"training" in drawn and "%|".encode() in drawn and b"loss" in drawn
     assert "%|" not in out and "\r" not in out
     lines = [line for line in out.splitlines() if line.startswith("step ")]
     assert re.search(r"share:0\.5 eta_seconds:\d", lines[5]) and "share:1.0 eta_seconds:0.0" in lines[-1]
+
+
+def test_the_bar_bears_a_run_over_its_budget(place):
+    """One step takes longer than all of it."""
+    code, out, drawn = run_on_a_terminal(place, MAX_WALLCLOCK_SECONDS=0.7, GPTQ_RESERVE_SECONDS=0.65, ITERATIONS=1000)
+    assert code == 0, drawn
+    [step] = [line for line in out.splitlines() if line.startswith("step ")]
+    assert float(re.search(r"share:([\d.]+)", step)[1]) > 1 and record(place)["status"] == "finished"

@@ -8,7 +8,9 @@ import re
 import statistics
 import subprocess
 import sys
+import zlib
 
+import brotli
 import pytest
 import torch
 
@@ -21,6 +23,17 @@ TARGETS, BYTES = 2_184_448, 6_620_119
 NOISE = "".join(hashlib.sha256(bytes([i])).hexdigest() for i in range(40))
 PACKED = b"import base64, lzma\nexec(lzma.decompress(base64.b85decode(%a)))\n" % base64.b85encode(
     lzma.compress(f"import helper\nx = '{NOISE}'\n".encode())).decode()
+LONG = "".join(hashlib.sha256(bytes([i, 1])).hexdigest() for i in range(200))
+
+
+def bundled(**texts) -> bytes:
+    """A script packed as train_gpt.py packs itself."""
+    words = " ".join(re.findall(r".{1,16}", LONG))
+    packed = brotli.compress(json.dumps({n.replace("_dot_", "."): f"{t}\nx = '{words}'\n" for n, t in texts.items()}).encode())
+    return b"import base64, brotli, json\nfiles = json.loads(brotli.decompress(base64.b85decode(%a)))\n" % base64.b85encode(
+        packed).decode()
+
+
 SCRIPT = b"import json, zlib\nprint(json.dumps('a packed script'))\n"
 
 
@@ -282,6 +295,8 @@ BEFORE = {  # the folder is written from what is broken: check that fails, what 
     "a loss that is not a number": (event("step 2", train_loss=math.nan), "finite figures", LOG + "step step:500"),
     "a loss that rose": (event("step 2", train_loss=11.5), "finite figures", LOG + "step step:500"),
     "an insignificant gain": (lambda o: o.baseline.update({"42": 1.1}), "score rule", ""),
+    "a helper of a script packed with brotli": (script(bundled(train_gpt_dot_py="import helper, own", own_dot_py="y = 1"),
+                                                       helper_dot_py=b"x = 1\n", own_dot_py=b""), "code", ""),
     "no gain": (lambda o: o.baseline.update({"42": 1.0770, "0": 1.0775, "314": 1.0780}), "score rule", ""),
 }
 AFTER = {  # a file is changed
@@ -316,6 +331,10 @@ AFTER = {  # a file is changed
     "infinite claim": (claim(speed=math.inf), "finite figures", ""),
     "difference": (compare(difference_nats=0.0191), "score rule", ""),
     "p": (compare(p=0.000123), "score rule", ""),
+    "a laxer threshold": (compare(threshold_nats=0.004), "score rule", ""),
+    "a laxer threshold in words": (compare(threshold_nats="0.001"), "score rule", ""),
+    "a laxer level": (compare(required_p=0.05), "score rule", ""),
+    "a level without limit": (compare(required_p="0.5"), "score rule", ""),
 }
 
 
@@ -371,8 +390,139 @@ def test_script_is_the_one_that_ran(ours):
     found = v.audit(ours.folder)
     assert not failures(found) and v.UNKNOWN in verdicts(found, "same code, settings")
     (ours.folder / "source").mkdir()
-    (ours.folder / "source" / "train_gpt.py").write_bytes(SCRIPT)  # what ran before it was packed
+    (ours.folder / "source" / "train_gpt.py").write_bytes(SCRIPT)  # readable sources are not what was counted
+    assert verdicts(v.audit(ours.folder), "same code, settings") == {v.UNKNOWN}
+    (ours.folder / "train_gpt.py").write_bytes(SCRIPT)
     assert verdicts(v.audit(ours.folder), "same code, settings") == {v.PASS}
+    (ours.folder / "train_gpt.py").unlink()
+    assert verdicts(v.audit(ours.folder), "same code, settings") == {v.UNKNOWN}
+
+
+def test_code_that_was_not_packed_is_not_identified(ours):
+    every("code", sha256="not packed")(ours)
+    ours.write()
+    (ours.folder / "train_gpt.py").unlink()
+    assert verdicts(v.audit(ours.folder), "same code, settings") == {v.UNKNOWN}
+
+
+def code_finding(folder):
+    return next(x for x in v.audit(folder) if x["check"] == "code")
+
+
+ENCODED = b"exec(unpack('%s'))\n" % base64.b85encode(bytes.fromhex(LONG)[::-1])
+PIECES = b"exec(unpack('%s'))\n" % b"' + f(0) + '".join(re.findall(b".{1,900}", base64.b64encode(bytes.fromhex(LONG))))
+CUT = b"exec(unpack('%s'))\n" % base64.b64encode(lzma.compress(bytes.fromhex(LONG).hex().encode()) + b"more")
+
+
+@pytest.mark.parametrize("text", [ENCODED, PIECES, CUT, b"x = %a\n" % bytes.fromhex(LONG)],
+                         ids=["base85", "pieces", "rest", "raw"])
+def test_encoded_text_that_stays_closed_is_unknown_unless_the_runs_name_it(ours, text):
+    script(text)(ours)
+    every("code", sha256="ab" * 32)(ours)
+    ours.write()
+    finding = code_finding(ours.folder)
+    assert finding["verdict"] == v.UNKNOWN and "cannot be unpacked" in finding["detail"]
+    for path in ours.folder.glob("*_seed*"):
+        path.write_text(path.read_text().replace("ab" * 32, hashlib.sha256(text).hexdigest()))
+    finding = code_finding(ours.folder)
+    assert finding["verdict"] == v.PASS and "SHA-256" in finding["detail"]
+    edit("train_seed42.log", hashlib.sha256(text).hexdigest(), "ab" * 32)(ours)  # all runs have to name it
+    edit("train_seed42.json", hashlib.sha256(text).hexdigest(), "ab" * 32)(ours)
+    assert code_finding(ours.folder)["verdict"] == v.UNKNOWN
+
+
+def test_encoded_text_of_other_authors_is_unknown_if_it_stays_closed(tmp_path):
+    def counted(seed, text):
+        return text.replace("(compressed): 37155", f"(compressed): {len(ENCODED)}")
+    folder = published(tmp_path / "pr", edit=counted)
+    (folder / "train_gpt.py").write_bytes(ENCODED)
+    assert code_finding(folder)["verdict"] == v.UNKNOWN and "cannot be unpacked" in code_finding(folder)["detail"]
+    (folder / "train_gpt.py").write_bytes(b"x = 1".ljust(len(ENCODED)))
+    assert code_finding(folder)["verdict"] == v.PASS
+
+
+def test_brotli_is_unpacked_where_it_is_there_and_within_bounds(ours, monkeypatch):
+    packed = bundled(train_gpt_dot_py="import own", own_dot_py="open('own.c')", own_dot_c="int x;")
+    script(packed, own_dot_py=b"", own_dot_c=b"")(ours)
+    every("code", sha256="ab" * 32)(ours)
+    ours.write()
+    assert code_finding(ours.folder)["verdict"] == v.PASS
+    monkeypatch.setattr(v, "UNPACKED_CAP", 1000)
+    assert code_finding(ours.folder)["verdict"] == v.UNKNOWN
+    monkeypatch.undo()
+    monkeypatch.setattr(v, "brotli", None)
+    assert code_finding(ours.folder)["verdict"] == v.UNKNOWN
+
+
+def test_bombs_are_not_unpacked():
+    bomb = b"x = 1\n" * (1 << 22)
+    for packed in (lzma.compress(bomb), zlib.compress(bomb), brotli.compress(bomb, quality=1)):
+        text = f"x = {base64.b85encode(packed).decode()!r}"
+        assert len(text) > 1000
+        sources, _ = v.hidden_source(v.parse_nodes(text))
+        assert sources == []
+
+
+def test_targets_of_our_runs_need_a_manifest(ours):
+    ours.write()
+    (ours.folder / "data_manifest.json").unlink()
+    found = v.audit(ours.folder)
+    assert not failures(found) and verdicts(found, "all targets scored") == {v.UNKNOWN}
+    ours.json("data_manifest.json", dict(ours.manifest, splits=dict(train=ours.manifest["splits"]["train"])))
+    assert verdicts(v.audit(ours.folder), "all targets scored") == {v.UNKNOWN}
+
+
+@pytest.mark.parametrize("targets, verdict", [(v.PUBLISHED_TARGETS, v.PASS), (v.PUBLISHED_TARGETS - 1823, v.UNKNOWN)])
+def test_targets_of_the_published_text_need_none(ours, targets, verdict):
+    every("data", val_targets=targets)(ours)
+    every("ttt", targets=targets)(ours)
+    ours.write()
+    (ours.folder / "data_manifest.json").unlink()
+    assert verdicts(v.audit(ours.folder), "all targets scored") == {verdict}
+
+
+def again(more):
+    """The repeated evaluation of seed 0 gives another score."""
+    def change(o):
+        first = o.runs["train_seed0"]["events"]["ttt"]
+        o.runs["eval_seed0"]["events"]["ttt"].update(
+            val_bpb=round(first["val_bpb"] + more, 8), val_loss=first["val_loss"] * (1 + more / first["val_bpb"]))
+    return change
+
+
+def test_better_of_two_scores_that_disagree_is_refused(ours):
+    again(0.0002)(ours)  # submission.json names the training log's
+    ours.write()
+    found = v.audit(ours.folder)
+    first, second = (ours.runs[f"{kind}_seed0"]["events"]["ttt"] for kind in ("train", "eval"))
+    failed = [x for x in found if x["check"] == "submission.json" and x["verdict"] == v.FAIL]
+    assert {x["detail"].split(" ")[0] for x in failed} == {
+        "val_bpb", "val_loss", "seed_results.0.val_bpb", "seed_results.0.val_loss"}
+    finding = next(x for x in failed if x["detail"].startswith("seed_results.0.val_bpb"))
+    assert str(first["val_bpb"]) in finding["detail"] and str(second["val_bpb"]) in finding["detail"]
+    assert {line.split(" ")[0] for line in lines_of(ours.folder, finding)} == {"train_seed0.log:", "eval_seed0.log:"}
+
+
+def test_better_of_two_means_is_refused(ours):
+    again(0.0002)(ours)
+    submission = ours.write()
+    scores = [row["val_bpb"] for row in submission["seed_results"].values()]
+    keep = {name: submission[name] for name in ("author", "seeds", "val_bpb")}
+    ours.json("submission.json", keep)
+    assert "better of two" in failures(v.audit(ours.folder))["submission.json"]["detail"]
+    ours.json("submission.json", keep | dict(val_bpb=round(statistics.mean(scores) + 0.0002 / 3, 8)))
+    assert not failures(v.audit(ours.folder))
+
+
+@pytest.mark.parametrize("more, both", [(-0.0002, True), (0.00009, False), (-0.00009, False)])
+def test_worse_of_two_scores_or_nearly_one_score_passes(ours, more, both):
+    again(more)(ours)
+    ours.write()
+    found = v.audit(ours.folder)
+    assert not failures(found)
+    finding = next(x for x in found if x["check"] == "submission.json" and x["verdict"] == v.PASS)
+    scores = [str(ours.runs[f"{kind}_seed0"]["events"]["ttt"]["val_bpb"]) for kind in ("train", "eval")]
+    assert all(score in finding["detail"] for score in scores) == both
 
 
 def test_logs_alone_are_compared_by_the_settings_that_they_list(ours):
@@ -460,6 +610,52 @@ def test_no_record_claimed_is_no_failure(ours):
     ours.write()
     compare(new_record=False)(ours)
     assert verdicts(v.audit(ours.folder), "score rule") == {v.PASS}
+
+
+def nats_of(ours, shift, gains):
+    """Make the gains of the three seeds so, in nats; returns p of the one-sided paired test above the shift."""
+    nats = math.log(2) * BYTES / TARGETS
+    for seed, gain in zip(SEEDS, gains):
+        ours.baseline[str(seed)] = ours.runs[f"train_seed{seed}"]["events"]["ttt"]["val_bpb"] + gain / nats
+    t = (statistics.mean(gains) - shift) / (statistics.stdev(gains) / math.sqrt(3))
+    return 0.5 - t / (2 * math.sqrt(2 + t * t))
+
+
+def test_p_against_zero_does_not_make_a_record(ours):
+    gains = (0.0055, 0.006, 0.0065)
+    p, rule = nats_of(ours, 0.0, gains), nats_of(ours, 0.005, gains)
+    assert p < 0.01 < rule
+    ours.write()
+    compare(p=p)(ours)
+    finding = failures(v.audit(ours.folder))["score rule"]
+    assert f"p {rule:.4g} one-sided, above 0.005" in finding["detail"] and "not the rule's" in finding["detail"]
+    compare(p=p, new_record=False)(ours)
+    finding = next(x for x in v.audit(ours.folder) if x["check"] == "score rule")
+    assert finding["verdict"] == v.PASS and "no new record" in finding["detail"]
+    ours.submission(lambda s: s["comparison"].pop("p"))
+    assert not failures(v.audit(ours.folder))
+    compare(new_record=True)(ours)
+    assert set(failures(v.audit(ours.folder))) == {"score rule"}
+
+
+def test_rule_is_not_what_the_folder_says_it_is(ours):
+    gains = (0.0045, 0.0047, 0.0049)
+    p = nats_of(ours, 0.001, gains)
+    ours.write()
+    compare(p=p, threshold_nats=0.001)(ours)
+    assert set(failures(v.audit(ours.folder))) == {"score rule"}
+    details = [x["detail"] for x in v.audit(ours.folder) if x["check"] == "score rule" and x["verdict"] == v.FAIL]
+    assert any("threshold_nats 0.001" in x for x in details) and any("more than 0.005" in x for x in details)
+
+
+def test_p_against_zero_is_told_where_the_rule_is_met(ours):
+    gains = (0.0155, 0.016, 0.0165)
+    p, rule = nats_of(ours, 0.0, gains), nats_of(ours, 0.005, gains)
+    ours.write()
+    compare(p=p, threshold_nats=0.006, required_p=0.005)(ours)  # stricter than the rule
+    finding = next(x for x in v.audit(ours.folder) if x["check"] == "score rule")
+    assert finding["verdict"] == v.PASS
+    assert f"p {rule:.4g} one-sided, above 0.005" in finding["detail"] and "not the rule's" in finding["detail"]
 
 
 def test_welch_against_another_number_of_seeds(ours):
