@@ -25,6 +25,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
@@ -185,6 +186,8 @@ class Settings:
     ttt_eval_only: bool = setting("Run", False, "1: no training; load the saved artifact and score it")
     quantize_only: bool = setting("Run", False, "1: no training; quantize the checkpoint that an earlier run saved")
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
+    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: "
+                             "the first of them that there is", choices=("auto", "fa4", "torch", "reference"))
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -1177,18 +1180,75 @@ def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
 # ======================================================================================================================
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str) -> Tensor:
     """Causal attention inside each segment; q (T, heads, D), k and v (T, kv_heads, D), result like q.
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
-    1/sqrt(D). PyTorch's variable-length flash kernel on CUDA (bf16), the reference on the CPU.
+    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference.
     """
-    return flash_attention(q, k, v, segments) if q.is_cuda else reference_attention(q, k, v, segments)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    if not q.is_cuda or kernel == "reference":
+        return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
+    if kernel == "fa4":
+        return torch.ops.golf.fa4_forward(q, k, v, cu, longest)[0]
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
+
+
+@functools.cache
+def attention_kernel(wanted: str) -> str:
+    """The kernel that ATTENTION stands for on this machine; InputError where the one that is asked for is not there."""
+    if wanted == "fa4" or wanted == "auto" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        try:
+            importlib.import_module(FA4)
+            return "fa4"
+        except Exception as error:  # it fails in many ways where it does not fit
+            if wanted == "fa4":
+                raise InputError(f"ATTENTION: FlashAttention 4 does not load ({type(error).__name__}: {error}); install "
+                                 "requirements-cuda.txt, or choose auto or torch") from None
+    return "torch" if wanted == "auto" else wanted
+
+
+FA4 = "flash_attn.cute.interface"
+
+
+@torch.library.custom_op("golf::fa4_forward", mutates_args=(),
+                         schema="(Tensor q, Tensor k, Tensor v, Tensor cu, SymInt longest) -> (Tensor, Tensor)")
+def fa4_forward(q, k, v, cu, longest):
+    """FlashAttention 4 (Dao et al. 2026) over packed segments: result and log-sum-exp (heads, T), float32."""
+    forward = importlib.import_module(FA4)._flash_attn_fwd
+    return forward(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
+                   return_lse=True)[:2]
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=(), schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor "
+                         "out, Tensor lse, Tensor cu, SymInt longest) -> (Tensor, Tensor, Tensor)")
+def fa4_backward(dout, q, k, v, out, lse, cu, longest):
+    backward = importlib.import_module(FA4)._flash_attn_bwd
+    return backward(q, k, v, out, dout, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
+                    max_seqlen_k=longest)[:3]
+
+
+@fa4_forward.register_fake
+def _(q, k, v, cu, longest):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+@fa4_backward.register_fake
+def _(dout, q, k, v, out, lse, cu, longest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def fa4_save(ctx, inputs, output) -> None:
+    *tensors, ctx.longest = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def fa4_gradients(ctx, dout, _):
+    q, k, v, cu, out, lse = ctx.saved_tensors
+    return *torch.ops.golf.fa4_backward(dout.contiguous(), q, k, v, out, lse, cu, ctx.longest), None, None
+
+
+fa4_forward.register_autograd(fa4_gradients, setup_context=fa4_save)
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -1704,6 +1764,7 @@ class GPT(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.compute_dtype = compute_dtype
+        self.attention_kernel = attention_kernel(s.attention)
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
         def parameter(*shape):
@@ -1893,7 +1954,7 @@ class GPT(nn.Module):
         q = rotate(norm(raw_q.unflatten(-1, (s.num_heads, s.head_dim))), rope) * w.q_gain[:, None]
         k = rotate(norm(k.unflatten(-1, (s.num_kv_heads, s.head_dim))), rope)
         q, k = q.to(x.dtype), k.to(x.dtype)
-        y = attention(q, k, v, segments) if w.context is None else w.context(q, k, v)
+        y = attention(q, k, v, segments, self.attention_kernel) if w.context is None else w.context(q, k, v)
         if w.exclusive:
             y = exclude_own_value(y, v, w.xsa_alpha)
         if w.attn_gate is not None:
@@ -4296,7 +4357,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
     runtime.share(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,
-              micro_batches=s.accumulation, attention="flash" if runtime.on_cuda else "reference")
+              micro_batches=s.accumulation, attention=model.attention_kernel if runtime.on_cuda else "reference")
 
     def calibration(looping: bool, rehearsal: bool) -> Statistics | None:
         if s.optrot_enabled and not rehearsal and not s.prequant_only:

@@ -26,13 +26,16 @@ def relative_error(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def test_flash_attention_matches_reference_forward_and_backward():
+@pytest.mark.parametrize("kernel", ["torch", "fa4"])
+def test_attention_matches_reference_forward_and_backward(kernel):
+    if kernel == "fa4" and g.attention_kernel("auto") != "fa4":
+        pytest.skip("needs the packages of requirements-cuda.txt")
     segments = random_segments(3000, 512, seed=0)
     q, k, v, out_grad = (torch.randn(3000, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4, 8))
     results = []
-    for function, dtype in ((g.flash_attention, torch.bfloat16), (g.reference_attention, torch.float32)):
+    for name, dtype in ((kernel, torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = function(*inputs, segments)
+        out = g.attention(*inputs, segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2
