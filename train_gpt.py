@@ -65,6 +65,7 @@ import online_ngram_tilt as ngram
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # CPU builds of PyTorch come without it; what needs it is then never called
     triton = tl = None
 
@@ -1495,62 +1496,60 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
 
 
 def two_value_nll(scores: Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
-                  hints: Tensor) -> tuple[Tensor, Tensor]:
+                  hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
 
-    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). The
-    gradient reaches `scores` alone, through the first result alone.
+    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). Gradients
+    reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
+    nothing else may need then. hints None: the targets.
     """
-    return (TwoValueNLL.apply if scores.is_cuda else reference_two_value_nll)(scores, cap_pos, cap_neg, targets, hints)
+    function = TwoValueNLL.apply if scores.is_cuda else reference_two_value_nll
+    return function(scores, cap_pos, cap_neg, targets, targets if hints is None else hints)
 
 
 def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
-    cap_pos, cap_neg = (torch.as_tensor(cap, dtype=torch.float32).detach() for cap in (cap_pos, cap_neg))
-    caps = torch.where(scores >= 0, cap_pos, cap_neg)
+    caps = torch.where(scores >= 0, *(torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg)))
     logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
     return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
 
 
 @jit
 def soft_cap(x, cap_pos, cap_neg):
-    """c tanh(x / c) and its derivative; float32, any shape."""
-    cap = tl.where(x >= 0, cap_pos, cap_neg)
-    e = tl.exp(tl.abs(x) * tl.where(x >= 0, -2.0 / cap_pos, -2.0 / cap_neg))
-    capped = cap * (1.0 - e) / (1.0 + e)
-    return tl.where(x >= 0, capped, -capped), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    """|tanh(x / c)|, its derivative by x / c, and sign(x) c; float32, any shape."""
+    e = tl.exp2(tl.abs(x) * tl.where(x >= 0, -2.8853900817779268 / cap_pos, -2.8853900817779268 / cap_neg))
+    r = 1.0 / (1.0 + e)
+    return (1.0 - e) * r, 4.0 * e * r * r, tl.where(x >= 0, cap_pos, -cap_neg)
 
 
 @jit
-def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse,
-                       V: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * stride
-    cap_pos, cap_neg = tl.load(cap_pos), tl.load(cap_neg)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for j in range(0, V, BLOCK):
-        at = j + tl.arange(0, BLOCK)
-        capped, _ = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
-        capped = tl.where(at < V, capped, float("-inf"))
-        higher = tl.maximum(top, tl.max(capped, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(capped - higher), 0)
-        top = higher
-    top += tl.log(total)
-    target, _ = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
-    hint, _ = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
-    tl.store(nll + row, top - target)
-    tl.store(log_q + row, hint - top)
+def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
+    t, _, cap = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
+    logit = tl.where(at < V, t * (cap * 1.4426950408889634), float("-inf"))  # in bits
+    top = tl.max(logit, 0)
+    top = (top + tl.log2(tl.sum(tl.exp2(logit - top), 0))) * 0.6931471805599453
+    target, _, cap = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
+    tl.store(nll + row, top - target * cap)
+    hint, _, cap = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
+    tl.store(log_q + row, hint * cap - top)
     tl.store(lse + row, top)
 
 
 @jit
-def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dscores,
-                        V: tl.constexpr, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(scores + row * stride + at, mask=at < V, other=0.0).to(tl.float32)
-    capped, slope = soft_cap(x, tl.load(cap_pos), tl.load(cap_neg))
-    p = tl.exp(capped - tl.load(lse + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0)
-    tl.store(dscores + row * V + at, (tl.load(dnll + row) * p * slope).to(dscores.dtype.element_ty), mask=at < V)
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, V: tl.constexpr, BLOCK: tl.constexpr,
+                        CAPS: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
+    x = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32)
+    t, slope, cap = soft_cap(x, cap_pos, cap_neg)
+    p = tl.exp2((t * cap - tl.load(lse + row)) * 1.4426950408889634)
+    g = tl.load(dnll + row) * (p - tl.where(at == tl.load(targets + row), 1.0, 0.0))
+    tl.store(scores + at, (g * slope).to(scores.dtype.element_ty), mask=at < V)
+    if CAPS:
+        d = tl.where(at < V, g * (t - tl.abs(x) * slope / tl.abs(cap)), 0.0)  # times sign(x): the gradient of its cap
+        tl.store(dcaps + row * 2, tl.sum(tl.where(x >= 0, d, 0.0), 0))
+        tl.store(dcaps + row * 2 + 1, tl.sum(tl.where(x >= 0, 0.0, -d), 0))
 
 
 class TwoValueNLL(torch.autograd.Function):
@@ -1560,7 +1559,7 @@ class TwoValueNLL(torch.autograd.Function):
         caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
                 for cap in (cap_pos, cap_neg)]
         nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
-        ctx.block = dict(V=scores.size(1), BLOCK=min(triton.next_power_of_2(scores.size(1)), 4096), num_warps=8)
+        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)), num_warps=8)
         nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block)
         ctx.save_for_backward(scores, *caps, targets, lse)
         ctx.mark_non_differentiable(log_q)
@@ -1569,10 +1568,770 @@ class TwoValueNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dnll, _):
         scores, *caps, targets, lse = ctx.saved_tensors
-        dscores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-        nll_backward_kernel[len(scores), triton.cdiv(ctx.block["V"], ctx.block["BLOCK"])](
-            scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dscores, **ctx.block)
-        return dscores, None, None, None, None
+        trained = any(ctx.needs_input_grad[1:3])
+        dcaps = lse.new_empty(len(scores), 2) if trained else lse
+        nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, CAPS=trained,
+                                          **ctx.block)
+        return scores, *(dcaps.sum(0) if trained else (None, None)), None, None
+
+
+NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension without weight, float32 out."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+
+
+def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles in float32, (T, 1, dims / 2) each."""
+    frequencies = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
+    angles = positions.float()[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims / 2)."""
+    cos, sin = rope
+    a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+class Skip(NamedTuple):
+    """A U-Net skip on its way into the decoder."""
+
+    x: Tensor  # (T, d), what an encoder visit left
+    weight: Tensor  # (d,)
+    gate: Tensor | None  # (d,)
+
+
+def merge_skip(x: Tensor, skip: Skip | None) -> Tensor:
+    """Blend a U-Net skip into the stream by its gate, per channel; add it where there is no gate."""
+    if skip is None:
+        return x
+    if skip.gate is None:
+        return x + skip.weight * skip.x
+    gate = torch.sigmoid(skip.gate)
+    return gate * x + (1 - gate) * (skip.weight * skip.x)
+
+
+def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
+    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T, kv_heads, D).
+
+    With alpha (heads,) only tanh(alpha) of the component is taken.
+    """
+    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]  # (T, kv_heads, 1, D)
+    grouped = y.float().unflatten(1, (v.size(1), -1))  # (T, kv_heads, group, D)
+    component = (grouped * direction).sum(-1, keepdim=True)
+    if alpha is not None:
+        component = component * torch.tanh(alpha).view(v.size(1), -1, 1)
+    return (grouped - component * direction).flatten(1, 2).to(y.dtype)
+
+
+# --- Fused steps of a block -------------------------------------------------------------------------------------------
+# Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
+# rows, written once, and added up in a fixed order. The bf16 results are rounded where the plain formulas round them.
+
+TILES = {  # rows of a tile, warps of a program, programs per multiprocessor
+    "mix_norm_forward": (4, 4, 8), "mix_norm_backward": (4, 4, 3), "qk_prep_forward": (4, 4, 8), "qk_prep_backward": (4, 4, 4),
+    "xsa_gate_forward": (4, 4, 8), "xsa_gate_backward": (4, 4, 4), "add_norm_forward": (4, 4, 8),
+    "add_norm_backward": (4, 4, 8),    "lane_update_forward": (4, 4, 8), "lane_update_backward": (4, 4, 4)}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def row_programs(name: str, x: Tensor) -> int:
+    """How many programs the kernel `name` has for the rows of x."""
+    rows, _, per_multiprocessor = TILES[name]
+    return min(triton.cdiv(len(x), rows), per_multiprocessor * multiprocessors(x.device))
+
+
+def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
+    """Run `kernel` over as many rows as x has. All tensors but `loose` must be contiguous."""
+    assert all(a is loose or a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
+    rows, warps, _ = TILES[name]
+    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, num_warps=warps)
+
+
+def fusible(x: Tensor, *widths: int) -> bool:
+    """Whether the fused kernels run: on CUDA, where all widths are powers of two."""
+    return x.is_cuda and all(width & (width - 1) == 0 for width in widths)
+
+
+@jit
+def inverse_rms(x, WIDTH: tl.constexpr):
+    """1 / rms of the last dimension, which is kept with size 1."""
+    axis: tl.constexpr = len(x.shape) - 1
+    return tl.rsqrt(tl.sum(x * x, axis, keep_dims=True) / WIDTH + 1.1920929e-7)
+
+
+@jit
+def norm_gradient(x, g, WIDTH: tl.constexpr):
+    """Gradient at x (R, WIDTH) of rms-normalized x, g being the gradient at the result."""
+    r = inverse_rms(x, WIDTH)
+    return r * (g - x * (r * r * tl.sum(x * g, 1, keep_dims=True) / WIDTH))
+
+
+@jit
+def rounded(x, like):
+    """float32 values as the tensor behind the pointer `like` would keep them."""
+    return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
+             lanes: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Entry of a block on the stream x (T, d): merge a U-Net skip, mix with the embedding x0 (T, d), normalize.
+
+    mix (2, d); scale (), without gradient. Returns the mixed stream, or with `lanes` the merged one before the mix; the
+    scaled normalized mix u; and u[:, :window], a copy of its own, so that the gates' gradient comes back as (T, window).
+    """
+    if not fusible(x, x.size(1)):
+        return reference_mix_norm(x, x0, skip, mix, scale, window, lanes)
+    parts = (skip.x, skip.weight, skip.gate) if skip is not None else (None, None, None)
+    out, u, head = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes)
+    return x if lanes and skip is None else out, u, head
+
+
+def reference_mix_norm(x, x0, skip, mix, scale, window, lanes):
+    merged = merge_skip(x, skip)
+    merged = merged.to(x0.dtype) if lanes else merged
+    mixed = (mix[0] * merged + mix[1] * x0).to(x0.dtype)
+    u = (scale * norm(mixed)).to(x0.dtype)
+    return merged if lanes else mixed, u, u[:, :window]
+
+
+@jit
+def blend(x, skip, weight, gate, SKIP: tl.constexpr):
+    """A U-Net skip in the stream: 0 none, 1 added, 2 blended by a gate."""
+    if SKIP == 2:
+        x = gate * x + (1.0 - gate) * (weight * skip)
+    elif SKIP == 1:
+        x = x + weight * skip
+    return x
+
+
+@jit
+def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head, T, D: tl.constexpr, SKIP: tl.constexpr,
+                            LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    column = tl.arange(0, D)[None, :]
+    keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
+    if SKIP:
+        w = tl.load(weight + column)
+    if SKIP == 2:
+        gated = tl.sigmoid(tl.load(gate + column))
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * D + column, (row < T) & (column < D)
+        merged = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        if SKIP:
+            merged = blend(merged, tl.load(skip + at, mask=inside, other=0.0).to(tl.float32), w, gated, SKIP)
+        if LANES:
+            merged = rounded(merged, u)
+        mixed = rounded(keep * merged + add * start, u)
+        if LANES:
+            if SKIP:  # else the lane is as it was
+                tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
+        normal = (scale * inverse_rms(mixed, D) * mixed).to(u.dtype.element_ty)
+        tl.store(u + at, normal, mask=inside)
+        if WINDOW:
+            tl.store(head + row * WINDOW + column, normal, mask=inside & (column < WINDOW))
+
+
+@jit
+def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T,
+                             D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
+                             ROWS: tl.constexpr):
+    column = tl.arange(0, D)[None, :]
+    keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
+    if SKIP:
+        w = tl.load(weight + column)
+    if SKIP == 2:
+        gated = tl.sigmoid(tl.load(gate + column))
+    dkeep = tl.zeros([ROWS, D], tl.float32)
+    dadd, dw, dgate = dkeep, dkeep, dkeep
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * D + column, (row < T) & (column < D)
+        g = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
+        stream = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        merged, other = stream, stream
+        if SKIP:
+            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            merged = blend(stream, other, w, gated, SKIP)
+        if LANES:
+            merged = rounded(merged, x0)
+        if WINDOW:
+            g += tl.load(dhead + row * WINDOW + column, mask=inside & (column < WINDOW), other=0.0).to(tl.float32)
+        g = norm_gradient(rounded(keep * merged + add * start, x0), scale * g, D)
+        if not LANES:
+            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+        dkeep += g * merged
+        dadd += g * start
+        tl.store(dx0 + at, (add * g).to(dx0.dtype.element_ty), mask=inside)
+        g = keep * g
+        if LANES and SKIP:
+            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+        if SKIP == 2:
+            dgate += g * (stream - w * other)
+            tl.store(dx + at, (gated * g).to(dx.dtype.element_ty), mask=inside)
+            g = (1.0 - gated) * g
+        else:
+            tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+        if SKIP:
+            dw += g * other
+            tl.store(dskip + at, (w * g).to(dskip.dtype.element_ty), mask=inside)
+    sums += tl.program_id(0) * (2 + SKIP) * D + tl.arange(0, D)
+    tl.store(sums, tl.sum(dkeep, 0))
+    tl.store(sums + D, tl.sum(dadd, 0))
+    if SKIP:
+        tl.store(sums + 2 * D, tl.sum(dw, 0))
+    if SKIP == 2:
+        slope = tl.sigmoid(tl.load(gate + tl.arange(0, D)))
+        tl.store(sums + 3 * D, slope * (1.0 - slope) * tl.sum(dgate, 0))
+
+
+class MixNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes):
+        ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
+        ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
+        out = x.new_empty(0) if lanes and skip is None else torch.empty_like(x)
+        u, head = torch.empty_like(x), x.new_empty(len(x), window)
+        over_rows(mix_norm_forward_kernel, "mix_norm_forward", x, x, x0, skip, weight, gate, mix, scale, out, u, head,
+                  **ctx.kind)
+        return out, u, head
+
+    @staticmethod
+    def backward(ctx, dout, du, dhead):
+        x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
+        kind, d = ctx.kind["SKIP"], x.size(1)
+        dx, dx0, dskip = (torch.empty_like(x) if needed else None for needed in (True, True, kind))
+        sums = mix.new_empty(row_programs("mix_norm_backward", x), 2 + kind, d)
+        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, dout.contiguous(), du.contiguous(), dhead.contiguous(), x,
+                  x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, **ctx.kind)
+        dmix, dweight, dgate = sums.sum(0).split((2, int(kind > 0), int(kind > 1)))
+        return (dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, None, None, None)
+
+
+def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int,
+            kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries (T, heads, D), keys and values (T, kv_heads, D) of the fused product qkv (T, (heads + 2 kv_heads) D).
+
+    Queries and keys are normalized per head and rotated; queries are multiplied by gain (heads,). Values are a strided
+    view, returned twice, for attention and for what subtracts them: their gradients meet in the kernel of the backward pass.
+    """
+    if not fusible(qkv, heads, kv_heads, qkv.size(1) // (heads + 2 * kv_heads), rope[0].size(-1)):
+        return reference_qk_prep(qkv, rope, gain, heads, kv_heads)
+    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads)
+
+
+def reference_qk_prep(qkv, rope, gain, heads, kv_heads):
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    return (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype), rotate(norm(k), rope).to(qkv.dtype), v, v
+
+
+@jit
+def turned(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """x (ROWS, H, D) rotated; cos and signed sin (ROWS, 1, D), 1 and 0 beyond the rotary dimensions.
+
+    The partner comes from a xor over pairs of halves: an exact exchange between neighbouring lanes, without shared memory.
+    """
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, H, D // (2 * HALF), 2, HALF))
+    partner = tl.reshape(bits ^ tl.xor_sum(bits, 3, keep_dims=True), (ROWS, H, D)).to(tl.float32, bitcast=True)
+    return x * cos + partner * sin
+
+
+@jit
+def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
+    """cos and signed sin (ROWS, 1, D) of the tokens row (ROWS,)."""
+    column = tl.arange(0, D)[None, None, :]
+    at, turns = row[:, None, None] * HALF + column % HALF, (row[:, None, None] < T) & (column < 2 * HALF)
+    s = tl.load(sin + at, mask=turns, other=0.0)
+    return tl.load(cos + at, mask=turns, other=1.0), tl.where(column < HALF, s, -s)
+
+
+@jit
+def qk_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated ones."""
+    r = inverse_rms(x, D)
+    n, g = r * x, turned(g, cos, -sin, ROWS, H, D, HALF)
+    dgain = tl.sum(n * g, 2, keep_dims=True)
+    return (r * gain) * (g - n * (dgain / D)), dgain
+
+
+@jit
+def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+                           HALF: tl.constexpr, ROWS: tl.constexpr):
+    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
+    column = tl.arange(0, D)[None, None, :]
+    gain = tl.load(gain + head)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        token = row[:, None, None]
+        own, kv_own, inside = head * D + column, kv_head * D + column, token < T
+        x = tl.load(qkv + token * WIDTH + own, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(qkv + token * WIDTH + HEADS * D + kv_own, mask=inside, other=0.0).to(tl.float32)
+        c, s = rotary_tile(cos, sin, row, T, D, HALF)
+        x = turned(x * (inverse_rms(x, D) * gain), c, s, ROWS, HEADS, D, HALF)
+        y = turned(y * inverse_rms(y, D), c, s, ROWS, KV_HEADS, D, HALF)
+        tl.store(q + token * (HEADS * D) + own, x.to(q.dtype.element_ty), mask=inside)
+        tl.store(k + token * (KV_HEADS * D) + kv_own, y.to(k.dtype.element_ty), mask=inside)
+
+
+@jit
+def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums, T, HEADS: tl.constexpr,
+                            KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
+    column = tl.arange(0, D)[None, None, :]
+    gain = tl.load(gain + head)
+    dgain = tl.zeros([ROWS, HEADS, 1], tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        token = row[:, None, None]
+        own, kv_own, inside = head * D + column, kv_head * D + column, token < T
+        at, kv_at = token * WIDTH + own, token * WIDTH + HEADS * D + kv_own
+        x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+        gx = tl.load(dq + token * (HEADS * D) + own, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(qkv + kv_at, mask=inside, other=0.0).to(tl.float32)
+        gy = tl.load(dk + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
+        gv = tl.load(dv + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
+        gv += tl.load(dv_own + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
+        c, s = rotary_tile(cos, sin, row, T, D, HALF)
+        gx, more = qk_gradient(x, gx, gain, c, s, ROWS, HEADS, D, HALF)
+        gy, _ = qk_gradient(y, gy, 1.0, c, s, ROWS, KV_HEADS, D, HALF)
+        dgain += more
+        tl.store(dqkv + at, gx.to(dqkv.dtype.element_ty), mask=inside)
+        tl.store(dqkv + kv_at, gy.to(dqkv.dtype.element_ty), mask=inside)
+        tl.store(dqkv + kv_at + KV_HEADS * D, gv.to(dqkv.dtype.element_ty), mask=inside)
+    tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(dgain, 0))
+
+
+class QKPrep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads):
+        ctx.save_for_backward(qkv, cos, sin, gain)
+        D = qkv.size(1) // (heads + 2 * kv_heads)
+        ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, D=D, HALF=cos.size(-1))
+        q, k = (qkv.new_empty(len(qkv), n, D) for n in (heads, kv_heads))
+        over_rows(qk_prep_forward_kernel, "qk_prep_forward", qkv, qkv, cos, sin, gain, q, k, **ctx.kind)
+        v, own = (qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D)) for _ in range(2))
+        return q, k, v, own
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        qkv, cos, sin, gain = ctx.saved_tensors
+        dqkv, sums = torch.empty_like(qkv), gain.new_empty(row_programs("qk_prep_backward", qkv), len(gain))
+        over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
+                  dqkv, sums, **ctx.kind)
+        return dqkv, None, None, sums.sum(0), None, None
+
+
+def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
+             scale: float) -> Tensor:
+    """Attention output y (T, heads, D) without its component along the own value v (T, kv_heads, D), gated; (T, heads D).
+
+    v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
+    the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t).
+    """
+    if v is None or not fusible(y, *y.shape[1:], v.size(1)):
+        return reference_xsa_gate(y, v, window, weight, alpha, scale)
+    return XSAGate.apply(y, v, window, weight, alpha, scale)
+
+
+def reference_xsa_gate(y, v, window, weight, alpha, scale):
+    if v is not None:
+        y = exclude_own_value(y, v, alpha)
+    if weight is not None:
+        y = (y * torch.sigmoid(scale * F.linear(window, weight.to(window.dtype)).float())[..., None]).to(y.dtype)
+    return y.flatten(1)
+
+
+@jit
+def gate_inputs(window, weight, row, T, WINDOW: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
+                GROUP: tl.constexpr):
+    """The gates' inputs (ROWS, 1, 1, PADDED) and weights (1, KV_HEADS, GROUP, PADDED), rounded as the product rounds them."""
+    i = tl.arange(0, PADDED)[None, None, None, :]
+    head = tl.arange(0, KV_HEADS)[None, :, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
+    token = row[:, None, None, None]
+    w = rounded(tl.load(weight + head * WINDOW + i, mask=(i < WINDOW) & (tl.min(row, 0) < T), other=0.0), window)
+    return tl.load(window + token * WINDOW + i, mask=(i < WINDOW) & (token < T), other=0.0).to(tl.float32), w
+
+
+@jit
+def unit(v):
+    """v (..., D) over its length, the inverse length, and whether that is not clamped."""
+    axis: tl.constexpr = len(v.shape) - 1
+    length = tl.sqrt(tl.sum(v * v, axis, keep_dims=True))
+    inverse = 1.0 / tl.maximum(length, 1e-12)
+    return v * inverse, inverse, length > 1e-12
+
+
+@jit
+def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
+                            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+                            PADDED: tl.constexpr, ROWS: tl.constexpr):
+    kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
+    head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
+    share = 1.0
+    if ALPHA:
+        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        token = row[:, None, None, None]
+        at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
+        out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(v + token * v_stride + kv_head * D + column, mask=inside, other=0.0).to(tl.float32)
+        direction, _, _ = unit(value)
+        out -= share * tl.sum(out * direction, 3, keep_dims=True) * direction
+        if GATE:
+            u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
+            out *= tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+        tl.store(z + at, out.to(z.dtype.element_ty), mask=inside)
+
+
+@jit
+def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
+                             GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                             D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
+    head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
+    share = 1.0
+    if ALPHA:
+        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    da, dw = tl.zeros([ROWS, KV_HEADS, GROUP, 1], tl.float32), tl.zeros([ROWS, KV_HEADS, GROUP, PADDED], tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        token = row[:, None, None, None]
+        at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
+        out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(v + token * v_stride + kv_head * D + column, mask=inside, other=0.0).to(tl.float32)
+        direction, inverse, free = unit(value)
+        component = tl.sum(out * direction, 3, keep_dims=True)
+        along = tl.sum(g * direction, 3, keep_dims=True)
+        if GATE:
+            u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
+            gate = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+            dscore = (tl.sum(g * out, 3, keep_dims=True) - share * component * along) * (scale * gate * (1.0 - gate))
+            dw += dscore * u
+            tl.store(dwindow + token * WINDOW + tl.arange(0, PADDED)[None, None, None, :],
+                     tl.sum(tl.sum(dscore * w, 2, keep_dims=True), 1, keep_dims=True).to(dwindow.dtype.element_ty),
+                     mask=inside & (tl.arange(0, PADDED)[None, None, None, :] < WINDOW))
+            g *= gate
+            along *= gate
+        if ALPHA:
+            da -= component * along * (1.0 - share * share)
+        tl.store(dy + at, (g - share * along * direction).to(dy.dtype.element_ty), mask=inside)
+        turn = tl.sum(share * (component * g + along * out), 2, keep_dims=True)  # less: gradient at the direction
+        twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
+        turn = inverse * (tl.where(free, twice, 0.0) * direction - turn)
+        tl.store(dv + token * (KV_HEADS * D) + kv_head * D + column, turn.to(dv.dtype.element_ty), mask=inside)
+    heads = tl.arange(0, KV_HEADS)[:, None, None] * GROUP + tl.arange(0, GROUP)[None, :, None]
+    if GATE:
+        i = tl.arange(0, PADDED)[None, None, :]
+        tl.store(dweight + (tl.program_id(0) * KV_HEADS * GROUP + heads) * WINDOW + i, tl.sum(dw, 0), mask=i < WINDOW)
+    if ALPHA:
+        tl.store(dalpha + tl.program_id(0) * KV_HEADS * GROUP + heads, tl.sum(da, 0))
+
+
+class XSAGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, v, window, weight, alpha, scale):
+        y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(y, v, window, weight, alpha)
+        count = 1 if weight is None else window.size(1)
+        ctx.scale, ctx.kind = scale, dict(
+            GATE=weight is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1), D=y.size(2),
+            WINDOW=count, PADDED=triton.next_power_of_2(count), v_stride=v.stride(0), scale=scale)
+        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, loose=v, **ctx.kind)
+        return z.flatten(1)
+
+    @staticmethod
+    def backward(ctx, dz):
+        y, v, window, weight, alpha = ctx.saved_tensors
+        count = row_programs("xsa_gate_backward", y)
+        dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
+        dwindow = None if weight is None else torch.empty_like(window)
+        dweight, dalpha = (None if x is None else x.new_empty(count, *x.shape) for x in (weight, alpha))
+        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, dy, dv,
+                  dwindow, dweight, dalpha, loose=v, **ctx.kind)
+        return dy, dv, dwindow, *(None if x is None else x.sum(0) for x in (dweight, dalpha)), None
+
+
+def add_norm(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm."""
+    if not fusible(x, x.size(1)):
+        return reference_add_norm(x, y, scale)
+    out, u = AddNorm.apply(x, y, scale, False)
+    return x if y is None else out, u
+
+
+def reference_add_norm(x, y, scale):
+    x = x if y is None else x + y
+    return x, (scale * norm(x)).to(x.dtype)
+
+
+def mean_norm(x: Tensor, y: Tensor) -> Tensor:
+    """RMSNorm of (x + y) / 2, like x (T, d)."""
+    if not fusible(x, x.size(1)):
+        return norm((x.float() + y.float()) / 2).to(x.dtype)
+    return AddNorm.apply(x, y, None, True)[1]
+
+
+@jit
+def add_norm_forward_kernel(x, y, scale, out, u, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+                            SCALED: tl.constexpr, ROWS: tl.constexpr):
+    column, factor = tl.arange(0, D)[None, :], 1.0
+    if SCALED:
+        factor = tl.load(scale)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * D + column, (row < T) & (column < D)
+        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD or MEAN:
+            total += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            total = rounded(total, out)
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+        if MEAN:
+            total *= 0.5
+        tl.store(u + at, (factor * inverse_rms(total, D) * total).to(u.dtype.element_ty), mask=inside)
+
+
+@jit
+def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+                             SCALED: tl.constexpr, ROWS: tl.constexpr):
+    column, factor = tl.arange(0, D)[None, :], 1.0
+    if SCALED:
+        factor = tl.load(scale)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        at, inside = row * D + column, (row < T) & (column < D)
+        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            total = 0.5 * (total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32))
+        g = norm_gradient(total, g, D)
+        if ADD:
+            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            g *= 0.5
+        tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+
+
+class AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, mean):
+        ctx.kind = dict(D=x.size(1), ADD=y is not None and not mean, MEAN=mean, SCALED=scale is not None)
+        out, u = torch.empty_like(x) if ctx.kind["ADD"] else x.new_empty(0), torch.empty_like(x)
+        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, **ctx.kind)
+        ctx.save_for_backward(out if ctx.kind["ADD"] else x, y if mean else None, scale)
+        ctx.two = y is not None
+        return out, u
+
+    @staticmethod
+    def backward(ctx, dout, du):
+        x, y, scale = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout.contiguous(), du.contiguous(), x, y, scale, dx,
+                  **ctx.kind)
+        return dx, dx if ctx.two else None, None, None
+
+
+def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tensor, resid: Tensor,
+                post: Tensor) -> tuple[Tensor, Tensor]:
+    """Both lanes (T, d) after a two-lane block: lane k becomes resid_k lane_k + post_0k from_attn + post_1k from_mlp.
+
+    resid (2,) and post (2, 2), contiguous.
+    """
+    function = LaneUpdate.apply if fusible(lane0, lane0.size(1)) else reference_lane_update
+    return function(lane0, lane1, from_attn, from_mlp, resid, post)
+
+
+def reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post):
+    return tuple((resid[k] * lane + post[0, k] * from_attn + post[1, k] * from_mlp).to(lane0.dtype)
+                 for k, lane in enumerate((lane0, lane1)))
+
+
+@jit
+def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr):
+    r0, r1 = tl.load(resid), tl.load(resid + 1)
+    a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+        at, inside = row * D + column, (row < T) & (column < D)
+        a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mlp + at, mask=inside, other=0.0).to(tl.float32)
+        x = r0 * tl.load(lane0 + at, mask=inside, other=0.0).to(tl.float32) + a0 * a + m0 * m
+        tl.store(new0 + at, x.to(new0.dtype.element_ty), mask=inside)
+        x = r1 * tl.load(lane1 + at, mask=inside, other=0.0).to(tl.float32) + a1 * a + m1 * m
+        tl.store(new1 + at, x.to(new1.dtype.element_ty), mask=inside)
+
+
+@jit
+def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, sums, T,
+                                D: tl.constexpr, ROWS: tl.constexpr):
+    r0, r1 = tl.load(resid), tl.load(resid + 1)
+    a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
+    s0 = tl.zeros([ROWS], tl.float32)
+    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+        at, inside = row * D + column, (row < T) & (column < D)
+        g0 = tl.load(dnew0 + at, mask=inside, other=0.0).to(tl.float32)
+        g1 = tl.load(dnew1 + at, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mlp + at, mask=inside, other=0.0).to(tl.float32)
+        s0 += tl.sum(g0 * tl.load(lane0 + at, mask=inside, other=0.0).to(tl.float32), 1)
+        s1 += tl.sum(g1 * tl.load(lane1 + at, mask=inside, other=0.0).to(tl.float32), 1)
+        s2 += tl.sum(g0 * a, 1)
+        s3 += tl.sum(g1 * a, 1)
+        s4 += tl.sum(g0 * m, 1)
+        s5 += tl.sum(g1 * m, 1)
+        tl.store(dlane0 + at, (r0 * g0).to(dlane0.dtype.element_ty), mask=inside)
+        tl.store(dlane1 + at, (r1 * g1).to(dlane1.dtype.element_ty), mask=inside)
+        tl.store(dattn + at, (a0 * g0 + a1 * g1).to(dattn.dtype.element_ty), mask=inside)
+        tl.store(dmlp + at, (m0 * g0 + m1 * g1).to(dmlp.dtype.element_ty), mask=inside)
+    sums += tl.program_id(0) * 6
+    tl.store(sums, tl.sum(s0, 0))
+    tl.store(sums + 1, tl.sum(s1, 0))
+    tl.store(sums + 2, tl.sum(s2, 0))
+    tl.store(sums + 3, tl.sum(s3, 0))
+    tl.store(sums + 4, tl.sum(s4, 0))
+    tl.store(sums + 5, tl.sum(s5, 0))
+
+
+class LaneUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lane0, lane1, from_attn, from_mlp, resid, post):
+        ctx.save_for_backward(lane0, lane1, from_attn, from_mlp, resid, post)
+        new = torch.empty_like(lane0), torch.empty_like(lane0)
+        over_rows(lane_update_forward_kernel, "lane_update_forward", lane0, lane0, lane1, from_attn, from_mlp, resid, post,
+                  *new, D=lane0.size(1))
+        return new
+
+    @staticmethod
+    def backward(ctx, dnew0, dnew1):
+        lane0, *_, resid, post = ctx.saved_tensors
+        gradients = [torch.empty_like(lane0) for _ in range(4)]
+        sums = resid.new_empty(row_programs("lane_update_backward", lane0), 6)
+        over_rows(lane_update_backward_kernel, "lane_update_backward", lane0, dnew0.contiguous(), dnew1.contiguous(),
+                  *ctx.saved_tensors, *gradients, sums, D=lane0.size(1))
+        sums = sums.sum(0)
+        return *gradients, sums[:2], sums[2:].view(2, 2)
+
+
+# --- MLP --------------------------------------------------------------------------------------------------------------
+
+PRODUCT = {  # BLOCKS: rows, columns and depth of a tile; TMA: through tensor descriptors; PARTS in which a tile is stored
+    "forward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=4),
+    "backward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=3)}
+
+
+def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+    """leaky_relu_squared(u W_up^T) W_down^T; u (T, d), w_up (F, d), w_down (d, F)."""
+    if not fusible(u) or u.dtype != torch.bfloat16 or u.size(1) % 64 or len(w_up) % 64:
+        return F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
+    return SquaredMLP.apply(u, w_up, w_down, slope)
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope).square()
+
+
+@jit
+def tile_of(x, row, column, rows, columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The tile (R, C) at (row, column) of a contiguous matrix, 0 beyond its edges."""
+    if TMA:
+        value = x.load([row, column])
+    else:
+        r, c = row + tl.arange(0, R)[:, None], column + tl.arange(0, C)[None, :]
+        value = tl.load(x + r.to(tl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    return value
+
+
+@jit
+def put_tile(x, value, row, column, rows, columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    if TMA:
+        x.store([row, column], value.to(x.dtype))
+    else:
+        r, c = row + tl.arange(0, R)[:, None], column + tl.arange(0, C)[None, :]
+        tl.store(x + r.to(tl.int64) * columns + c, value.to(x.dtype.element_ty), mask=(r < rows) & (c < columns))
+
+
+@jit
+def finish(acc, p, a, row, column, M, N, slope, BACKWARD: tl.constexpr, TMA: tl.constexpr,
+           R: tl.constexpr, C: tl.constexpr):
+    """A finished tile: forward stores p and phi(p), backward multiplies by phi'(p) and stores to `a`."""
+    if BACKWARD:
+        x = tile_of(p, row, column, M, N, TMA, R, C).to(tl.float32)
+        put_tile(a, acc * x * tl.where(x > 0, 2.0, 2.0 * slope * slope), row, column, M, N, TMA, R, C)
+    else:
+        x = acc.to(a.dtype if TMA else a.dtype.element_ty)
+        put_tile(p, x, row, column, M, N, TMA, R, C)
+        x = x.to(tl.float32)
+        x = tl.where(x > 0, x, slope * x)
+        put_tile(a, x * x, row, column, M, N, TMA, R, C)
+
+
+@jit
+def mlp_product_kernel(x, w, p, a, M, N, K, slope, BACKWARD: tl.constexpr, TMA: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr):
+    """Forward: p = x w^T with w (N, K), a = phi(p). Backward: a = (x w) phi'(p) with w (K, N). x (M, K); p, a (M, N)."""
+    across = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * across, tl.num_programs(0), flatten=FLATTEN):
+        row, column = tile // across * BM, tile % across * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(tl.cdiv(K, BK)):
+            left = tile_of(x, row, k * BK, M, K, TMA, BM, BK)
+            if BACKWARD:
+                acc = tl.dot(left, tile_of(w, k * BK, column, K, N, TMA, BK, BN), acc)
+            else:
+                acc = tl.dot(left, tile_of(w, column, k * BK, N, K, TMA, BN, BK).T, acc)
+        if PARTS == 2:
+            acc0, acc1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            finish(acc0, p, a, row, column, M, N, slope, BACKWARD, TMA, BM, BN // 2)
+            finish(acc1, p, a, row, column + BN // 2, M, N, slope, BACKWARD, TMA, BM, BN // 2)
+        else:
+            finish(acc, p, a, row, column, M, N, slope, BACKWARD, TMA, BM, BN)
+
+
+def mlp_product(way: str, x: Tensor, w: Tensor, p: Tensor, a: Tensor, slope: float) -> None:
+    """forward: p = x w^T and a = its activation; backward: a = (x w) times the slope of the activation at p."""
+    (M, K), N, c = x.shape, p.size(1), PRODUCT[way]
+    BM, BN, BK = c["BM"], c["BN"], c["BK"]
+    operands = x.contiguous(), w.contiguous(), p, a
+    if c["TMA"]:
+        blocks = [BM, BK], [BK, BN] if way == "backward" else [BN, BK], [BM, BN // c["PARTS"]], [BM, BN // c["PARTS"]]
+        operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(operands, blocks)]
+    tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
+    mlp_product_kernel[min(tiles, multiprocessors(x.device)),](*operands, M, N, K, slope, BACKWARD=way == "backward", **c)
+
+
+class SquaredMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, w_up, w_down, slope):
+        p, a = torch.empty(2, len(u), len(w_up), dtype=u.dtype, device=u.device)
+        mlp_product("forward", u, w_up, p, a, slope)
+        ctx.save_for_backward(u, w_up, w_down, p, a)
+        ctx.slope = slope
+        return F.linear(a, w_down)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, w_up, w_down, p, a = ctx.saved_tensors
+        dy, dp = dy.contiguous(), torch.empty_like(p)
+        mlp_product("backward", dy, w_down, p, dp, ctx.slope)
+        return dp @ w_up, dp.T @ u, dy.T @ a, None
 
 
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
@@ -1682,32 +2441,6 @@ class FullProduct(torch.autograd.Function):
 # 5. Model
 # ======================================================================================================================
 
-NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without weight, float32 out."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
-
-
-def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles in float32, (T, 1, dims / 2) each."""
-    frequencies = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
-    angles = positions.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims / 2)."""
-    cos, sin = rope
-    a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope).square()
-
-
 class Layer(NamedTuple):
     """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32."""
 
@@ -1743,14 +2476,6 @@ class Rider:
         return {}
 
 
-class Skip(NamedTuple):
-    """A U-Net skip on its way into the decoder."""
-
-    x: Tensor  # (T, d), what an encoder visit left
-    weight: Tensor  # (d,)
-    gate: Tensor | None  # (d,)
-
-
 class GPT(nn.Module):
     """The language model over packed tokens: (T,) ids in, losses or logits per token out.
 
@@ -1758,7 +2483,7 @@ class GPT(nn.Module):
     tensors, instead of hundreds. Parameters are float32 masters; matrix products run in `compute_dtype`.
     """
 
-    PARTS = ("layers", "embed", "block", "two_lane_block", "final_norm", "head_losses")  # compiled one by one
+    PARTS = ("layers", "embed")  # what torch.compile makes of the rest would read the activations more than once
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1903,11 +2628,9 @@ class GPT(nn.Module):
                 lanes = self.two_lane_block(*(lanes or (x, x)), x0, skip, visited(i), segments, rope)
             else:
                 x = self.block(x, x0, skip, visited(i), segments, rope)
-        return self.final_norm(*(lanes or (x, x)))
-
-    def final_norm(self, lane0: Tensor, lane1: Tensor) -> Tensor:
-        merged = {"mean": (lane0.float() + lane1.float()) / 2, "attn": lane0, "mlp": lane1}
-        return norm(merged[self.settings.parallel_final_lane]).to(lane0.dtype)
+        if lanes is None or s.parallel_final_lane != "mean":
+            return norm(x if lanes is None else lanes[s.parallel_final_lane == "mlp"]).to(x.dtype)
+        return mean_norm(*lanes)
 
     def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
@@ -1926,62 +2649,50 @@ class GPT(nn.Module):
 
     def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments, rope) -> Tensor:
         """One transformer block on the stream x (T, d)."""
-        x = (w.resid_mix[0] * merge_skip(x, skip) + w.resid_mix[1] * x0).to(x.dtype)
-        x = x + self.attend(x, w, segments, rope)
-        return x + self.mlp(x, w)
+        x, u, window = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window)
+        x, u = add_norm(x, self.attend(u, window, w, segments, rope), w.input_scale)
+        return x + self.mlp(u, w)
 
     def two_lane_block(self, lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments,
                        rope) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1, at the same time; both outputs go to both lanes."""
-        lane0 = merge_skip(lane0, skip).to(x0.dtype)
-        from_attn = self.attend((w.resid_mix[0] * lane0 + w.resid_mix[1] * x0).to(x0.dtype), w, segments, rope)
-        from_mlp = self.mlp(lane1, w)
-        return tuple((w.lane_resid[k] * lane + w.lane_post[0, k] * from_attn + w.lane_post[1, k] * from_mlp).to(x0.dtype)
-                     for k, lane in enumerate((lane0, lane1)))
+        lane0, u, window = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, lanes=True)
+        lane1, u1 = add_norm(lane1, None, w.input_scale)
+        return lane_update(lane0, lane1, self.attend(u, window, w, segments, rope), self.mlp(u1, w), w.lane_resid, w.lane_post)
 
-    def mlp(self, x: Tensor, w: Layer) -> Tensor:
-        """Scaled MLP output (T, d) for the stream x (T, d)."""
-        u = (w.input_scale * norm(x)).to(x.dtype)
-        hidden = leaky_relu_squared(w.product("up", u, w.w_up, u), self.settings.leaky_relu_sq_slope)
-        return w.product("down", hidden, w.w_down, u)
+    def mlp(self, u: Tensor, w: Layer) -> Tensor:
+        """Scaled MLP output (T, d) for the normalized u (T, d)."""
+        slope = self.settings.leaky_relu_sq_slope
+        if w.adapter is None:
+            return squared_mlp(u, w.w_up, w.w_down, slope)
+        return w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
 
-    def attend(self, x: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
-        """Scaled attention output (T, d) for the stream x (T, d)."""
+    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
+        """Scaled attention output (T, d) for the normalized u (T, d), whose leading channels are `window`."""
         s = self.settings
-        u = (w.input_scale * norm(x)).to(x.dtype)
-        raw_q, k, v = w.product("qkv", u, w.w_qkv, u).split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1)
-        v = v.unflatten(-1, (s.num_kv_heads, s.head_dim))
-        q = rotate(norm(raw_q.unflatten(-1, (s.num_heads, s.head_dim))), rope) * w.q_gain[:, None]
-        k = rotate(norm(k.unflatten(-1, (s.num_kv_heads, s.head_dim))), rope)
-        q, k = q.to(x.dtype), k.to(x.dtype)
+        qkv = w.product("qkv", u, w.w_qkv, u)
+        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads)
         y = attention(q, k, v, segments, self.attention_kernel) if w.context is None else w.context(q, k, v)
-        if w.exclusive:
-            y = exclude_own_value(y, v, w.xsa_alpha)
-        if w.attn_gate is not None:
-            y = (y * self.head_gate(u, raw_q, w.attn_gate)[..., None]).to(x.dtype)
-        return w.product("out", y.flatten(1), w.w_out, u)
-
-    def head_gate(self, u: Tensor, raw_q: Tensor, weight: Tensor) -> Tensor:
-        """Gate per token and head (T, heads) on the attention output, driven by the block's normalized input u (T, d)."""
-        s = self.settings
-        source = raw_q if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
-        scores = F.linear(source[:, :weight.size(-1)], weight.to(source.dtype)).float()
-        if s.attn_out_gate_enabled:
-            return 2 * torch.sigmoid(scores)
-        return torch.sigmoid(s.sparse_attn_gate_scale * scores if s.sparse_attn_gate_enabled else scores)
+        sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
+        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale)
+        if w.attn_gate is not None and sparse is None:
+            source = qkv if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
+            gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
+            y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
+        return w.product("out", y, w.w_out, u)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Logits (T, vocab) before the soft cap, float32. Without gradients the product itself keeps float32."""
+        """Logits (T, vocab) before the soft cap; float32 unless the embedding is trained, then in the compute dtype."""
         weight = self.tok_emb.to(hidden.dtype)
         if hidden.is_cuda and not torch.is_grad_enabled():
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if hidden.is_cuda and not weight.requires_grad:
             return FullProduct.apply(hidden, weight)
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits (T, vocab), float32."""
-        scores = self.scores(hidden)
+        scores = self.scores(hidden).float()
         cap = self.softcaps(scores)
         return cap * torch.tanh(scores / cap)
 
@@ -1991,35 +2702,16 @@ class GPT(nn.Module):
             return self.settings.logit_softcap
         return torch.where(scores >= 0, self.softcap_pos, self.softcap_neg)
 
+    def caps(self) -> list[Tensor | float]:
+        """The caps of positive and negative logits."""
+        return [self.settings.logit_softcap if cap is None else cap for cap in (self.softcap_pos, self.softcap_neg)]
+
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+        return two_value_nll(self.scores(hidden), *self.caps(), targets)[0]
 
     def token_losses(self, ids: Tensor, targets: Tensor, segments: Segments, looping: bool) -> Tensor:
         """Cross entropy of each target (T,) in nats, float32."""
         return self.head_losses(self(ids, segments, looping), targets)
-
-
-def merge_skip(x: Tensor, skip: Skip | None) -> Tensor:
-    """Blend a U-Net skip into the stream by its gate, per channel; add it where there is no gate."""
-    if skip is None:
-        return x
-    if skip.gate is None:
-        return x + skip.weight * skip.x
-    gate = torch.sigmoid(skip.gate)
-    return gate * x + (1 - gate) * (skip.weight * skip.x)
-
-
-def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
-    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T, kv_heads, D).
-
-    With alpha (heads,) only tanh(alpha) of the component is taken.
-    """
-    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]  # (T, kv_heads, 1, D)
-    grouped = y.float().unflatten(1, (v.size(1), -1))  # (T, kv_heads, group, D)
-    component = (grouped * direction).sum(-1, keepdim=True)
-    if alpha is not None:
-        component = component * torch.tanh(alpha).view(v.size(1), -1, 1)
-    return (grouped - component * direction).flatten(1, 2).to(y.dtype)
 
 
 # ======================================================================================================================
@@ -4178,8 +4870,7 @@ class TestTimeTraining(Rider):
         scores = self.plain.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
         if self.settings.temperature_scale != 1:
             scores = scores / self.settings.temperature_scale
-        cap = self.plain.softcap_pos, self.plain.softcap_neg
-        return two_value_nll(scores, *(self.settings.logit_softcap if c is None else c for c in cap), rows.targets, rows.hints)
+        return two_value_nll(scores, *self.plain.caps(), rows.targets, rows.hints)
 
     def score_and_train(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """NLL of the rows' targets, tilted and not, nats, (n,) each, as they were before the adapters trained on them."""
