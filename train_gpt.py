@@ -1262,7 +1262,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
-jit = triton.jit if triton else lambda function: function
+# One compilation serves every number of tokens T, of a step of training or of test-time training.
+jit = functools.partial(triton.jit, do_not_specialize=["T", "M"]) if triton else lambda function: function
 
 
 # --- Attention with a cache -------------------------------------------------------------------------------------------
@@ -1962,7 +1963,7 @@ def gate_inputs(window, weight, row, T, WINDOW: tl.constexpr, PADDED: tl.constex
     i = tl.arange(0, PADDED)[None, None, None, :]
     head = tl.arange(0, KV_HEADS)[None, :, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
     token = row[:, None, None, None]
-    w = rounded(tl.load(weight + head * WINDOW + i, mask=(i < WINDOW) & (tl.min(row, 0) < T), other=0.0), window)
+    w = rounded(tl.load(weight + head * WINDOW + i, mask=i < WINDOW, other=0.0), window)
     return tl.load(window + token * WINDOW + i, mask=(i < WINDOW) & (token < T), other=0.0).to(tl.float32), w
 
 
@@ -1976,7 +1977,7 @@ def unit(v):
 
 
 @jit
-def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
+def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
                             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
                             PADDED: tl.constexpr, ROWS: tl.constexpr):
     kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
@@ -1994,12 +1995,14 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, T, v_stride, scale, 
         out -= share * tl.sum(out * direction, 3, keep_dims=True) * direction
         if GATE:
             u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
-            out *= tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+            gate = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+            tl.store(gates + token * (KV_HEADS * GROUP) + head, gate, mask=inside)
+            out *= gate
         tl.store(z + at, out.to(z.dtype.element_ty), mask=inside)
 
 
 @jit
-def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
+def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
                              GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
                              D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
@@ -2020,7 +2023,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, dy, dv, dwindow, d
         along = tl.sum(g * direction, 3, keep_dims=True)
         if GATE:
             u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
-            gate = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+            gate = tl.load(gates + token * (KV_HEADS * GROUP) + head, mask=inside, other=0.0)
             dscore = (tl.sum(g * out, 3, keep_dims=True) - share * component * along) * (scale * gate * (1.0 - gate))
             dw += dscore * u
             tl.store(dwindow + token * WINDOW + tl.arange(0, PADDED)[None, None, None, :],
@@ -2047,22 +2050,23 @@ class XSAGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, v, window, weight, alpha, scale):
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(y, v, window, weight, alpha)
+        gates = None if weight is None else y.new_empty(y.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(y, v, window, weight, alpha, gates)
         count = 1 if weight is None else window.size(1)
         ctx.scale, ctx.kind = scale, dict(
             GATE=weight is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1), D=y.size(2),
             WINDOW=count, PADDED=triton.next_power_of_2(count), v_stride=v.stride(0), scale=scale)
-        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, loose=v, **ctx.kind)
+        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, gates, loose=v, **ctx.kind)
         return z.flatten(1)
 
     @staticmethod
     def backward(ctx, dz):
-        y, v, window, weight, alpha = ctx.saved_tensors
+        y, v, window, weight, alpha, gates = ctx.saved_tensors
         count = row_programs("xsa_gate_backward", y)
         dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
         dwindow = None if weight is None else torch.empty_like(window)
         dweight, dalpha = (None if x is None else x.new_empty(count, *x.shape) for x in (weight, alpha))
-        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, dy, dv,
+        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy, dv,
                   dwindow, dweight, dalpha, loose=v, **ctx.kind)
         return dy, dv, dwindow, *(None if x is None else x.sum(0) for x in (dweight, dalpha)), None
 

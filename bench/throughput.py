@@ -137,7 +137,8 @@ def main() -> None:
                 recompilations=g.compiled_graphs() - graphs, host_ms=round(1e3 * host / options.steps, 1),
                 waited_for_data_ms=round(1e3 * sum(waited) / options.steps, 2),
                 parts_ms={name: round(us / 1e3, 2) for name, us in parts.items()},
-                device_ms=round(sum(parts.values()) / 1e3, 1), peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20))
+                device_ms=round(sum(parts.values()) / 1e3, 1),
+                peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20))
             record["looping" if looping else "plain"] = figures
             if first:
                 facts = (f"{name} {value}" for name, value in figures.items() if name != "parts_ms")
