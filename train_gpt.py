@@ -1191,7 +1191,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str) 
         return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
-        return torch.ops.golf.fa4_forward(q, k, v, cu, longest)[0]
+        return FlashAttention4.apply(q, k, v, cu, longest)
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
 
 
@@ -1212,44 +1212,21 @@ def attention_kernel(wanted: str) -> str:
 FA4 = "flash_attn.cute.interface"
 
 
-@torch.library.custom_op("golf::fa4_forward", mutates_args=(),
-                         schema="(Tensor q, Tensor k, Tensor v, Tensor cu, SymInt longest) -> (Tensor, Tensor)")
-def fa4_forward(q, k, v, cu, longest):
-    """FlashAttention 4 (Dao et al. 2026) over packed segments: result and log-sum-exp (heads, T), float32."""
-    forward = importlib.import_module(FA4)._flash_attn_fwd
-    return forward(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
-                   return_lse=True)[:2]
+class FlashAttention4(torch.autograd.Function):
+    """Dao et al. 2026, over packed segments."""
 
+    @staticmethod
+    def forward(ctx, q, k, v, cu, longest):
+        ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+        out, lse = importlib.import_module(FA4)._flash_attn_fwd(q, k, v, **ctx.bounds, causal=True, return_lse=True)[:2]
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
-@torch.library.custom_op("golf::fa4_backward", mutates_args=(), schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor "
-                         "out, Tensor lse, Tensor cu, SymInt longest) -> (Tensor, Tensor, Tensor)")
-def fa4_backward(dout, q, k, v, out, lse, cu, longest):
-    backward = importlib.import_module(FA4)._flash_attn_bwd
-    return backward(q, k, v, out, dout, lse, q.size(-1) ** -0.5, True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
-                    max_seqlen_k=longest)[:3]
-
-
-@fa4_forward.register_fake
-def _(q, k, v, cu, longest):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-
-
-@fa4_backward.register_fake
-def _(dout, q, k, v, out, lse, cu, longest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def fa4_save(ctx, inputs, output) -> None:
-    *tensors, ctx.longest = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def fa4_gradients(ctx, dout, _):
-    q, k, v, cu, out, lse = ctx.saved_tensors
-    return *torch.ops.golf.fa4_backward(dout.contiguous(), q, k, v, out, lse, cu, ctx.longest), None, None
-
-
-fa4_forward.register_autograd(fa4_gradients, setup_context=fa4_save)
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        backward = importlib.import_module(FA4)._flash_attn_bwd
+        return *backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)[:3], None, None
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -1264,6 +1241,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
 
 # One compilation serves every number of tokens T, of a step of training or of test-time training.
 jit = functools.partial(triton.jit, do_not_specialize=["T", "M"]) if triton else lambda function: function
+
+
+def fusible(x: Tensor, *widths: int) -> bool:
+    """Whether the fused kernels run: on CUDA, where all widths are powers of two."""
+    return x.is_cuda and all(width & (width - 1) == 0 for width in widths)
 
 
 # --- Attention with a cache -------------------------------------------------------------------------------------------
@@ -1504,7 +1486,7 @@ def two_value_nll(scores: Tensor, cap_pos: Tensor | float, cap_neg: Tensor | flo
     reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
     nothing else may need then. hints None: the targets.
     """
-    function = TwoValueNLL.apply if scores.is_cuda else reference_two_value_nll
+    function = TwoValueNLL.apply if fusible(scores) else reference_two_value_nll
     return function(scores, cap_pos, cap_neg, targets, targets if hints is None else hints)
 
 
@@ -1516,24 +1498,25 @@ def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
 
 @jit
 def soft_cap(x, cap_pos, cap_neg):
-    """|tanh(x / c)|, its derivative by x / c, and sign(x) c; float32, any shape."""
-    e = tl.exp2(tl.abs(x) * tl.where(x >= 0, -2.8853900817779268 / cap_pos, -2.8853900817779268 / cap_neg))
+    """|tanh(x / c)|, its derivative by x / c, and in units of ln 2: -2 |x / c| and sign(x) c; float32, any shape."""
+    z = tl.abs(x) * tl.where(x >= 0, -2.8853900817779268 / cap_pos, -2.8853900817779268 / cap_neg)
+    e = tl.exp2(z)
     r = 1.0 / (1.0 + e)
-    return (1.0 - e) * r, 4.0 * e * r * r, tl.where(x >= 0, cap_pos, -cap_neg)
+    return (1.0 - e) * r, 4.0 * e * r * r, z, tl.where(x >= 0, cap_pos * 1.4426950408889634, cap_neg * -1.4426950408889634)
 
 
 @jit
 def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
-    t, _, cap = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
-    logit = tl.where(at < V, t * (cap * 1.4426950408889634), float("-inf"))  # in bits
+    t, _, _, cap = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
+    logit = tl.where(at < V, t * cap, float("-inf"))
     top = tl.max(logit, 0)
-    top = (top + tl.log2(tl.sum(tl.exp2(logit - top), 0))) * 0.6931471805599453
-    target, _, cap = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
-    tl.store(nll + row, top - target * cap)
-    hint, _, cap = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
-    tl.store(log_q + row, hint * cap - top)
+    top += tl.log2(tl.sum(tl.exp2(logit - top), 0))
+    t, _, _, cap = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
+    tl.store(nll + row, (top - t * cap) * 0.6931471805599453)
+    t, _, _, cap = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
+    tl.store(log_q + row, (t * cap - top) * 0.6931471805599453)
     tl.store(lse + row, top)
 
 
@@ -1543,12 +1526,11 @@ def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dc
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
     x = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32)
-    t, slope, cap = soft_cap(x, cap_pos, cap_neg)
-    p = tl.exp2((t * cap - tl.load(lse + row)) * 1.4426950408889634)
-    g = tl.load(dnll + row) * (p - tl.where(at == tl.load(targets + row), 1.0, 0.0))
+    t, slope, z, cap = soft_cap(x, cap_pos, cap_neg)
+    g = tl.load(dnll + row) * (tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0))
     tl.store(scores + at, (g * slope).to(scores.dtype.element_ty), mask=at < V)
     if CAPS:
-        d = tl.where(at < V, g * (t - tl.abs(x) * slope / tl.abs(cap)), 0.0)  # times sign(x): the gradient of its cap
+        d = tl.where(at < V, g * (t + 0.34657359027997264 * z * slope), 0.0)  # times sign(x): the gradient of its cap
         tl.store(dcaps + row * 2, tl.sum(tl.where(x >= 0, d, 0.0), 0))
         tl.store(dcaps + row * 2 + 1, tl.sum(tl.where(x >= 0, 0.0, -d), 0))
 
@@ -1633,10 +1615,11 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 # Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
 # rows, written once, and added up in a fixed order. The bf16 results are rounded where the plain formulas round them.
 
-TILES = {  # rows of a tile, warps of a program, programs per multiprocessor
-    "mix_norm_forward": (4, 4, 8), "mix_norm_backward": (4, 4, 3), "qk_prep_forward": (4, 4, 8), "qk_prep_backward": (4, 4, 4),
-    "xsa_gate_forward": (4, 4, 8), "xsa_gate_backward": (4, 4, 4), "add_norm_forward": (4, 4, 8),
-    "add_norm_backward": (4, 4, 8),    "lane_update_forward": (4, 4, 8), "lane_update_backward": (4, 4, 4)}
+TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
+    "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (4, 4, 2, 3), "qk_prep_forward": (4, 4, 8, 1),
+    "qk_prep_backward": (4, 4, 4, 1), "xsa_gate_forward": (4, 4, 7, 1), "xsa_gate_backward": (4, 4, 4, 1),
+    "add_norm_forward": (4, 4, 8, 1), "add_norm_backward": (4, 4, 8, 1), "lane_update_forward": (4, 4, 8, 1),
+    "lane_update_backward": (4, 4, 4, 1)}
 
 
 @functools.cache
@@ -1646,27 +1629,21 @@ def multiprocessors(device: torch.device) -> int:
 
 def row_programs(name: str, x: Tensor) -> int:
     """How many programs the kernel `name` has for the rows of x."""
-    rows, _, per_multiprocessor = TILES[name]
+    rows, _, per_multiprocessor, _ = TILES[name]
     return min(triton.cdiv(len(x), rows), per_multiprocessor * multiprocessors(x.device))
 
 
 def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
     """Run `kernel` over as many rows as x has. All tensors but `loose` must be contiguous."""
     assert all(a is loose or a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
-    rows, warps, _ = TILES[name]
-    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, num_warps=warps)
-
-
-def fusible(x: Tensor, *widths: int) -> bool:
-    """Whether the fused kernels run: on CUDA, where all widths are powers of two."""
-    return x.is_cuda and all(width & (width - 1) == 0 for width in widths)
+    rows, warps, _, stages = TILES[name]
+    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, STAGES=stages, num_warps=warps)
 
 
 @jit
 def inverse_rms(x, WIDTH: tl.constexpr):
     """1 / rms of the last dimension, which is kept with size 1."""
-    axis: tl.constexpr = len(x.shape) - 1
-    return tl.rsqrt(tl.sum(x * x, axis, keep_dims=True) / WIDTH + 1.1920929e-7)
+    return tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / WIDTH + 1.1920929e-7)
 
 
 @jit
@@ -1716,14 +1693,14 @@ def blend(x, skip, weight, gate, SKIP: tl.constexpr):
 
 @jit
 def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head, T, D: tl.constexpr, SKIP: tl.constexpr,
-                            LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+                            LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
     if SKIP:
         w = tl.load(weight + column)
     if SKIP == 2:
         gated = tl.sigmoid(tl.load(gate + column))
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         merged = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -1745,9 +1722,9 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head,
 
 
 @jit
-def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T,
-                             D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
-                             ROWS: tl.constexpr):
+def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T, D: tl.constexpr,
+                             SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+                             STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
     if SKIP:
@@ -1756,7 +1733,7 @@ def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, sc
         gated = tl.sigmoid(tl.load(gate + column))
     dkeep = tl.zeros([ROWS, D], tl.float32)
     dadd, dw, dgate = dkeep, dkeep, dkeep
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         g = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
@@ -1869,17 +1846,17 @@ def qk_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl
 
 @jit
 def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-                           HALF: tl.constexpr, ROWS: tl.constexpr):
-    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+                           HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         token = row[:, None, None]
         own, kv_own, inside = head * D + column, kv_head * D + column, token < T
-        x = tl.load(qkv + token * WIDTH + own, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(qkv + token * WIDTH + HEADS * D + kv_own, mask=inside, other=0.0).to(tl.float32)
+        at = token * ((HEADS + 2 * KV_HEADS) * D)
+        x = tl.load(qkv + at + own, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(qkv + at + HEADS * D + kv_own, mask=inside, other=0.0).to(tl.float32)
         c, s = rotary_tile(cos, sin, row, T, D, HALF)
         x = turned(x * (inverse_rms(x, D) * gain), c, s, ROWS, HEADS, D, HALF)
         y = turned(y * inverse_rms(y, D), c, s, ROWS, KV_HEADS, D, HALF)
@@ -1888,18 +1865,18 @@ def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, T, HEADS: tl.constexpr, KV
 
 
 @jit
-def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums, T, HEADS: tl.constexpr,
-                            KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
-    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                            D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
     dgain = tl.zeros([ROWS, HEADS, 1], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         token = row[:, None, None]
         own, kv_own, inside = head * D + column, kv_head * D + column, token < T
-        at, kv_at = token * WIDTH + own, token * WIDTH + HEADS * D + kv_own
+        at = token * ((HEADS + 2 * KV_HEADS) * D)
+        at, kv_at = at + own, at + HEADS * D + kv_own
         x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
         gx = tl.load(dq + token * (HEADS * D) + own, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(qkv + kv_at, mask=inside, other=0.0).to(tl.float32)
@@ -1970,8 +1947,7 @@ def gate_inputs(window, weight, row, T, WINDOW: tl.constexpr, PADDED: tl.constex
 @jit
 def unit(v):
     """v (..., D) over its length, the inverse length, and whether that is not clamped."""
-    axis: tl.constexpr = len(v.shape) - 1
-    length = tl.sqrt(tl.sum(v * v, axis, keep_dims=True))
+    length = tl.sqrt(tl.sum(v * v, -1, keep_dims=True))
     inverse = 1.0 / tl.maximum(length, 1e-12)
     return v * inverse, inverse, length > 1e-12
 
@@ -1979,13 +1955,13 @@ def unit(v):
 @jit
 def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
                             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-                            PADDED: tl.constexpr, ROWS: tl.constexpr):
+                            PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
     head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
     share = 1.0
     if ALPHA:
         share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         token = row[:, None, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
@@ -2004,14 +1980,15 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, 
 @jit
 def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
                              GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                             D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+                             D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+                             STAGES: tl.constexpr):
     kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
     head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
     share = 1.0
     if ALPHA:
         share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
     da, dw = tl.zeros([ROWS, KV_HEADS, GROUP, 1], tl.float32), tl.zeros([ROWS, KV_HEADS, GROUP, PADDED], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         token = row[:, None, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
@@ -2049,6 +2026,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
 class XSAGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, v, window, weight, alpha, scale):
+        assert v.stride()[1:] == (v.size(2), 1)
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
         gates = None if weight is None else y.new_empty(y.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(y, v, window, weight, alpha, gates)
@@ -2084,20 +2062,20 @@ def reference_add_norm(x, y, scale):
     return x, (scale * norm(x)).to(x.dtype)
 
 
-def mean_norm(x: Tensor, y: Tensor) -> Tensor:
-    """RMSNorm of (x + y) / 2, like x (T, d)."""
+def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """RMSNorm of x (T, d), with y of (x + y) / 2."""
     if not fusible(x, x.size(1)):
-        return norm((x.float() + y.float()) / 2).to(x.dtype)
-    return AddNorm.apply(x, y, None, True)[1]
+        return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
+    return AddNorm.apply(x, y, None, y is not None)[1]
 
 
 @jit
 def add_norm_forward_kernel(x, y, scale, out, u, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
-                            SCALED: tl.constexpr, ROWS: tl.constexpr):
+                            SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
         factor = tl.load(scale)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -2113,11 +2091,11 @@ def add_norm_forward_kernel(x, y, scale, out, u, T, D: tl.constexpr, ADD: tl.con
 
 @jit
 def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
-                             SCALED: tl.constexpr, ROWS: tl.constexpr):
+                             SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
         factor = tl.load(scale)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -2167,10 +2145,11 @@ def reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post):
 
 
 @jit
-def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr):
+def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr,
+                               STAGES: tl.constexpr):
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
         at, inside = row * D + column, (row < T) & (column < D)
         a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
@@ -2183,12 +2162,12 @@ def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1,
 
 @jit
 def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, sums, T,
-                                D: tl.constexpr, ROWS: tl.constexpr):
+                                D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
     s0 = tl.zeros([ROWS], tl.float32)
     s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
         at, inside = row * D + column, (row < T) & (column < D)
         g0 = tl.load(dnew0 + at, mask=inside, other=0.0).to(tl.float32)
@@ -2632,9 +2611,8 @@ class GPT(nn.Module):
                 lanes = self.two_lane_block(*(lanes or (x, x)), x0, skip, visited(i), segments, rope)
             else:
                 x = self.block(x, x0, skip, visited(i), segments, rope)
-        if lanes is None or s.parallel_final_lane != "mean":
-            return norm(x if lanes is None else lanes[s.parallel_final_lane == "mlp"]).to(x.dtype)
-        return mean_norm(*lanes)
+        ends = {"mean": slice(2), "attn": slice(1), "mlp": slice(1, 2)}[s.parallel_final_lane]
+        return mean_norm(*(lanes[ends] if lanes else (x,)))
 
     def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
@@ -4905,6 +4883,9 @@ class TestTimeTraining(Rider):
 
     def rehearse(self) -> None:
         """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
+        if self.runtime.on_cuda and self.settings.phased_ttt_prefix_docs:
+            few = np.arange(min(self.settings.eval_seq_len, len(self.tokens) - 1))
+            self.weight_gradients(few, np.array([0, len(few)]))
         if self.runtime.on_cuda and len(self.mine):
             most = max(1, min(MOST_ROWS, self.settings.ttt_micro_batch_tokens // self.settings.ttt_chunk_size))
             slots = np.arange(min(len(self.mine), most))
@@ -4941,11 +4922,18 @@ class TestTimeTraining(Rider):
                     pauses.pop(0)
                     self.train_all_weights(np.flatnonzero(finished))
 
+    def weight_gradients(self, inputs: np.ndarray, bounds: np.ndarray) -> list[Tensor | None]:
+        """Gradients of the summed losses at these places of the stream, in segments, for every weight that trains."""
+        ids, labels = (torch.from_numpy(self.tokens[inputs + k].astype(np.int64)) for k in (0, 1))
+        batch = Batch(ids, labels, make_segments(bounds.astype(np.int32), self.settings.eval_seq_len)).to(self.runtime)
+        losses = self.model.plain().token_losses(*batch, self.looping)
+        return torch.autograd.grad(losses.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
+
     def train_all_weights(self, documents: np.ndarray) -> None:
         """Train every weight on these documents, GLOBAL_TTT_CHUNK_TOKENS a step, whole segments dealt to the ranks."""
         s, r, size, began = self.settings, self.runtime, self.settings.global_ttt_chunk_tokens, time.perf_counter()
         inputs = ranges(self.starts[documents], self.lengths[documents])[0]
-        eager, weights = self.model.plain(), [p for p in self.model.parameters() if p.requires_grad]
+        weights = [p for p in self.model.parameters() if p.requires_grad]
         banks = {id(bank) for bank in self.model.banks()}
         momentum = [torch.zeros_like(p) for p in weights]
         count, warm = -(-len(inputs) // size), s.global_ttt_warmup_chunks
@@ -4955,12 +4943,8 @@ class TestTimeTraining(Rider):
             low, high = bounds[np.searchsorted(bounds, [len(chunk) * (r.rank + k) // r.world_size for k in (0, 1)])]
             gradients = [torch.zeros_like(p) for p in weights]
             if high > low:
-                own, cut = chunk[low:high], bounds[(bounds >= low) & (bounds <= high)] - low
-                ids, labels = (torch.from_numpy(self.tokens[own + k].astype(np.int64)) for k in (0, 1))
-                batch = Batch(ids, labels, make_segments(cut.astype(np.int32), s.eval_seq_len)).to(r)
-                losses = eager.token_losses(*batch, self.looping)
-                found = torch.autograd.grad(losses.sum() / len(chunk), weights, allow_unused=True)
-                gradients = [zero if g is None else g for g, zero in zip(found, gradients)]
+                found = self.weight_gradients(chunk[low:high], bounds[(bounds >= low) & (bounds <= high)] - low)
+                gradients = [zero if g is None else g / len(chunk) for g, zero in zip(found, gradients)]
             if number < warm:
                 lr = s.global_ttt_warmup_start_lr
                 lr += (s.global_ttt_lr - lr) * number / max(1, warm - 1)

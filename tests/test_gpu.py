@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as g
 from tests.synthetic import documents
@@ -126,6 +127,68 @@ def test_cached_attention_matches_the_reference():
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2
+
+
+def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
+    """A function of part 4, its reference, and its inputs, all trained, at the record's widths."""
+    def rows(*width):
+        return torch.randn(T, *width, device="cuda").bfloat16()
+
+    def vector(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    def mixed(function, gated, lanes):
+        return lambda x, x0, left, weight, mix, gate: function(
+            x, x0, g.Skip(left, weight, gate if gated else None) if gated is not None else None, mix, scale, 12, lanes)
+
+    def cut(function):
+        return lambda y, qkv, window, weight, alpha: function(
+            y, qkv[:, -kv_heads * size:].unflatten(1, (kv_heads, size)), window, weight, alpha, 0.5)
+
+    scale = torch.tensor(0.7, device="cuda")
+    mix = [rows(d), rows(d), rows(d), vector(d), vector(2, d), vector(d)]
+    qkv = rows((heads + 2 * kv_heads) * size)
+    angles = torch.rand(T, 1, 8, device="cuda") * 6
+    weights = [0.04 * vector(2048, d).bfloat16(), 0.02 * vector(d, 2048).bfloat16()]
+    targets = torch.randint(8192, (T,), device="cuda")
+    return {
+        **{f"mix_norm {gated} {lanes}": (mixed(g.mix_norm, gated, lanes), mixed(g.reference_mix_norm, gated, lanes), mix)
+           for gated in (None, False, True) for lanes in (False, True)},
+        "qk_prep": (lambda x, gain: g.qk_prep(x, (angles.cos(), angles.sin()), gain, heads, kv_heads),
+                    lambda x, gain: g.reference_qk_prep(x, (angles.cos(), angles.sin()), gain, heads, kv_heads),
+                    [qkv, vector(heads)]),
+        "xsa_gate": (cut(g.xsa_gate), cut(g.reference_xsa_gate),
+                     [rows(heads, size), qkv, rows(12), vector(heads, 12), vector(heads)]),
+        "add_norm": (lambda x, y: g.add_norm(x, y, scale), lambda x, y: g.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
+        "norm": (lambda x: g.add_norm(x, None, scale), lambda x: g.reference_add_norm(x, None, scale), [rows(d)]),
+        "mean_norm": (g.mean_norm, lambda x, y: g.norm((x + y) / 2), [rows(d), rows(d)]),
+        "final norm": (g.mean_norm, g.norm, [rows(d)]),
+        "lane_update": (g.lane_update, g.reference_lane_update, [*(rows(d) for _ in range(4)), vector(2), vector(2, 2)]),
+        "squared_mlp": (lambda *x: g.squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
+            g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights]),
+        "two_value_nll": (lambda *x: g.two_value_nll(*x, targets), lambda *x: g.reference_two_value_nll(*x, targets, targets),
+                          [8 * rows(8192), 29 + scale, 25 + scale]),
+    }[name]
+
+
+@pytest.mark.parametrize("name", [*(f"mix_norm {gated} {lanes}" for gated in (None, False, True) for lanes in (False, True)),
+                                  "qk_prep", "xsa_gate", "add_norm", "norm", "mean_norm", "final norm", "lane_update",
+                                  "squared_mlp", "two_value_nll"])
+@pytest.mark.parametrize("T", [1, 129, 3001])
+def test_fused_kernels_match_the_references(name, T):
+    fused, reference, inputs = fused_case(name, T)
+    results, draw = [], None
+    for function, wide in ((fused, lambda x: x.clone()), (reference, lambda x: x.float())):
+        leaves = [wide(x.detach()).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        draw = draw or [torch.randn_like(x) for x in out]
+        kept = [x.detach().clone() for x in out]
+        out, weights = zip(*((x, w.to(x.dtype)) for x, w in zip(out, draw) if x.requires_grad))
+        results.append([*kept, *torch.autograd.grad(out, leaves, weights, allow_unused=True)])
+    for got, expected in zip(*results):
+        assert (got is None) == (expected is None)
+        assert got is None or relative_error(got, expected) < 2e-2
 
 
 def test_losses_of_target_and_hint_match_float64():

@@ -5,12 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import brotli
 import pytest
 import torch
 
 import train_gpt as kernels
+from tests.synthetic import runtime
+from tests.test_quantization import calibration_text
+from tests.test_train_gpt import CONFIGURATIONS, packed_documents, random_model, reference_settings
+from tests.test_ttt import adapt, small, stream
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled; see test_gpu.py")
@@ -218,6 +223,291 @@ def test_grouped_product(sizes, transposed, expanded):
         compare(function, lambda x, w, _: torch.einsum("tk,tkn->tn", x, w[rows]), (x, w), (ends,), expanded)
 
 
+def test_flash_attention_4_is_given_what_it_wants(monkeypatch):
+    """Its functions replaced by the reference and that one's derivative: results and gradients arrive where they belong."""
+    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+    bounds = dict(cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8)
+
+    def forward(q, k, v, causal, return_lse, **given):
+        assert causal and return_lse and given == bounds
+        return kernels.reference_attention(q, k, v, segments), torch.ones(4, 10), "more"
+
+    def backward(q, k, v, out, dout, lse, scale, causal, **given):
+        assert dout.is_contiguous() and causal and given == bounds and scale == 0.25
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return *torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout), "more"
+
+    monkeypatch.setitem(sys.modules, kernels.FA4, SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    compare(lambda q, k, v: kernels.FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen),
+            lambda q, k, v: kernels.reference_attention(q, k, v, segments),
+            [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
+
+
+# --- Fused steps of a block
+
+
+def ways(*names) -> set[str]:
+    return {f"{name}_{way}" for name in names for way in ("forward", "backward")}
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The fused kernels run on the CPU, three programs over tiles of four rows. Returns the names of those that ran."""
+    ran, over_rows = set(), kernels.over_rows
+    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (4, 4, 1, 1)))
+    monkeypatch.setattr(kernels, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
+    monkeypatch.setattr(kernels, "over_rows", lambda kernel, name, *a, **k: (ran.add(name), over_rows(kernel, name, *a, **k)))
+    return ran
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """The references compute in float64 what is float64."""
+    single = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator(seed + 7 * len(shape) + sum(shape))).to(dtype)
+
+
+def graded(function, inputs, trained):
+    """Outputs, and gradients at inputs[i], i in trained, for fixed random gradients of the outputs."""
+    leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    for i in trained:
+        leaves[i].requires_grad_()
+    out = function(*leaves)
+    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.numel()]
+    results = [x.detach().clone() for x in out]
+    pairs = [(x, randn(*x.shape, seed=11 + i).to(x.dtype)) for i, x in enumerate(out) if x.requires_grad]
+    outputs, gradients = zip(*pairs)
+    return results + list(torch.autograd.grad(outputs, [leaves[i] for i in trained], gradients))
+
+
+def agree(function, reference, inputs, trained, tolerance=None):
+    """Results and gradients are those of the reference in float64, up to a share of each one's largest value."""
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    ours, theirs = graded(function, inputs, trained), graded(reference, wide, trained)
+    assert len(ours) == len(theirs)
+    # bf16 is rounded at every result by both, and interpreted it is truncated
+    tolerance = tolerance or (0.02 if any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in inputs) else 2e-5)
+    for x, y in zip(ours, theirs):
+        assert x.shape == y.shape and torch.isfinite(x).all()
+        assert (x.double() - y).abs().max() <= tolerance * (y.abs().max() + 1e-6)
+
+
+LENGTHS = [(1, torch.float32), (7, torch.float32), (33, torch.float32), (130, torch.float32), (33, torch.bfloat16)]
+lengths = pytest.mark.parametrize("T, dtype", LENGTHS, ids=[f"{T} {str(dtype)[6:]}" for T, dtype in LENGTHS])
+
+
+@lengths
+@pytest.mark.parametrize("skip", [None, "added", "gated"])
+@pytest.mark.parametrize("lanes", [False, True])
+def test_mix_norm(T, dtype, skip, lanes, fused, double):
+    x, x0, left = (randn(T, 16, seed=i, dtype=dtype) for i in (1, 2, 3))
+    inputs = [x, x0, *((left, randn(16, seed=4), randn(16, seed=5) if skip == "gated" else None) if skip else (None,) * 3),
+              randn(2, 16, seed=6), torch.tensor(0.7), 0 if T == 7 else 3, lanes]
+
+    def call(function):
+        return lambda x, x0, *left: function(x, x0, kernels.Skip(*left[:3]) if skip else None, *left[3:])
+
+    trained = [i for i in range(6) if inputs[i] is not None]
+    agree(call(kernels.mix_norm), call(kernels.reference_mix_norm), inputs, trained)
+    assert fused == ways("mix_norm")
+
+
+def test_a_lane_without_skip_is_not_copied(fused):
+    x = randn(5, 16)
+    assert kernels.mix_norm(x, x, None, randn(2, 16), torch.tensor(0.7), 3, True)[0] is x
+    assert kernels.add_norm(x, None, torch.tensor(0.7))[0] is x
+
+
+@lengths
+@pytest.mark.parametrize("heads, kv_heads, D, dims", [(2, 1, 16, 4), (8, 4, 64, 16), (4, 4, 16, 16), (4, 2, 16, 8)])
+def test_qk_prep(T, dtype, heads, kv_heads, D, dims, fused, double):
+    angles = torch.arange(T)[:, None, None] * 10000.0 ** (-torch.arange(0, dims, 2) / dims)
+    inputs = [randn(T, (heads + 2 * kv_heads) * D, dtype=dtype), angles.cos(), angles.sin(), randn(heads, seed=3)]
+
+    def call(function):
+        return lambda qkv, cos, sin, gain: function(qkv, (cos, sin), gain, heads, kv_heads)
+
+    agree(call(kernels.qk_prep), call(kernels.reference_qk_prep), inputs, [0, 3])
+    assert fused == ways("qk_prep")
+
+
+def xsa_inputs(T, heads, kv_heads, D, gate, alpha, dtype):
+    """Attention output, the product whose last columns are the values, window, weight, alpha."""
+    return [randn(T, heads, D, seed=1, dtype=dtype), randn(T, (heads + 2 * kv_heads) * D, seed=2, dtype=dtype),
+            *((randn(T, 5, seed=3, dtype=dtype), randn(heads, 5, seed=4)) if gate else (None, None)),
+            randn(heads, seed=5) if alpha else None, 0.5]
+
+
+def cut(function, kv_heads, D):
+    """The function on values cut out of a product's output, as in the model."""
+    return lambda y, qkv, *rest: function(y, qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D)), *rest)
+
+
+@lengths
+@pytest.mark.parametrize("heads, kv_heads, D", [(2, 2, 16), (8, 4, 64), (4, 1, 16)])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_xsa_gate(T, dtype, heads, kv_heads, D, gate, alpha, fused, double):
+    inputs = xsa_inputs(T, heads, kv_heads, D, gate, alpha, dtype)
+    trained = [i for i in range(5) if inputs[i] is not None]
+    agree(cut(kernels.xsa_gate, kv_heads, D), cut(kernels.reference_xsa_gate, kv_heads, D), inputs, trained)
+    assert fused == ways("xsa_gate")
+
+
+def test_xsa_gate_of_a_value_that_is_zero(fused):
+    inputs = xsa_inputs(3, 2, 1, 16, True, True, torch.float32)
+    inputs[1][1] = 0
+    ours, theirs = (graded(cut(f, 1, 16), inputs, [0, 2, 3, 4]) for f in (kernels.xsa_gate, kernels.reference_xsa_gate))
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@lengths
+def test_norms_of_sums_and_means(T, dtype, fused, double):
+    x, y, scale = randn(T, 16, seed=1, dtype=dtype), randn(T, 16, seed=2, dtype=dtype), torch.tensor(0.6)
+    agree(kernels.add_norm, kernels.reference_add_norm, [x, y, scale], [0, 1])
+    agree(kernels.add_norm, kernels.reference_add_norm, [x, None, scale], [0])
+    agree(kernels.mean_norm, lambda x, y: kernels.norm((x + y) / 2), [x, y], [0, 1])
+    agree(kernels.mean_norm, kernels.norm, [x], [0])
+    assert fused == ways("add_norm")
+
+
+@lengths
+def test_lane_update(T, dtype, fused, double):
+    inputs = [randn(T, 16, seed=i, dtype=dtype) for i in range(4)] + [randn(2), randn(2, 2)]
+    agree(kernels.lane_update, kernels.reference_lane_update, inputs, range(6))
+    assert fused == ways("lane_update")
+
+
+def small_products(monkeypatch, **changes):
+    tile = dict(TMA=False, BM=16, BN=32, BK=16, PARTS=1, FLATTEN=False, num_warps=4, num_stages=1) | changes
+    monkeypatch.setattr(kernels, "PRODUCT", dict(forward=tile, backward=tile))
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("T, hidden, d, dtype", [
+    (1, 64, 32, torch.float32), (7, 32, 48, torch.float32), (33, 64, 32, torch.float32), (130, 96, 16, torch.float32),
+    (33, 64, 32, torch.float16)])
+def test_squared_mlp(tma, parts, T, hidden, d, dtype, monkeypatch):
+    """In float16 where bf16 is meant: interpreted, tl.dot misreads bf16."""
+    small_products(monkeypatch, TMA=tma, PARTS=parts)
+    shapes = (T, d), (hidden, d), (d, hidden)
+    inputs = [*(randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)), 0.3]
+    agree(kernels.SquaredMLP.apply, kernels.squared_mlp, inputs, range(3), 3e-5 if dtype == torch.float32 else 0.004)
+
+
+def test_what_the_fused_kernels_serve():
+    device, host = (SimpleNamespace(is_cuda=on) for on in (True, False))
+    assert kernels.fusible(device) and kernels.fusible(device, 1, 2, 512) and not kernels.fusible(host, 512)
+    assert not kernels.fusible(device, 512, 384)
+
+
+@lengths
+@pytest.mark.parametrize("caps", [(torch.tensor(20.0), torch.tensor(35.0)), (15.0, 25.0)], ids=["tensors", "numbers"])
+@pytest.mark.parametrize("hinted", [False, True])
+def test_two_value_nll_and_its_caps(T, dtype, caps, hinted, fused, double):
+    scores = (12 * randn(T, 103)).to(dtype)
+    scores[0, :3] = torch.tensor([0.0, 90.0, -90.0])
+    targets = torch.arange(T) * 7 % 100
+    inputs = [scores, *caps, targets, targets.flip(0) * 3 % 100 if hinted else None]
+
+    def reference(x, cap_pos, cap_neg, targets, hints):
+        return kernels.reference_two_value_nll(x, cap_pos, cap_neg, targets, targets if hints is None else hints)
+
+    def strided(function):
+        return lambda x, *rest: function(x[:, :100], *rest)
+
+    for trained in ([0], [0, 1, 2]) if isinstance(caps[0], torch.Tensor) else ([0],):
+        agree(strided(kernels.two_value_nll), strided(reference), inputs, trained)
+
+
+def test_the_gradient_of_two_value_nll_takes_the_place_of_the_scores(fused):
+    wide, targets = randn(3, 35), torch.tensor([1, 2, 3])
+    product, beyond = wide * 1.0, wide[:, 32:].clone()
+    scores = product[:, :32].requires_grad_()
+    kernels.two_value_nll(scores, 30.0, 30.0, targets)[0].sum().backward()
+    assert torch.equal(product[:, :32], scores.grad) and torch.equal(product[:, 32:], beyond)
+    torch.testing.assert_close(scores.grad.sum(1), torch.zeros(3), atol=0.05, rtol=0)  # the cap's slope is nearly 1
+
+
+# --- The model on the fused path
+
+
+def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
+    """What the function returns with the fused kernels, the MLP's among them if asked for, and with the references."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "fusible", lambda *_: False)
+        plain = function()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (16, 4, 1, 1)))
+        if mlp:
+            small_products(patch)
+            patch.setattr(kernels, "squared_mlp", kernels.SquaredMLP.apply)
+        return function(), plain
+
+
+MODELS = [  # changes, looping
+    ({}, False), ({}, True), (dict(NUM_LOOPS=0), False), (dict(XSA_LAST_N=6), False), (dict(GATED_XSA=1), False),
+    *((CONFIGURATIONS[name], looping) for name, looping in (
+        ("gated XSA and dense gate", True), ("gate of block input", False), ("gate of raw query", True), ("no gates", True),
+        ("added skips", False), ("one lane", True), ("attention lane", True), ("MLP lane", False), ("one softcap", False),
+        ("smear into BOS", False), ("rotary on all dimensions", False)))]
+
+
+def losses_and_gradients(model, looping) -> dict:
+    ids, targets, segments = packed_documents((7, 1, 14, 6))
+    model.zero_grad()
+    losses = model.token_losses(ids, targets, segments, looping)
+    (losses * randn(len(ids))).sum().backward()
+    return dict(losses=losses.detach()) | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:
+    assert set(ours) == set(theirs)
+    for name, x in theirs.items():
+        assert (ours[name] - x).norm() < tolerance * x.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("changes, looping", MODELS)
+def test_the_fused_model_equals_the_plain_one(changes, looping, fused, monkeypatch):
+    s = reference_settings(**changes)
+    model = random_model(s)
+    assert_same(*on_both_paths(lambda: losses_and_gradients(model, looping), monkeypatch), 1e-4)
+    assert fused == ways("mix_norm", "qk_prep", "add_norm", *["xsa_gate"] * (s.xsa_last_n > 0),
+                         *["lane_update"] * (s.parallel_start_layer > 0))
+
+
+def test_the_fused_model_equals_the_plain_one_in_bf16(fused, monkeypatch):
+    model = random_model(reference_settings())
+    model.compute_dtype = torch.bfloat16
+    assert_same(*on_both_paths(lambda: losses_and_gradients(model, True), monkeypatch, mlp=False), 0.1)
+
+
+def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
+    s = reference_settings(EVAL_SEQ_LEN=40, VAL_BATCH_TOKENS=4096)
+    model, windows = random_model(s), calibration_text(s, 2)
+    ours, theirs = on_both_paths(lambda: kernels.calibrate(model, windows, True, s, runtime()), monkeypatch)
+    for field in ("hessian", "curvature"):
+        assert_same(getattr(ours, field), getattr(theirs, field), 1e-4)
+    assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
+
+
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_test_time_training_scores_the_same_on_the_fused_path(context, fused, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the n-gram library is compiled
+    s = small(TTT_CONTEXT=context, TTT_BATCH_SIZE=2, TTT_CHUNK_SIZE=16, PHASED_TTT_PREFIX_DOCS=2, TEMPERATURE_SCALE=0.98)
+    tokens = stream(4, longest=40)
+    ours, theirs = on_both_paths(lambda: torch.from_numpy(adapt(s, tokens)), monkeypatch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
+
+
 COMPILE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -226,18 +516,56 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+KINDS = {"i32": "T M N K n stride v_stride room", "fp32": "slope decay beta1 beta2", "*i32": "cu",
+         "*i64": "slots begins targets hints",
+         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix sums "
+         "cos sin gain alpha gates dweight dalpha resid post"}
+KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
+NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale",
+                    SKIP="skip weight gate dskip")
+
+def kind(name, argument):
+    special = dict(p="*fp32" if name == "adamw" else "*bf16", window="i32" if "attention" in name else "*bf16",
+                   scale="fp32" if "attention" in name or "xsa" in name else "*fp32")
+    return special.get(argument) or KINDS.get(argument, "*bf16")
+
+def compile(name, constants, descriptors={}, **options):
+    kernel = getattr(g, name + "_kernel")
+    none = [a for switch, arguments in NONE_WITHOUT.items() if not constants.get(switch, True) for a in arguments.split()]
+    none += ["gate"] * (constants.get("SKIP") == 1)
+    constants = {a: None for a in kernel.arg_names if a in none} | constants
+    kinds = {a: "constexpr" if a in constants else descriptors.get(a) or kind(name, a) for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in "NK"}
+    source = ASTSource(kernel, kinds, {(kernel.arg_names.index(a),): v for a, v in constants.items()}, aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    print(name, len(ptx), *(word for word in ("wgmma.mma_async", "cp.async.bulk.tensor") if word in ptx))
+
 attention = dict(KV_HEADS=4, GROUP=2, D=64, BLOCK_N=64)
-pointers = dict(cu="i32", slots="i64", begins="i64", lse="fp32", delta="fp32", scores="fp32", targets="i64", hints="i64", nll="fp32",
-                log_q="fp32", cap_pos="fp32", cap_neg="fp32", dnll="fp32", dscores="fp32", p="fp32", square="fp32", mean="fp32",
-                on="fp32", debias1="fp32", debias2="fp32", rates="fp32")
-numbers = dict(window="i32", room="i32", stride="i32", n="i32", scale="fp32", decay="fp32", beta1="fp32", beta2="fp32")
-for name, constants in (("attention_forward_kernel", attention | dict(BLOCK_M=128)), ("attention_dq_kernel", attention | dict(BLOCK_M=64)),
-                        ("attention_dkv_kernel", attention | dict(BLOCK_M=64)), ("nll_forward_kernel", dict(V=8192, BLOCK=4096)),
-                        ("nll_backward_kernel", dict(V=8192, BLOCK=4096)), ("adamw_kernel", dict(HAS_MEAN=True, BLOCK=1024))):
-    kernel = getattr(g, name)
-    kinds = {a: "constexpr" if a in constants else numbers.get(a) or "*" + pointers.get(a, "bf16") for a in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs={(kernel.arg_names.index(a),): v for a, v in constants.items()})
-    print(name, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+for name, rows in (("attention_forward", 128), ("attention_dq", 64), ("attention_dkv", 64)):
+    compile(name, attention | dict(BLOCK_M=rows))
+compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=8)
+for caps in (False, True):
+    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)
+compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
+for way in ("forward", "backward"):
+    cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12))
+             for skip, lanes in ((0, False), (1, False), (2, False), (0, True), (2, True))]
+    cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, D=64, HALF=8))]
+    cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16))
+              for gate, alpha in ((True, False), (False, True))]
+    cases += [(f"add_norm_{way}", dict(D=512, ADD=add, MEAN=mean, SCALED=not mean))
+              for add, mean in ((True, False), (False, False), (False, True))]
+    cases += [(f"lane_update_{way}", dict(D=512))]
+    for name, constants in cases:
+        rows, warps, _, stages = g.TILES[name]
+        compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=warps)
+    c = dict(g.PRODUCT[way])
+    options = {option: c.pop(option) for option in ("num_warps", "num_stages")}
+    tile = c["BM"], c["BN"] // c["PARTS"]
+    shapes = dict(x=(c["BM"], c["BK"]), w=(c["BK"], c["BN"]) if way == "backward" else (c["BN"], c["BK"]), p=tile, a=tile)
+    for tma in (True, False):
+        described = {a: f"tensordesc<bf16[{m}, {n}]>" for a, (m, n) in shapes.items() if tma}
+        compile("mlp_product", c | dict(BACKWARD=way == "backward", TMA=tma), described, **options)
 """
 
 
@@ -252,6 +580,12 @@ def test_kernels_compile_for_hopper_also_from_the_packed_script(packed, root, tm
             (folder / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    run = subprocess.run([sys.executable, "-c", COMPILE, str(folder)], cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert len(run.stdout.splitlines()) == 6
+    run = subprocess.run([sys.executable, "-c", COMPILE, str(folder)], cwd=folder, env=environment, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 7 + 2 * 14
+    products = [line.split()[2:] for line in lines if line.startswith("mlp_product")]
+    assert products == [["wgmma.mma_async", "cp.async.bulk.tensor"], ["wgmma.mma_async"]] * 2
+    every = set(re.findall(r"^def (\w+)_kernel\(", (root / "train_gpt.py").read_text(), flags=re.M)) - {"attention"}
+    assert every == {line.split()[0] for line in lines}

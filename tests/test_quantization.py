@@ -785,24 +785,24 @@ def watched(model, windows, looping, monkeypatch):
     Returns ({(site, layer): [sum of x x^T, sum of squared gradients]}, [hidden states], [(ids, gradient at the embedding)]).
     """
     order, sums, hiddens, embedded = sum(model.orders[looping], []), {}, [], []
-    product, lookup = g.Layer.product, torch.nn.functional.embedding
+    lookup, rider = torch.nn.functional.embedding, g.Rider()
     for window in windows:
         cuts = [0, *(t for t in range(1, len(window) - 1) if window[t] == BOS), len(window) - 1]
         for a, b in zip(cuts, cuts[1:]):
             ids, targets = torch.tensor(window[a:b]), torch.tensor(window[a + 1:b + 1])
             calls, rows = [], []
 
-            def note(layer, site, x, weight, u):
-                calls.append((site, x, product(layer, site, x, weight, u)))
-                return calls[-1][2]
+            def note(site, x, y, u):
+                calls.append((site, x, y))
+                return y
 
             def look_up(*arguments):
                 rows.append(lookup(*arguments))
                 return rows[-1]
 
-            monkeypatch.setattr(g.Layer, "product", note)
+            rider.block = lambda *_: dict(adapter=note)
             monkeypatch.setattr(torch.nn.functional, "embedding", look_up)
-            hidden = model(ids, g.make_segments(np.array([0, b - a], dtype=np.int32), 10_000), looping)
+            hidden = model(ids, g.make_segments(np.array([0, b - a], dtype=np.int32), 10_000), looping, rider)
             monkeypatch.undo()
             loss = model.head_losses(hidden, targets).sum()
             gradients = torch.autograd.grad(loss, [y for *_, y in calls] + rows)
@@ -837,6 +837,7 @@ def test_statistics_are_those_of_plain_autograd(name, looping, monkeypatch):
     def close(got, want):
         torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-4 * want.abs().max().item())
 
+    assert len(sums) == 4 * 6
     for (site, i), (moments, squares) in sums.items():
         close(statistics.hessian[site][i], moments / tokens)
         scale = {"out": model.attn_scale[i], "down": model.mlp_scale[i]}.get(site, torch.ones(1)).detach().double()
