@@ -32,7 +32,7 @@ fail() { echo "run.sh: $*" >&2; exit 2; }
 
 setup() {
   local base=${PYTHON:-python3} stamp own=() index=()
-  stamp="$base $(cksum < requirements.txt)"
+  stamp="$base $(cat requirements*.txt | cksum)"
   PY=.venv/bin/python
   if [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]]; then return; fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
@@ -50,6 +50,9 @@ setup() {
       "$PY" -m pip install -q --disable-pip-version-check torch==2.13.0
   fi
   "$PY" -m pip install -q --disable-pip-version-check -r requirements.txt
+  if command -v nvidia-smi > /dev/null && ! "$PY" -m pip install -q --disable-pip-version-check -r requirements-cuda.txt; then
+    echo "run.sh: requirements-cuda.txt cannot be installed here; attention will use PyTorch's own kernel" >&2
+  fi
   echo "$stamp" > .venv/installed
 }
 
