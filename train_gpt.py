@@ -189,6 +189,7 @@ class Settings:
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
     attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: "
                              "the first of them that there is", choices=("auto", "fa4", "torch", "reference"))
+    recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded before the clock starts")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -2809,6 +2810,8 @@ class BankGroup:
         self.mine = torch.zeros_like(self.all[:per_rank]) if runtime.world_size > 1 else self.all
         self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
         self.pending = None
+        for bank in banks:
+            bank.grad = torch.zeros_like(bank)
         # slots: each bank in `all`; runs: where this rank's share of it lies in `mine`, its weights, running means of squares
         self.slots, self.runs, first = [], [], 0
         low, high = runtime.rank * per_rank, (runtime.rank + 1) * per_rank
@@ -2826,7 +2829,7 @@ class BankGroup:
         """Start averaging the banks' gradients over the ranks."""
         for bank, slot in zip(self.banks, self.slots):
             torch.mul(bank.grad, 1 / self.runtime.world_size, out=slot)
-            bank.grad = None
+            bank.grad.zero_()
         if self.runtime.world_size > 1:
             self.pending = dist.reduce_scatter_tensor(self.mine, self.all, async_op=True)
 
@@ -2856,6 +2859,7 @@ class Optimizer:
 
     What is not a bank lives in one flat float32 buffer, parameters and gradients alike: one all-reduce and one AdamW call
     per group. The gradient buffer's last element carries the loss, so that its mean over the ranks costs nothing extra.
+    Gradients stay where they are from step to step, as recorded passes need it.
     """
 
     def __init__(self, model: GPT, settings: Settings, runtime: Runtime):
@@ -3049,6 +3053,63 @@ class TrainingClock:
         self.origin += time.perf_counter() - began
 
 
+class Passes:
+    """Forward and backward passes over micro-batches; they add to the gradients and to the loss of the step.
+
+    With RECORDED_PASSES one is recorded for each context length and state of looping and replayed from then on: one launch by the
+    host instead of some two thousand. Recorded passes read from buffers that stay in place and hold `room` segments: those
+    that a micro-batch lacks are empty, and one with more of them runs as if nothing had been recorded.
+    """
+
+    def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
+        self.model, self.optimizer, self.accumulation = model, optimizer, settings.accumulation
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.outside = 0  # passes that found no room
+        self.buffers = None
+        if runtime.on_cuda and settings.recorded_passes:
+            tokens, device = settings.micro_batch_tokens, runtime.device
+            ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=device)
+            bounds = torch.empty(max(64, tokens // 384) + 1, dtype=torch.int32, device=device)
+            self.buffers = Batch(ids, targets, Segments(bounds, torch.empty_like(ids, dtype=torch.int32), 0))
+            self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+
+    def __call__(self, batch: Batch, looping: bool) -> None:
+        kept = self.keep(batch)
+        graph = self.graphs.get((batch.segments.max_seqlen, looping))
+        if kept is not None and graph is not None:
+            graph.replay()
+        else:
+            self.outside += graph is not None
+            self.run(batch if kept is None else kept, looping)
+
+    def run(self, batch: Batch, looping: bool) -> None:
+        loss = self.model.token_losses(*batch, looping).mean() / self.accumulation
+        loss.backward()
+        self.optimizer.add_loss(loss)
+
+    def keep(self, batch: Batch) -> Batch | None:
+        """The micro-batch in the buffers, None if it does not fit."""
+        count = len(batch.segments.cu_seqlens)
+        if self.buffers is None or count > len(self.buffers.segments.cu_seqlens):
+            return None
+        kept = self.buffers._replace(segments=self.buffers.segments._replace(max_seqlen=batch.segments.max_seqlen))
+        for buffer, tensor in ((kept.inputs, batch.inputs), (kept.targets, batch.targets),
+                               (kept.segments.positions, batch.segments.positions),
+                               (kept.segments.cu_seqlens[:count], batch.segments.cu_seqlens)):
+            buffer.copy_(tensor)
+        kept.segments.cu_seqlens[count:].fill_(len(batch.inputs))
+        return kept
+
+    def record(self, batch: Batch, looping: bool) -> None:
+        """Record passes over micro-batches of this context length; one must have run before, to compile what it needs."""
+        kept = self.keep(batch)
+        if kept is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):  # others may read data
+                self.run(kept, looping)
+            self.graphs[batch.segments.max_seqlen, looping] = graph
+
+
 def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings, runtime: Runtime,
           log: RunLog) -> tuple[bool, object]:
     """Train until the cap or the last iteration, install the weights' average, calibrate; then evaluate raw and average.
@@ -3059,15 +3120,14 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     """
     s = settings
     optimizer = Optimizer(model, s, runtime)
+    passes = Passes(model, optimizer, s, runtime)
 
     def take_step(batches, looping: bool, multiplier: float, momentum: float) -> Tensor:
         for _ in range(s.accumulation):
-            loss = model.token_losses(*next(batches), looping).mean() / s.accumulation
-            loss.backward()
-            optimizer.add_loss(loss)
+            passes(next(batches), looping)
         return optimizer.step(multiplier, momentum)
 
-    reserve = warm_up(take_step, optimizer, data, calibration, s, runtime, log)
+    reserve = warm_up(take_step, passes, data, calibration, s, runtime, log)
     average = WeightAverage(optimizer.weights, s.ema_decay)
     context, changed, cap = s.context_at(0.0, 0), 0, 1.0
     batches, looping, looping_from = data.stream(context), False, None
@@ -3107,11 +3167,12 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
             clock.observe(earlier)
         log_steps(log, clock, host_figures, show, s)
     recompilations = compiled_graphs() - graphs_before
+    passes.graphs.clear()  # and their memory
     if s.ema_decay > 0:
         average.swap()
     found = calibration(looping, rehearsal=False)
     runtime.synchronize()
-    report_training(log, clock, step, looping_from, recompilations, s, runtime)
+    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations, unrecorded_passes=passes.outside)
     if s.ema_decay > 0:
         average.swap()
     log.result("raw", **validation.score(model, looping))
@@ -3121,19 +3182,21 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     return looping, found
 
 
-def warm_up(take_step, optimizer: Optimizer, data: TrainingData, calibration: Callable, s: Settings, runtime: Runtime,
+def warm_up(take_step, passes: Passes, data: TrainingData, calibration: Callable, s: Settings, runtime: Runtime,
             log: RunLog) -> float:
-    """Compile what training will run, by WARMUP_STEPS steps for each context length with each state of looping.
+    """Compile and record what training will run, by WARMUP_STEPS steps for each context length with each state of looping.
 
     The rehearsal undoes them. Returns the seconds to reserve for calibration: GPTQ_RESERVE_SECONDS, or the measured estimate
     where that is longer.
     """
     began, shapes = time.perf_counter(), training_shapes(s)
-    with optimizer.rehearsal():
+    with passes.optimizer.rehearsal():
         for context, looping in shapes:
             batches = data.stream(context)
-            for _ in range(s.warmup_steps):
+            for step in range(s.warmup_steps):
                 take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
+                if not step:
+                    passes.record(next(batches), looping)
             batches.close()
     runtime.synchronize()
     estimate = 0.0
@@ -3187,8 +3250,8 @@ def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], sho
                       eta_seconds=round(seconds * (1 / share - 1), 1))
 
 
-def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, recompilations: int,
-                    s: Settings, runtime: Runtime) -> None:
+def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, s: Settings, runtime: Runtime,
+                    **counts: int) -> None:
     """Steps, seconds and speed, before and after looping started."""
     def rate(first: int, last: int) -> int:
         # The first step of a phase is left out: its end is the first moment at which the phase runs at its own speed.
@@ -3204,7 +3267,7 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
                within_cap=total <= (s.max_wallclock_seconds or math.inf), tokens=steps * s.train_batch_tokens,
                looping_from=looping_from,
                tokens_per_second_plain=rate(0, switch), tokens_per_second_looping=rate(switch, steps),
-               recompilations=recompilations, peak_memory_mib=round(memory))
+               **counts, peak_memory_mib=round(memory))
 
 
 # ======================================================================================================================

@@ -2,9 +2,10 @@
 
     DATA_PATH=... [settings] python bench/throughput.py [--steps 8] [--kernels 25] [--record FILE]
 
-Prints, for both states of looping, one table: ms of device time by part for a whole optimizer step, matrix products as share
-of the rate that an 8192^3 bf16 product reaches in the same process, tokens per second over whole steps, and what the device
-waited for. --kernels lists the longest kernels. --record writes the same as JSON.
+Prints, for both states of looping, one table: tokens per second over whole steps, all products as share of the rate that an
+8192^3 bf16 product reaches in the same process, what the host took to launch a step and waited for data, and ms of device time
+by part of a step beside the part's floor: its FLOP at that rate plus the bytes of its activations at the speed of a copy.
+--kernels lists the longest kernels. --record writes the same as JSON.
 """
 import argparse
 import json
@@ -59,26 +60,47 @@ def parts_of(events, s: g.Settings) -> tuple[dict, dict]:
     return parts, kernels
 
 
-def ceiling() -> float:
-    """FLOP/s of an 8192^3 bf16 product."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+def seconds_of(function) -> float:
     times = []
     for _ in range(12):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        a @ b
+        function()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * 8192 ** 3 / statistics.median(times[2:]) * 1e3
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times[2:])
 
 
-def step_flops(s: g.Settings, looping: bool, keys: float) -> float:
-    """FLOP of forward and backward of one step; keys: how many a query sees on average."""
-    visits = sum(map(len, g.visit_order(s, looping)))
-    layer = 2 * (2 * s.model_dim ** 2 + 2 * s.model_dim * s.kv_dim + 2 * s.model_dim * s.mlp_dim)
-    attention = 4 * s.model_dim * keys
-    return s.train_batch_tokens * (3 * (visits * layer + 2 * s.model_dim * s.vocab_size) + 3.5 * visits * attention)
+def ceiling() -> float:
+    """FLOP/s of an 8192^3 bf16 product."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192 ** 3 / seconds_of(lambda: a @ b)
+
+
+def bandwidth() -> float:
+    """Bytes per second that a copy of 1 GiB reads and writes."""
+    a = torch.empty(2 ** 30, device="cuda", dtype=torch.uint8)
+    b = torch.empty_like(a)
+    return 2 * 2 ** 30 / seconds_of(lambda: b.copy_(a))
+
+
+def work(s: g.Settings, looping: bool, keys: float) -> dict[str, tuple[float, float]]:
+    """FLOP and bytes of forward and backward of one step, for the parts that have a floor; keys: how many a query sees.
+
+    Bytes are those of the bf16 activations that the fused steps between the products read and write, each once; of the head
+    the logits, written and read forward, read and overwritten backward.
+    """
+    d, kv, tokens, order = s.model_dim, s.kv_dim, s.train_batch_tokens, sum(g.visit_order(s, looping), [])
+    visits, skips = len(order), min(map(len, g.visit_order(s, looping)))
+    lanes = sum(i >= s.parallel_start_layer for i in g.visit_order(s, looping)[1]) if s.parallel_start_layer else 0
+    entry, qk, gate, norm, residual = 10 * d, 5 * d + 8 * kv, 5 * d + 3 * kv, 8 * d, 3 * d
+    in_lanes = 5 * d + 16 * d  # norm without a sum, and the update of both lanes
+    elementwise = visits * (entry + qk + gate) + skips * 3 * d + (visits - lanes) * (norm + residual) + lanes * in_lanes
+    return {"attention": (3.5 * 4 * d * keys * visits * tokens, 0), "MLP": (3 * 4 * d * s.mlp_dim * visits * tokens, 0),
+            "projections": (3 * 4 * d * (d + kv) * visits * tokens, 0),
+            "head and loss": (3 * 2 * d * s.vocab_size * tokens, 4 * 2 * s.vocab_size * tokens),
+            "elementwise": (0, 2 * elementwise * tokens)}
 
 
 def main() -> None:
@@ -95,14 +117,15 @@ def main() -> None:
         model = g.GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
         runtime.share(model.parameters())
         optimizer = g.Optimizer(model, s, runtime)
+        passes = g.Passes(model, optimizer, s, runtime)
         batches, first, waited = data.stream(s.train_seq_len), runtime.rank == 0, []
 
-        def step(looping):
+        def step(looping, forward_and_backward=passes):
             for _ in range(s.accumulation):
                 began = time.perf_counter()
                 batch = next(batches)
                 waited.append(time.perf_counter() - began)
-                (model.token_losses(*batch, looping).mean() / s.accumulation).backward()
+                forward_and_backward(batch, looping)
             with record_function("bench: optimizer"):
                 optimizer.step(1.0, 0.95)
 
@@ -110,41 +133,47 @@ def main() -> None:
         keys = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
         record = dict(machine=runtime.describe(), attention=model.attention_kernel, batch_tokens=s.train_batch_tokens,
                       micro_batch_tokens=s.micro_batch_tokens, keys_per_query=round(keys, 1),
-                      ceiling_tflops=round(ceiling() / 1e12))
+                      ceiling_tflops=round(ceiling() / 1e12), bandwidth_tbs=round(bandwidth() / 1e12, 2))
         if first:
             print(record)
         for looping in sorted({False, s.loops_at_end}):
             began = time.perf_counter()
-            for _ in range(2):
-                step(looping)
+            step(looping)
+            passes.record(next(batches), looping)
+            step(looping)
             torch.cuda.synchronize()
             compiled, graphs = time.perf_counter() - began, g.compiled_graphs()
             waited.clear()
             began = time.perf_counter()
             for _ in range(options.steps):
                 step(looping)
-            host = time.perf_counter() - began
+            host = time.perf_counter() - began  # ends when the last step is launched
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - began) / options.steps
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiled:
-                step(looping)
+                step(looping, passes.run)  # a recorded pass does not tell which kernel belongs to what
                 torch.cuda.synchronize()
             parts, kernels = parts_of(profiled.events(), s)
-            rate, flops = s.train_batch_tokens / seconds, step_flops(s, looping, keys) / runtime.world_size / seconds
+            parts_work = work(s, looping, keys)
+            rate, flops = s.train_batch_tokens / seconds, sum(f for f, _ in parts_work.values()) / runtime.world_size / seconds
+            floors = {name: 1e-9 * (flop / record["ceiling_tflops"] + moved / record["bandwidth_tbs"]) / runtime.world_size
+                      for name, (flop, moved) in parts_work.items()}
             figures = dict(
                 tokens_per_second=round(rate), step_ms=round(1e3 * seconds, 1), tflops_per_gpu=round(flops / 1e12, 1),
                 share_of_ceiling=round(flops / 1e12 / record["ceiling_tflops"], 3), first_steps_seconds=round(compiled, 1),
                 recompilations=g.compiled_graphs() - graphs, host_ms=round(1e3 * host / options.steps, 1),
                 waited_for_data_ms=round(1e3 * sum(waited) / options.steps, 2),
                 parts_ms={name: round(us / 1e3, 2) for name, us in parts.items()},
+                floors_ms={name: round(ms, 2) for name, ms in floors.items()},
                 device_ms=round(sum(parts.values()) / 1e3, 1),
                 peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20))
             record["looping" if looping else "plain"] = figures
             if first:
-                facts = (f"{name} {value}" for name, value in figures.items() if name != "parts_ms")
+                facts = (f"{name} {value}" for name, value in figures.items() if not name.endswith("s_ms"))
                 print(f"{'looping' if looping else 'plain'}: {', '.join(facts)}", flush=True)
                 for name, us in parts.items():
-                    print(f"  {name:16}{us / 1e3:9.2f} ms {us / 1e3 / figures['step_ms']:6.1%}")
+                    floor = f"   floor {floors[name]:8.2f} ms" if name in floors else ""
+                    print(f"  {name:16}{us / 1e3:9.2f} ms {us / 1e3 / figures['step_ms']:6.1%}{floor}")
                 for name, (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:options.kernels]:
                     print(f"  {us / 1e3:9.2f} ms {count:5} x {name[:110]}")
         if first and options.record:

@@ -1,4 +1,6 @@
 """What only a CUDA device can show. Run with `pytest -m gpu`."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,36 @@ def test_number_of_documents_costs_no_recompilation(tiny):
         model.token_losses(*batch, True).mean().backward()
         before = before or g.compiled_graphs()
     assert g.compiled_graphs() == before
+
+
+def test_recorded_passes_do_what_the_others_do(tiny):
+    """With fewer segments than when they were recorded, with more, and with more than there is room for."""
+    s = dataclasses.replace(tiny, train_batch_tokens=8 * 2048, train_seq_len=2048, grad_accum_steps=8)
+    gradients, losses = [], []
+    for recorded in (True, False):
+        model = compiled(s)
+        with torch.no_grad():
+            liven(model)
+        optimizer = g.Optimizer(model, s, runtime)
+        passes = g.Passes(model, optimizer, dataclasses.replace(s, recorded_passes=recorded), runtime)
+        tokens = torch.randint(2, 512, (2048,), generator=torch.Generator().manual_seed(2))
+        found = []
+        for documents in (7, 3, 40, 500):
+            bounds = g.segment_bounds(np.linspace(0, 2048, documents, endpoint=False).astype(int), 2048, 2048)
+            batch = g.Batch(tokens.roll(documents), tokens, g.make_segments(bounds, 2048)).to(runtime)
+            passes(batch, True)
+            found.append([optimizer.flat_grad[:-1].clone(), *(bank.grad.clone() for bank in model.banks())])
+            losses.append(optimizer.flat_grad[-1].item())
+            for gradient in (optimizer.flat_grad, *(bank.grad for bank in model.banks())):
+                gradient.zero_()
+            if recorded and not passes.graphs:
+                passes.record(batch, True)
+        assert passes.outside == recorded
+        gradients.append(found)
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+    for got, expected in zip(*gradients):
+        for one, other in zip(got, expected):
+            assert relative_error(one, other) < 1e-2
 
 
 def test_no_host_synchronization_inside_a_step(tiny, tmp_path):
