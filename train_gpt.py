@@ -1499,24 +1499,25 @@ def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
 
 @jit
 def soft_cap(x, cap_pos, cap_neg):
-    """|tanh(x / c)|, its derivative by x / c, and in units of ln 2: -2 |x / c| and sign(x) c; float32, any shape."""
-    z = tl.abs(x) * tl.where(x >= 0, -2.8853900817779268 / cap_pos, -2.8853900817779268 / cap_neg)
-    e = tl.exp2(z)
-    r = 1.0 / (1.0 + e)
-    return (1.0 - e) * r, 4.0 * e * r * r, z, tl.where(x >= 0, cap_pos * 1.4426950408889634, cap_neg * -1.4426950408889634)
+    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any shape."""
+    z = x * tl.where(x >= 0, 2.8853900817779268 / cap_pos, 2.8853900817779268 / cap_neg)
+    root = tl.rsqrt(1.0 + tl.exp2(z))  # its square takes fewer instructions than a division
+    r = root * root
+    return 1.0 - 2.0 * r, r - r * r, z, tl.where(x >= 0, cap_pos * 1.4426950408889634, cap_neg * 1.4426950408889634)
 
 
 @jit
 def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
+    target, hint = tl.load(scores + tl.load(targets + row)), tl.load(scores + tl.load(hints + row))
     t, _, _, cap = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
     logit = tl.where(at < V, t * cap, float("-inf"))
     top = tl.max(logit, 0)
     top += tl.log2(tl.sum(tl.exp2(logit - top), 0))
-    t, _, _, cap = soft_cap(tl.load(scores + tl.load(targets + row)).to(tl.float32), cap_pos, cap_neg)
+    t, _, _, cap = soft_cap(target.to(tl.float32), cap_pos, cap_neg)
     tl.store(nll + row, (top - t * cap) * 0.6931471805599453)
-    t, _, _, cap = soft_cap(tl.load(scores + tl.load(hints + row)).to(tl.float32), cap_pos, cap_neg)
+    t, _, _, cap = soft_cap(hint.to(tl.float32), cap_pos, cap_neg)
     tl.store(log_q + row, (t * cap - top) * 0.6931471805599453)
     tl.store(lse + row, top)
 
@@ -1526,14 +1527,16 @@ def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dc
                         CAPS: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
-    x = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32)
+    x, dnll = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), tl.load(dnll + row)
+    target = tl.load(targets + row).to(tl.int32)
     t, slope, z, cap = soft_cap(x, cap_pos, cap_neg)
-    g = tl.load(dnll + row) * (tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == tl.load(targets + row), 1.0, 0.0))
-    tl.store(scores + at, (g * slope).to(scores.dtype.element_ty), mask=at < V)
+    g = tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == target, 1.0, 0.0)
+    tl.store(scores + at, (4.0 * dnll * (g * slope)).to(scores.dtype.element_ty), mask=at < V)
     if CAPS:
-        d = tl.where(at < V, g * (t + 0.34657359027997264 * z * slope), 0.0)  # times sign(x): the gradient of its cap
-        tl.store(dcaps + row * 2, tl.sum(tl.where(x >= 0, d, 0.0), 0))
-        tl.store(dcaps + row * 2 + 1, tl.sum(tl.where(x >= 0, 0.0, -d), 0))
+        g = tl.where(at < V, g * (t - 1.3862943611198906 * z * slope), 0.0)  # gradient of its cap, by dnll
+        positive = tl.sum(tl.where(x >= 0, g, 0.0), 0)
+        tl.store(dcaps + row * 2, dnll * positive)
+        tl.store(dcaps + row * 2 + 1, dnll * (tl.sum(g, 0) - positive))
 
 
 class TwoValueNLL(torch.autograd.Function):
@@ -1618,7 +1621,7 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 
 TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
     "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (4, 4, 2, 3), "qk_prep_forward": (4, 4, 8, 1),
-    "qk_prep_backward": (4, 4, 4, 1), "xsa_gate_forward": (4, 4, 7, 1), "xsa_gate_backward": (4, 4, 4, 1),
+    "qk_prep_backward": (4, 4, 7, 1), "xsa_gate_forward": (1, 1, 32, 1), "xsa_gate_backward": (4, 4, 4, 1),
     "add_norm_forward": (4, 4, 8, 1), "add_norm_backward": (4, 4, 8, 1), "lane_update_forward": (4, 4, 8, 1),
     "lane_update_backward": (4, 4, 4, 1)}
 
@@ -1661,17 +1664,19 @@ def rounded(x, like):
 
 
 def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
-             lanes: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+             lanes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Entry of a block on the stream x (T, d): merge a U-Net skip, mix with the embedding x0 (T, d), normalize.
 
     mix (2, d); scale (), without gradient. Returns the mixed stream, or with `lanes` the merged one before the mix; the
-    scaled normalized mix u; and u[:, :window], a copy of its own, so that the gates' gradient comes back as (T, window).
+    scaled normalized mix u; u[:, :window], a copy of its own, so that the gates' gradient comes back as (T, window); and
+    x and x0 again: what uses these later has its gradient added up in the kernel of the backward pass.
     """
     if not fusible(x, x.size(1)):
         return reference_mix_norm(x, x0, skip, mix, scale, window, lanes)
     parts = (skip.x, skip.weight, skip.gate) if skip is not None else (None, None, None)
-    out, u, head = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes)
-    return x if lanes and skip is None else out, u, head
+    out, u, head, *same = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes)
+    x, x0 = (new if old.requires_grad else old for old, new in zip((x, x0), same))
+    return x if lanes and skip is None else out, u, head, x, x0
 
 
 def reference_mix_norm(x, x0, skip, mix, scale, window, lanes):
@@ -1679,7 +1684,7 @@ def reference_mix_norm(x, x0, skip, mix, scale, window, lanes):
     merged = merged.to(x0.dtype) if lanes else merged
     mixed = (mix[0] * merged + mix[1] * x0).to(x0.dtype)
     u = (scale * norm(mixed)).to(x0.dtype)
-    return merged if lanes else mixed, u, u[:, :window]
+    return merged if lanes else mixed, u, u[:, :window], x, x0
 
 
 @jit
@@ -1723,9 +1728,9 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head,
 
 
 @jit
-def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T, D: tl.constexpr,
-                             SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-                             STAGES: tl.constexpr):
+def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T,
+                             D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
+                             ROWS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
     if SKIP:
@@ -1746,26 +1751,31 @@ def mix_norm_backward_kernel(dout, du, dhead, x, x0, skip, weight, gate, mix, sc
             merged = blend(stream, other, w, gated, SKIP)
         if LANES:
             merged = rounded(merged, x0)
-        if WINDOW:
+        if dhead is not None:
             g += tl.load(dhead + row * WINDOW + column, mask=inside & (column < WINDOW), other=0.0).to(tl.float32)
         g = norm_gradient(rounded(keep * merged + add * start, x0), scale * g, D)
-        if not LANES:
+        if dout is not None and not LANES:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
         dkeep += g * merged
         dadd += g * start
-        tl.store(dx0 + at, (add * g).to(dx0.dtype.element_ty), mask=inside)
+        total = add * g
+        if more0 is not None:
+            total += tl.load(more0 + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx0 + at, total.to(dx0.dtype.element_ty), mask=inside)
         g = keep * g
-        if LANES and SKIP:
+        if dout is not None and LANES:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+        total = g
         if SKIP == 2:
             dgate += g * (stream - w * other)
-            tl.store(dx + at, (gated * g).to(dx.dtype.element_ty), mask=inside)
+            total = gated * g
             g = (1.0 - gated) * g
-        else:
-            tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
         if SKIP:
             dw += g * other
             tl.store(dskip + at, (w * g).to(dskip.dtype.element_ty), mask=inside)
+        if more is not None:
+            total += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
     sums += tl.program_id(0) * (2 + SKIP) * D + tl.arange(0, D)
     tl.store(sums, tl.sum(dkeep, 0))
     tl.store(sums + D, tl.sum(dadd, 0))
@@ -1780,21 +1790,23 @@ class MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes):
         ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
+        ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
         out = x.new_empty(0) if lanes and skip is None else torch.empty_like(x)
         u, head = torch.empty_like(x), x.new_empty(len(x), window)
         over_rows(mix_norm_forward_kernel, "mix_norm_forward", x, x, x0, skip, weight, gate, mix, scale, out, u, head,
                   **ctx.kind)
-        return out, u, head
+        return out, u, head, x, x0
 
     @staticmethod
-    def backward(ctx, dout, du, dhead):
+    def backward(ctx, *gradients):  # at all five, None where nothing comes; something always reaches u
         x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
         kind, d = ctx.kind["SKIP"], x.size(1)
         dx, dx0, dskip = (torch.empty_like(x) if needed else None for needed in (True, True, kind))
         sums = mix.new_empty(row_programs("mix_norm_backward", x), 2 + kind, d)
-        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, dout.contiguous(), du.contiguous(), dhead.contiguous(), x,
-                  x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, **ctx.kind)
+        gradients = (None if g is None else g.contiguous() for g in gradients)
+        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, sums,
+                  **ctx.kind)
         dmix, dweight, dgate = sums.sum(0).split((2, int(kind > 0), int(kind > 1)))
         return (dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, None, None, None)
 
@@ -1818,22 +1830,28 @@ def reference_qk_prep(qkv, rope, gain, heads, kv_heads):
 
 @jit
 def turned(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """x (ROWS, H, D) rotated; cos and signed sin (ROWS, 1, D), 1 and 0 beyond the rotary dimensions.
+    """x (ROWS, H, D) rotated; cos and sin from rotary_tile().
 
     The partner comes from a xor over pairs of halves: an exact exchange between neighbouring lanes, without shared memory.
     """
-    bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, H, D // (2 * HALF), 2, HALF))
-    partner = tl.reshape(bits ^ tl.xor_sum(bits, 3, keep_dims=True), (ROWS, H, D)).to(tl.float32, bitcast=True)
-    return x * cos + partner * sin
+    x = tl.reshape(x, (ROWS, H, D // (2 * HALF), 2, HALF))
+    bits = x.to(tl.int32, bitcast=True)
+    partner = (bits ^ tl.xor_sum(bits, 3, keep_dims=True)).to(tl.float32, bitcast=True)
+    return tl.reshape(x * cos + partner * sin, (ROWS, H, D))
 
 
 @jit
 def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and signed sin (ROWS, 1, D) of the tokens row (ROWS,)."""
-    column = tl.arange(0, D)[None, None, :]
-    at, turns = row[:, None, None] * HALF + column % HALF, (row[:, None, None] < T) & (column < 2 * HALF)
-    s = tl.load(sin + at, mask=turns, other=0.0)
-    return tl.load(cos + at, mask=turns, other=1.0), tl.where(column < HALF, s, -s)
+    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the rotary dimensions.
+
+    What is loaded is small enough for every thread to load its share, where a whole tile would go through shared memory.
+    """
+    token = row[:, None, None, None, None]
+    at, inside = token * HALF + tl.arange(0, HALF)[None, None, None, None, :], token < T
+    c, s = tl.load(cos + at, mask=inside, other=1.0), tl.load(sin + at, mask=inside, other=0.0)
+    turns = tl.arange(0, D // (2 * HALF))[None, None, :, None, None] == 0
+    first = tl.arange(0, 2)[None, None, None, :, None] == 0
+    return tl.where(turns, c, 1.0), tl.where(turns, tl.where(first, s, -s), 0.0)
 
 
 @jit
@@ -1935,14 +1953,11 @@ def reference_xsa_gate(y, v, window, weight, alpha, scale):
 
 
 @jit
-def gate_inputs(window, weight, row, T, WINDOW: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
-                GROUP: tl.constexpr):
-    """The gates' inputs (ROWS, 1, 1, PADDED) and weights (1, KV_HEADS, GROUP, PADDED), rounded as the product rounds them."""
+def gate_weights(weight, window, WINDOW: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """(KV_HEADS, 1, GROUP, PADDED), rounded as the product with the gates' inputs `window` rounds them."""
     i = tl.arange(0, PADDED)[None, None, None, :]
-    head = tl.arange(0, KV_HEADS)[None, :, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
-    token = row[:, None, None, None]
-    w = rounded(tl.load(weight + head * WINDOW + i, mask=i < WINDOW, other=0.0), window)
-    return tl.load(window + token * WINDOW + i, mask=(i < WINDOW) & (token < T), other=0.0).to(tl.float32), w
+    head = tl.arange(0, KV_HEADS)[:, None, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
+    return rounded(tl.load(weight + head * WINDOW + i, mask=i < WINDOW, other=0.0), window)
 
 
 @jit
@@ -1953,25 +1968,30 @@ def unit(v):
     return v * inverse, inverse, length > 1e-12
 
 
+# Tiles are (KV_HEADS, ROWS, GROUP, D): so the compiler gives a warp whole tokens, and no sum crosses warps.
+
+
 @jit
 def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
                             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
                             PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
+    kv_head, member = tl.arange(0, KV_HEADS)[:, None, None, None], tl.arange(0, GROUP)[None, None, :, None]
     head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
-    share = 1.0
+    i, share, w = tl.arange(0, PADDED)[None, None, None, :], 1.0, 0.0
     if ALPHA:
         share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    if GATE:
+        w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
-        token = row[:, None, None, None]
+        token = row[None, :, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
         out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(v + token * v_stride + kv_head * D + column, mask=inside, other=0.0).to(tl.float32)
         direction, _, _ = unit(value)
         out -= share * tl.sum(out * direction, 3, keep_dims=True) * direction
         if GATE:
-            u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
+            u = tl.load(window + token * WINDOW + i, mask=inside & (i < WINDOW), other=0.0).to(tl.float32)
             gate = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
             tl.store(gates + token * (KV_HEADS * GROUP) + head, gate, mask=inside)
             out *= gate
@@ -1983,15 +2003,17 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
                              GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
                              D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
                              STAGES: tl.constexpr):
-    kv_head, member = tl.arange(0, KV_HEADS)[None, :, None, None], tl.arange(0, GROUP)[None, None, :, None]
+    kv_head, member = tl.arange(0, KV_HEADS)[:, None, None, None], tl.arange(0, GROUP)[None, None, :, None]
     head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
-    share = 1.0
+    i, share, w = tl.arange(0, PADDED)[None, None, None, :], 1.0, 0.0
     if ALPHA:
         share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    da, dw = tl.zeros([ROWS, KV_HEADS, GROUP, 1], tl.float32), tl.zeros([ROWS, KV_HEADS, GROUP, PADDED], tl.float32)
+    if GATE:
+        w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
+    da, dw = tl.zeros([KV_HEADS, ROWS, GROUP, 1], tl.float32), tl.zeros([KV_HEADS, ROWS, GROUP, PADDED], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
-        token = row[:, None, None, None]
+        token = row[None, :, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
         out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
@@ -2000,28 +2022,26 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
         component = tl.sum(out * direction, 3, keep_dims=True)
         along = tl.sum(g * direction, 3, keep_dims=True)
         if GATE:
-            u, w = gate_inputs(window, weight, row, T, WINDOW, PADDED, KV_HEADS, GROUP)
+            u = tl.load(window + token * WINDOW + i, mask=inside & (i < WINDOW), other=0.0).to(tl.float32)
             gate = tl.load(gates + token * (KV_HEADS * GROUP) + head, mask=inside, other=0.0)
             dscore = (tl.sum(g * out, 3, keep_dims=True) - share * component * along) * (scale * gate * (1.0 - gate))
             dw += dscore * u
-            tl.store(dwindow + token * WINDOW + tl.arange(0, PADDED)[None, None, None, :],
-                     tl.sum(tl.sum(dscore * w, 2, keep_dims=True), 1, keep_dims=True).to(dwindow.dtype.element_ty),
-                     mask=inside & (tl.arange(0, PADDED)[None, None, None, :] < WINDOW))
+            du = tl.sum(tl.sum(dscore * w, 2, keep_dims=True), 0, keep_dims=True)
+            tl.store(dwindow + token * WINDOW + i, du.to(dwindow.dtype.element_ty), mask=inside & (i < WINDOW))
             g *= gate
             along *= gate
         if ALPHA:
             da -= component * along * (1.0 - share * share)
         tl.store(dy + at, (g - share * along * direction).to(dy.dtype.element_ty), mask=inside)
-        turn = tl.sum(share * (component * g + along * out), 2, keep_dims=True)  # less: gradient at the direction
+        turn = tl.sum(share * component * g + share * along * out, 2, keep_dims=True)  # less: gradient at the direction
         twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
         turn = inverse * (tl.where(free, twice, 0.0) * direction - turn)
         tl.store(dv + token * (KV_HEADS * D) + kv_head * D + column, turn.to(dv.dtype.element_ty), mask=inside)
-    heads = tl.arange(0, KV_HEADS)[:, None, None] * GROUP + tl.arange(0, GROUP)[None, :, None]
+    head += tl.program_id(0) * (KV_HEADS * GROUP)
     if GATE:
-        i = tl.arange(0, PADDED)[None, None, :]
-        tl.store(dweight + (tl.program_id(0) * KV_HEADS * GROUP + heads) * WINDOW + i, tl.sum(dw, 0), mask=i < WINDOW)
+        tl.store(dweight + head * WINDOW + i, tl.sum(dw, 1, keep_dims=True), mask=i < WINDOW)
     if ALPHA:
-        tl.store(dalpha + tl.program_id(0) * KV_HEADS * GROUP + heads, tl.sum(da, 0))
+        tl.store(dalpha + head, tl.sum(da, 1, keep_dims=True))
 
 
 class XSAGate(torch.autograd.Function):
@@ -2052,10 +2072,7 @@ class XSAGate(torch.autograd.Function):
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm."""
-    if not fusible(x, x.size(1)):
-        return reference_add_norm(x, y, scale)
-    out, u = AddNorm.apply(x, y, scale, False)
-    return x if y is None else out, u
+    return AddNorm.apply(x, y, scale, False) if fusible(x, x.size(1)) else reference_add_norm(x, y, scale)
 
 
 def reference_add_norm(x, y, scale):
@@ -2104,7 +2121,7 @@ def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD:
         if MEAN:
             total = 0.5 * (total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32))
         g = norm_gradient(total, g, D)
-        if ADD:
+        if dout is not None:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
             g *= 0.5
@@ -2114,10 +2131,11 @@ def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD:
 class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, scale, mean):
+        ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), ADD=y is not None and not mean, MEAN=mean, SCALED=scale is not None)
-        out, u = torch.empty_like(x) if ctx.kind["ADD"] else x.new_empty(0), torch.empty_like(x)
+        out, u = torch.empty_like(x) if ctx.kind["ADD"] else x, torch.empty_like(x)
         over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, **ctx.kind)
-        ctx.save_for_backward(out if ctx.kind["ADD"] else x, y if mean else None, scale)
+        ctx.save_for_backward(out, y if mean else None, scale)
         ctx.two = y is not None
         return out, u
 
@@ -2125,8 +2143,8 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, dout, du):
         x, y, scale = ctx.saved_tensors
         dx = torch.empty_like(x)
-        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout.contiguous(), du.contiguous(), x, y, scale, dx,
-                  **ctx.kind)
+        dout = None if dout is None else dout.contiguous()
+        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y, scale, dx, **ctx.kind)
         return dx, dx if ctx.two else None, None, None
 
 
@@ -2595,23 +2613,24 @@ class GPT(nn.Module):
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
         x0 = x = self.embed(ids, segments.positions, segments.previous, rider)
-        layers, skips, lanes, visits = self.layers(), [], None, itertools.count()
+        layers, entered, lanes, visits = self.layers(), [], None, itertools.count()
 
         def visited(i: int) -> Layer:
             return layers[i] if rider is None else layers[i]._replace(**rider.block(next(visits), i))
 
         encoder, decoder = self.orders[looping]
         for i in encoder:
-            x = self.block(x, x0, None, visited(i), segments, rope)
-            skips.append(x)
+            x, before, x0 = self.block(x, x0, None, visited(i), segments, rope)
+            entered.append(before)
+        skips = [*entered[1:], x]
         weights = self.skip_weights.unbind()
         gates = self.skip_gates.unbind() if self.skip_gates is not None else [None] * len(weights)
         for i, weight, gate in itertools.zip_longest(decoder, weights[:len(skips)], gates[:len(skips)]):
             skip = Skip(skips.pop(), weight, gate) if weight is not None else None
             if s.parallel_start_layer and i >= s.parallel_start_layer:
-                lanes = self.two_lane_block(*(lanes or (x, x)), x0, skip, visited(i), segments, rope)
+                *lanes, x0 = self.two_lane_block(*(lanes or (x, None)), x0, skip, visited(i), segments, rope)
             else:
-                x = self.block(x, x0, skip, visited(i), segments, rope)
+                x, _, x0 = self.block(x, x0, skip, visited(i), segments, rope)
         ends = {"mean": slice(2), "attn": slice(1), "mlp": slice(1, 2)}[s.parallel_final_lane]
         return mean_norm(*(lanes[ends] if lanes else (x,)))
 
@@ -2630,18 +2649,20 @@ class GPT(nn.Module):
             x = torch.cat((x[:first], x[first:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before))
         return norm(x).to(self.compute_dtype)
 
-    def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments, rope) -> Tensor:
-        """One transformer block on the stream x (T, d)."""
-        x, u, window = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window)
+    def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments,
+              rope) -> tuple[Tensor, Tensor, Tensor]:
+        """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
+        x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window)
         x, u = add_norm(x, self.attend(u, window, w, segments, rope), w.input_scale)
-        return x + self.mlp(u, w)
+        return x + self.mlp(u, w), before, x0
 
-    def two_lane_block(self, lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments,
-                       rope) -> tuple[Tensor, Tensor]:
-        """Attention reads lane 0, the MLP lane 1, at the same time; both outputs go to both lanes."""
-        lane0, u, window = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, lanes=True)
-        lane1, u1 = add_norm(lane1, None, w.input_scale)
-        return lane_update(lane0, lane1, self.attend(u, window, w, segments, rope), self.mlp(u1, w), w.lane_resid, w.lane_post)
+    def two_lane_block(self, lane0: Tensor, lane1: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer,
+                       segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention reads lane 0, the MLP lane 1 (at first the same), at the same time; both outputs go to both lanes."""
+        lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True)
+        lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale)
+        attended, out = self.attend(u, window, w, segments, rope), self.mlp(u1, w)
+        return *lane_update(lane0, lane1, attended, out, w.lane_resid, w.lane_post), x0
 
     def mlp(self, u: Tensor, w: Layer) -> Tensor:
         """Scaled MLP output (T, d) for the normalized u (T, d)."""

@@ -318,9 +318,26 @@ def test_mix_norm(T, dtype, skip, lanes, fused, double):
 
 
 def test_a_lane_without_skip_is_not_copied(fused):
-    x = randn(5, 16)
-    assert kernels.mix_norm(x, x, None, randn(2, 16), torch.tensor(0.7), 3, True)[0] is x
-    assert kernels.add_norm(x, None, torch.tensor(0.7))[0] is x
+    x = randn(5, 16).requires_grad_()
+    assert kernels.mix_norm(x, x, None, randn(2, 16), torch.tensor(0.7), 3, True)[0].data_ptr() == x.data_ptr()
+    assert kernels.add_norm(x, None, torch.tensor(0.7))[0].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("used", [(1,), (0, 1), (1, 3), (1, 2, 4)])
+def test_mix_norm_of_which_little_is_used(lanes, used, fused, double):
+    inputs = [*(randn(9, 16, seed=i) for i in (1, 2)), None, randn(2, 16, seed=6), torch.tensor(0.7), 3, lanes]
+
+    def some(function):
+        return lambda *a: tuple(x for i, x in enumerate(function(*a)) if i in used)
+
+    agree(some(kernels.mix_norm), some(kernels.reference_mix_norm), inputs, [0, 1, 3])
+
+
+def test_mix_norm_returns_what_has_no_gradient_without_one(fused):
+    x, x0 = randn(5, 16).requires_grad_(), randn(5, 16, seed=1)
+    *_, again, same = kernels.mix_norm(x, x0, None, randn(2, 16), torch.tensor(0.7), 3)
+    assert again.requires_grad and same is x0
 
 
 @lengths
