@@ -274,8 +274,8 @@ def test_skips_join_the_visits_of_the_published_table(looping, pairs, monkeypatc
                 assert int(skip.weight[0]) == len(seen) - 1
         return torch.full_like(x, block)
 
-    monkeypatch.setattr(model, "block", lambda x, x0, skip, w, *_: visit(x, skip, w))
-    monkeypatch.setattr(model, "two_lane_block", lambda a, b, x0, skip, w, *_: (visit(a, skip, w), b))
+    monkeypatch.setattr(model, "block", lambda x, x0, skip, w, *_: (visit(x, skip, w), x, x0))
+    monkeypatch.setattr(model, "two_lane_block", lambda a, b, x0, skip, w, *_: (visit(a, skip, w), x0, x0))
     model(torch.tensor([1, 2]), segments_of([2]), looping)
     assert seen == pairs
 
