@@ -1202,6 +1202,7 @@ def attention_kernel(wanted: str) -> str:
     if wanted == "fa4" or wanted == "auto" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         try:
             importlib.import_module(FA4)
+            warnings.filterwarnings("ignore", "Argument aux_data")  # at every first call, about an argument that is None
             return "fa4"
         except Exception as error:  # it fails in many ways where it does not fit
             if wanted == "fa4":
@@ -1546,8 +1547,9 @@ class TwoValueNLL(torch.autograd.Function):
         caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
                 for cap in (cap_pos, cap_neg)]
         nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
-        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)), num_warps=8)
-        nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block)
+        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))
+        nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block,
+                                         num_warps=4)
         ctx.save_for_backward(scores, *caps, targets, lse)
         ctx.mark_non_differentiable(log_q)
         return nll, log_q
@@ -1558,7 +1560,7 @@ class TwoValueNLL(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[1:3])
         dcaps = lse.new_empty(len(scores), 2) if trained else lse
         nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, CAPS=trained,
-                                          **ctx.block)
+                                          **ctx.block, num_warps=8)
         return scores, *(dcaps.sum(0) if trained else (None, None)), None, None
 
 
@@ -1620,8 +1622,8 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 # rows, written once, and added up in a fixed order. The bf16 results are rounded where the plain formulas round them.
 
 TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
-    "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (4, 4, 2, 3), "qk_prep_forward": (4, 4, 8, 1),
-    "qk_prep_backward": (4, 4, 7, 1), "xsa_gate_forward": (1, 1, 32, 1), "xsa_gate_backward": (4, 4, 4, 1),
+    "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (8, 8, 1, 3), "qk_prep_forward": (4, 4, 8, 1),
+    "qk_prep_backward": (4, 4, 2, 3), "xsa_gate_forward": (1, 1, 32, 1), "xsa_gate_backward": (1, 1, 16, 1),
     "add_norm_forward": (4, 4, 8, 1), "add_norm_backward": (4, 4, 8, 1), "lane_update_forward": (4, 4, 8, 1),
     "lane_update_backward": (4, 4, 4, 1)}
 
@@ -1811,21 +1813,23 @@ class MixNorm(torch.autograd.Function):
         return (dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, None, None, None)
 
 
-def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int,
-            kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries (T, heads, D), keys and values (T, kv_heads, D) of the fused product qkv (T, (heads + 2 kv_heads) D).
+def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
+            copies: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries (T, heads, D), keys and values (T, kv_heads copies, D) of the fused product qkv (T, (heads + 2 kv_heads) D).
 
-    Queries and keys are normalized per head and rotated; queries are multiplied by gain (heads,). Values are a strided
-    view, returned twice, for attention and for what subtracts them: their gradients meet in the kernel of the backward pass.
+    Queries and keys are normalized per head and rotated; queries are multiplied by gain (heads,). Every key and value head
+    comes `copies` times in a row: the backward pass of attention is faster where no two query heads add to the same one.
+    Last the values once more, a strided view (T, kv_heads, D), for what subtracts them: the gradients meet in one kernel.
     """
     if not fusible(qkv, heads, kv_heads, qkv.size(1) // (heads + 2 * kv_heads), rope[0].size(-1)):
-        return reference_qk_prep(qkv, rope, gain, heads, kv_heads)
-    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads)
+        return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies)
+    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads, copies)
 
 
-def reference_qk_prep(qkv, rope, gain, heads, kv_heads):
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
-    return (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype), rotate(norm(k), rope).to(qkv.dtype), v, v
+def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1):
+    q, k, own = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (rotate(norm(k), rope).to(qkv.dtype), own))
+    return (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype), k, v, own
 
 
 @jit
@@ -1864,8 +1868,8 @@ def qk_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl
 
 
 @jit
-def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-                           HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
+                           D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
@@ -1880,12 +1884,19 @@ def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, T, HEADS: tl.constexpr, KV
         x = turned(x * (inverse_rms(x, D) * gain), c, s, ROWS, HEADS, D, HALF)
         y = turned(y * inverse_rms(y, D), c, s, ROWS, KV_HEADS, D, HALF)
         tl.store(q + token * (HEADS * D) + own, x.to(q.dtype.element_ty), mask=inside)
-        tl.store(k + token * (KV_HEADS * D) + kv_own, y.to(k.dtype.element_ty), mask=inside)
+        to = (token * KV_HEADS + kv_head) * (COPIES * D) + column
+        for copy in tl.static_range(COPIES):
+            tl.store(k + to + copy * D, y.to(k.dtype.element_ty), mask=inside)
+        if COPIES > 1:
+            own_value = tl.load(qkv + at + (HEADS + KV_HEADS) * D + kv_own, mask=inside, other=0.0)
+            for copy in tl.static_range(COPIES):
+                tl.store(v + to + copy * D, own_value, mask=inside)
 
 
 @jit
 def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                            D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+                            COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
@@ -1899,9 +1910,11 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums,
         x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
         gx = tl.load(dq + token * (HEADS * D) + own, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(qkv + kv_at, mask=inside, other=0.0).to(tl.float32)
-        gy = tl.load(dk + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
-        gv = tl.load(dv + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
-        gv += tl.load(dv_own + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
+        gv = tl.load(dv_own + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
+        gy, kv_from = tl.zeros_like(gv), (token * KV_HEADS + kv_head) * (COPIES * D) + column
+        for copy in tl.static_range(COPIES):
+            gy += tl.load(dk + kv_from + copy * D, mask=inside, other=0.0).to(tl.float32)
+            gv += tl.load(dv + kv_from + copy * D, mask=inside, other=0.0).to(tl.float32)
         c, s = rotary_tile(cos, sin, row, T, D, HALF)
         gx, more = qk_gradient(x, gx, gain, c, s, ROWS, HEADS, D, HALF)
         gy, _ = qk_gradient(y, gy, 1.0, c, s, ROWS, KV_HEADS, D, HALF)
@@ -1914,13 +1927,15 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums,
 
 class QKPrep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads):
+    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies):
         ctx.save_for_backward(qkv, cos, sin, gain)
         D = qkv.size(1) // (heads + 2 * kv_heads)
-        ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, D=D, HALF=cos.size(-1))
-        q, k = (qkv.new_empty(len(qkv), n, D) for n in (heads, kv_heads))
-        over_rows(qk_prep_forward_kernel, "qk_prep_forward", qkv, qkv, cos, sin, gain, q, k, **ctx.kind)
+        ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
+        q, k = (qkv.new_empty(len(qkv), n, D) for n in (heads, kv_heads * copies))
         v, own = (qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D)) for _ in range(2))
+        v = torch.empty_like(k) if copies > 1 else v
+        over_rows(qk_prep_forward_kernel, "qk_prep_forward", qkv, qkv, cos, sin, gain, q, k, v if copies > 1 else None,
+                  **ctx.kind)
         return q, k, v, own
 
     @staticmethod
@@ -1929,7 +1944,7 @@ class QKPrep(torch.autograd.Function):
         dqkv, sums = torch.empty_like(qkv), gain.new_empty(row_programs("qk_prep_backward", qkv), len(gain))
         over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
                   dqkv, sums, **ctx.kind)
-        return dqkv, None, None, sums.sum(0), None, None
+        return dqkv, None, None, sums.sum(0), None, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
@@ -2071,7 +2086,10 @@ class XSAGate(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm."""
+    """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
+
+    The backward pass does without x + y, which may be written over.
+    """
     return AddNorm.apply(x, y, scale, False) if fusible(x, x.size(1)) else reference_add_norm(x, y, scale)
 
 
@@ -2088,7 +2106,7 @@ def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 @jit
-def add_norm_forward_kernel(x, y, scale, out, u, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+def add_norm_forward_kernel(x, y, scale, out, u, inverse, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
                             SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
@@ -2104,11 +2122,14 @@ def add_norm_forward_kernel(x, y, scale, out, u, T, D: tl.constexpr, ADD: tl.con
             tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
         if MEAN:
             total *= 0.5
-        tl.store(u + at, (factor * inverse_rms(total, D) * total).to(u.dtype.element_ty), mask=inside)
+        r = inverse_rms(total, D)
+        tl.store(u + at, (factor * r * total).to(u.dtype.element_ty), mask=inside)
+        if ADD:
+            tl.store(inverse + row, r, mask=row < T)
 
 
 @jit
-def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
                              SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
@@ -2120,7 +2141,11 @@ def add_norm_backward_kernel(dout, du, x, y, scale, dx, T, D: tl.constexpr, ADD:
         g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
             total = 0.5 * (total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32))
-        g = norm_gradient(total, g, D)
+        if ADD:  # x is the scaled norm
+            total /= factor
+            g = tl.load(inverse + row, mask=row < T, other=0.0) * (g - total * (tl.sum(total * g, 1, keep_dims=True) / D))
+        else:
+            g = norm_gradient(total, g, D)
         if dout is not None:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
@@ -2134,17 +2159,18 @@ class AddNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), ADD=y is not None and not mean, MEAN=mean, SCALED=scale is not None)
         out, u = torch.empty_like(x) if ctx.kind["ADD"] else x, torch.empty_like(x)
-        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, **ctx.kind)
-        ctx.save_for_backward(out, y if mean else None, scale)
+        inverse = x.new_empty(len(x), dtype=torch.float32) if ctx.kind["ADD"] else None
+        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, **ctx.kind)
+        ctx.save_for_backward(u if ctx.kind["ADD"] else x, y if mean else None, scale, inverse)
         ctx.two = y is not None
         return out, u
 
     @staticmethod
     def backward(ctx, dout, du):
-        x, y, scale = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         dx = torch.empty_like(x)
         dout = None if dout is None else dout.contiguous()
-        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y, scale, dx, **ctx.kind)
+        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, *rest, dx, **ctx.kind)
         return dx, dx if ctx.two else None, None, None
 
 
@@ -2239,11 +2265,15 @@ PRODUCT = {  # BLOCKS: rows, columns and depth of a tile; TMA: through tensor de
     "backward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=3)}
 
 
-def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
-    """leaky_relu_squared(u W_up^T) W_down^T; u (T, d), w_up (F, d), w_down (d, F)."""
+def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None) -> Tensor:
+    """leaky_relu_squared(u W_up^T) W_down^T, added to x if given; u and x (T, d), w_up (F, d), w_down (d, F).
+
+    On CUDA the sum is written over x, which nothing else may need then.
+    """
     if not fusible(u) or u.dtype != torch.bfloat16 or u.size(1) % 64 or len(w_up) % 64:
-        return F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
-    return SquaredMLP.apply(u, w_up, w_down, slope)
+        y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
+        return y if x is None else x + y
+    return SquaredMLP.apply(u, w_up, w_down, slope, x)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
@@ -2321,19 +2351,22 @@ def mlp_product(way: str, x: Tensor, w: Tensor, p: Tensor, a: Tensor, slope: flo
 
 class SquaredMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, w_up, w_down, slope):
+    def forward(ctx, u, w_up, w_down, slope, x=None):
         p, a = torch.empty(2, len(u), len(w_up), dtype=u.dtype, device=u.device)
         mlp_product("forward", u, w_up, p, a, slope)
         ctx.save_for_backward(u, w_up, w_down, p, a)
-        ctx.slope = slope
-        return F.linear(a, w_down)
+        ctx.slope, ctx.added = slope, x is not None
+        if x is None:
+            return F.linear(a, w_down)
+        ctx.mark_dirty(x)
+        return x.addmm_(a, w_down.T)
 
     @staticmethod
     def backward(ctx, dy):
         u, w_up, w_down, p, a = ctx.saved_tensors
         dy, dp = dy.contiguous(), torch.empty_like(p)
         mlp_product("backward", dy, w_down, p, dp, ctx.slope)
-        return dp @ w_up, dp.T @ u, dy.T @ a, None
+        return dp @ w_up, dp.T @ u, dy.T @ a, None, dy if ctx.added else None
 
 
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
@@ -2654,7 +2687,7 @@ class GPT(nn.Module):
         """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
         x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window)
         x, u = add_norm(x, self.attend(u, window, w, segments, rope), w.input_scale)
-        return x + self.mlp(u, w), before, x0
+        return self.mlp(u, w, x), before, x0
 
     def two_lane_block(self, lane0: Tensor, lane1: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer,
                        segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
@@ -2664,18 +2697,21 @@ class GPT(nn.Module):
         attended, out = self.attend(u, window, w, segments, rope), self.mlp(u1, w)
         return *lane_update(lane0, lane1, attended, out, w.lane_resid, w.lane_post), x0
 
-    def mlp(self, u: Tensor, w: Layer) -> Tensor:
-        """Scaled MLP output (T, d) for the normalized u (T, d)."""
+    def mlp(self, u: Tensor, w: Layer, x: Tensor | None = None) -> Tensor:
+        """Scaled MLP output (T, d) for the normalized u (T, d), added to x if given, which may be written over."""
         slope = self.settings.leaky_relu_sq_slope
         if w.adapter is None:
-            return squared_mlp(u, w.w_up, w.w_down, slope)
-        return w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
+            return squared_mlp(u, w.w_up, w.w_down, slope, x)
+        y = w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
+        return y if x is None else x + y
 
     def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
         """Scaled attention output (T, d) for the normalized u (T, d), whose leading channels are `window`."""
         s = self.settings
         qkv = w.product("qkv", u, w.w_qkv, u)
-        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads)
+        trains = qkv.is_cuda and qkv.requires_grad and w.context is None
+        copies = s.num_heads // s.num_kv_heads if trains else 1
+        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
         y = attention(q, k, v, segments, self.attention_kernel) if w.context is None else w.context(q, k, v)
         sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
         y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale)
@@ -3077,8 +3113,8 @@ class TrainingClock:
 class Passes:
     """Forward and backward passes over micro-batches; they add to the gradients and to the loss of the step.
 
-    With RECORDED_PASSES one is recorded for each context length and state of looping and replayed from then on: one launch by the
-    host instead of some two thousand. Recorded passes read from buffers that stay in place and hold `room` segments: those
+    With RECORDED_PASSES one is recorded for each context length and state of looping and replayed from then on: one launch by
+    the host instead of some two thousand. Recorded passes read from buffers that stay in place and hold `room` segments: those
     that a micro-batch lacks are empty, and one with more of them runs as if nothing had been recorded.
     """
 

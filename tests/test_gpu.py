@@ -181,14 +181,15 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
     mix = [rows(d), rows(d), rows(d), vector(d), vector(2, d), vector(d)]
     qkv = rows((heads + 2 * kv_heads) * size)
     angles = torch.rand(T, 1, 8, device="cuda") * 6
+    turns = angles.cos(), angles.sin()
     weights = [0.04 * vector(2048, d).bfloat16(), 0.02 * vector(d, 2048).bfloat16()]
     targets = torch.randint(8192, (T,), device="cuda")
     return {
         **{f"mix_norm {gated} {lanes}": (mixed(g.mix_norm, gated, lanes), mixed(g.reference_mix_norm, gated, lanes), mix)
            for gated in (None, False, True) for lanes in (False, True)},
-        "qk_prep": (lambda x, gain: g.qk_prep(x, (angles.cos(), angles.sin()), gain, heads, kv_heads),
-                    lambda x, gain: g.reference_qk_prep(x, (angles.cos(), angles.sin()), gain, heads, kv_heads),
-                    [qkv, vector(heads)]),
+        **{f"qk_prep {copies}": (lambda x, gain, c=copies: g.qk_prep(x, turns, gain, heads, kv_heads, c),
+                                 lambda x, gain, c=copies: g.reference_qk_prep(x, turns, gain, heads, kv_heads, c),
+                                 [qkv, vector(heads)]) for copies in (1, 2)},
         "xsa_gate": (cut(g.xsa_gate), cut(g.reference_xsa_gate),
                      [rows(heads, size), qkv, rows(12), vector(heads, 12), vector(heads)]),
         "add_norm": (lambda x, y: g.add_norm(x, y, scale), lambda x, y: g.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
@@ -204,7 +205,7 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
 
 
 @pytest.mark.parametrize("name", [*(f"mix_norm {gated} {lanes}" for gated in (None, False, True) for lanes in (False, True)),
-                                  "qk_prep", "xsa_gate", "add_norm", "norm", "mean_norm", "final norm", "lane_update",
+                                  "qk_prep 1", "qk_prep 2", "xsa_gate", "add_norm", "norm", "mean_norm", "final norm", "lane_update",
                                   "squared_mlp", "two_value_nll"])
 @pytest.mark.parametrize("T", [1, 129, 3001])
 def test_fused_kernels_match_the_references(name, T):
@@ -220,7 +221,7 @@ def test_fused_kernels_match_the_references(name, T):
         results.append([*kept, *torch.autograd.grad(out, leaves, weights, allow_unused=True)])
     for got, expected in zip(*results):
         assert (got is None) == (expected is None)
-        assert got is None or relative_error(got, expected) < 2e-2
+        assert got is None or relative_error(got, expected) < 2e-2 or (got - expected).norm() < 1e-6
 
 
 def test_losses_of_target_and_hint_match_float64():
