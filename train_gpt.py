@@ -187,8 +187,8 @@ class Settings:
     ttt_eval_only: bool = setting("Run", False, "1: no training; load the saved artifact and score it")
     quantize_only: bool = setting("Run", False, "1: no training; quantize the checkpoint that an earlier run saved")
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
-    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: "
-                             "the first of them that there is", choices=("auto", "fa4", "torch", "reference"))
+    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4 or 3, PyTorch's kernel or plain code; auto: "
+                             "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded before the clock starts")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
@@ -1193,41 +1193,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str) 
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
         return FlashAttention4.apply(q, k, v, cu, longest)
+    if kernel == "fa3":
+        return flash_attention_3(q, k, v, cu, longest)
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
+
+
+FLASH_ATTENTION = {  # in order of preference: the module, and where it comes from
+    "fa4": ("flash_attn.cute.interface", "install requirements-cuda.txt"),
+    "fa3": ("flash_attn_interface", "build it from the folder hopper of the flash-attention sources")}
 
 
 @functools.cache
 def attention_kernel(wanted: str) -> str:
     """The kernel that ATTENTION stands for on this machine; InputError where the one that is asked for is not there."""
-    if wanted == "fa4" or wanted == "auto" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        try:
-            importlib.import_module(FA4)
-            warnings.filterwarnings("ignore", "Argument aux_data")  # at every first call, about an argument that is None
-            return "fa4"
-        except Exception as error:  # it fails in many ways where it does not fit
-            if wanted == "fa4":
-                raise InputError(f"ATTENTION: FlashAttention 4 does not load ({type(error).__name__}: {error}); install "
-                                 "requirements-cuda.txt, or choose auto or torch") from None
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    for kernel, (module, remedy) in FLASH_ATTENTION.items():
+        if wanted == kernel or wanted == "auto" and hopper:
+            try:
+                importlib.import_module(module)
+                warnings.filterwarnings("ignore", "Argument aux_data")  # fa4 at its first calls, about what is None
+                return kernel
+            except Exception as error:  # it fails in many ways where it does not fit
+                if wanted == kernel:
+                    raise InputError(f"ATTENTION: {kernel} does not load ({type(error).__name__}: {error}); {remedy}, or "
+                                     "choose auto or torch") from None
     return "torch" if wanted == "auto" else wanted
 
 
-FA4 = "flash_attn.cute.interface"
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Shah et al. 2024, over packed segments, with its own derivative."""
+    function = importlib.import_module(FLASH_ATTENTION["fa3"][0]).flash_attn_varlen_func
+    out = function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # its first versions return the log-sum-exps too
 
 
 class FlashAttention4(torch.autograd.Function):
     """Dao et al. 2026, over packed segments."""
 
     @staticmethod
+    def library():
+        return importlib.import_module(FLASH_ATTENTION["fa4"][0])
+
+    @staticmethod
     def forward(ctx, q, k, v, cu, longest):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        out, lse = importlib.import_module(FA4)._flash_attn_fwd(q, k, v, **ctx.bounds, causal=True, return_lse=True)[:2]
+        out, lse = FlashAttention4.library()._flash_attn_fwd(q, k, v, **ctx.bounds, causal=True, return_lse=True)[:2]
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        backward = importlib.import_module(FA4)._flash_attn_bwd
+        backward = FlashAttention4.library()._flash_attn_bwd
         return *backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)[:3], None, None
 
 
@@ -3123,7 +3140,7 @@ class Passes:
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.outside = 0  # passes that found no room
         self.buffers = None
-        if runtime.on_cuda and settings.recorded_passes:
+        if runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference":  # which waits for the device
             tokens, device = settings.micro_batch_tokens, runtime.device
             ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=device)
             bounds = torch.empty(max(64, tokens // 384) + 1, dtype=torch.int32, device=device)

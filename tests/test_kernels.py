@@ -238,10 +238,43 @@ def test_flash_attention_4_is_given_what_it_wants(monkeypatch):
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             return *torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout), "more"
 
-    monkeypatch.setitem(sys.modules, kernels.FA4, SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION["fa4"][0], SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
     compare(lambda q, k, v: kernels.FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen),
             lambda q, k, v: kernels.reference_attention(q, k, v, segments),
             [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_flash_attention_3_is_given_what_it_wants(more, monkeypatch):
+    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+
+    def function(q, k, v, **given):
+        assert given == dict(cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8,
+                             causal=True)
+        out = kernels.reference_attention(q, k, v, segments)
+        return (out, torch.ones(4, 10)) if more else out
+
+    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION["fa3"][0], SimpleNamespace(flash_attn_varlen_func=function))
+    compare(lambda q, k, v: kernels.flash_attention_3(q, k, v, segments.cu_seqlens, segments.max_seqlen),
+            lambda q, k, v: kernels.reference_attention(q, k, v, segments),
+            [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
+
+
+@pytest.mark.parametrize("there, capability, wanted, got", [
+    ("fa4 fa3", 9, "auto", "fa4"), ("fa3", 9, "auto", "fa3"), ("", 9, "auto", "torch"), ("fa4 fa3", 8, "auto", "torch"),
+    ("fa4", None, "auto", "torch"), ("fa4 fa3", 9, "fa3", "fa3"), ("fa3", 9, "fa4", None), ("fa4", 9, "fa3", None),
+    ("fa4", 9, "torch", "torch"), ("fa4", 9, "reference", "reference")])
+def test_attention_takes_the_best_kernel_that_there_is(there, capability, wanted, got, monkeypatch):
+    for kernel, (module, _) in kernels.FLASH_ATTENTION.items():  # None: importing it fails
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace() if kernel in there.split() else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    choose = kernels.attention_kernel.__wrapped__  # without its memory of earlier calls
+    if got:
+        assert choose(wanted) == got
+    else:
+        with pytest.raises(kernels.InputError, match=f"^ATTENTION: {wanted} does not load.*; (install|build).*auto or torch$"):
+            choose(wanted)
 
 
 # --- Fused steps of a block
