@@ -4249,6 +4249,9 @@ def similarity_order(codes: Tensor) -> Tensor:
     return order
 
 
+PROGRAMS: set[subprocess.Popen] = set()  # that run now
+
+
 def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
     """Run the program lrzip over `data`; the result may have at most `limit` bytes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -4256,13 +4259,32 @@ def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
         with open(source, "wb") as file:
             file.write(data)
         try:
-            subprocess.run(["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source], check=True,
-                           timeout=600, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
+            command = ["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source]
+            with subprocess.Popen(command, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)) as program:
+                PROGRAMS.add(program)
+                try:
+                    code = program.wait(600)
+                finally:
+                    PROGRAMS.discard(program)
+                    program.kill()
+            if code:
+                raise OSError(f"exit code {code}")
             with open(result, "rb") as file:
                 return file.read()
-        except (subprocess.SubprocessError, OSError) as error:
+        except (subprocess.TimeoutExpired, OSError) as error:
             raise RuntimeError(f"lrzip {' '.join(arguments)} failed: {error}") from None
+
+
+def side_by_side(function, *arguments) -> list:
+    """Results of `function`, each call in a thread; an interruption ends the programs that run in them."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            return list(pool.map(function, *arguments))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for program in list(PROGRAMS):
+                program.kill()
+            raise
 
 
 def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
@@ -4276,19 +4298,17 @@ def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
                 codes = np.take_along_axis(codes, order[..., None], 1)
                 rest[name + ".order"] = order.astype(np.uint16)
             texts.append(codes.transpose(0, 2, 1).tobytes())
-    with ThreadPoolExecutor() as pool:
-        return [*pool.map(lambda plane: lrzip(plane, "-z", "-L", "9"), texts), deflate(rest)]
+    return [*side_by_side(lambda plane: lrzip(plane, "-z", "-L", "9"), texts), deflate(rest)]
 
 
 def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
     coded = [spec for spec in specs if is_codes(spec[0])]
     orders = [(name + ".order", "uint16", shape[:2]) for name, _, shape in coded if name in PERGROUP_SORTED]
     rest = inflate(streams[-1], [spec for spec in specs if not is_codes(spec[0])] + orders)
-    with ThreadPoolExecutor() as pool:
-        try:
-            texts = list(pool.map(lambda spec, stream: lrzip(stream, "-d", limit=math.prod(spec[2])), coded, streams))
-        except RuntimeError:
-            raise DamagedError from None
+    try:
+        texts = side_by_side(lambda spec, stream: lrzip(stream, "-d", limit=math.prod(spec[2])), coded, streams)
+    except RuntimeError:
+        raise DamagedError from None
     for (name, _, shape), raw in zip(coded, texts):
         layers, rows, columns = shape
         if len(raw) != math.prod(shape):

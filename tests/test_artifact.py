@@ -304,6 +304,27 @@ def test_without_lrzip_pergroup_ends_before_training(place, monkeypatch, capsys)
         g.pack_pergroup({"mlp.fc.codes": np.zeros((1, 4, 4), np.int8)})
 
 
+def test_an_interruption_does_not_wait_for_lrzip(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    for name, text in (("prlimit", f"echo $$ >> {started}; exec sleep 60"), ("lrzip", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    previous = signal.signal(signal.SIGALRM, g.stop_on_signal)
+    began = time.perf_counter()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        with pytest.raises(SystemExit):
+            g.pack_pergroup({f"{role}.codes": np.zeros((1, 4, 4), np.int8) for role in ("attn.c_q", "attn.c_v", "mlp.fc")})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert time.perf_counter() - began < 20 and not g.PROGRAMS
+    for process in started.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
+
+
 # --- The container: what it is, and what it refuses
 
 
