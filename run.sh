@@ -34,7 +34,10 @@ setup() {
   local base=${PYTHON:-python3} stamp own=() index=()
   stamp="$base $(cat requirements*.txt | cksum)"
   PY=.venv/bin/python
-  if [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]]; then return; fi
+  if [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]]; then
+    if [[ -f .venv/without_cuda ]]; then cat .venv/without_cuda >&2; fi
+    return
+  fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "needs Python 3.10 or newer; set PYTHON=/path/to/python3"
   echo "setting up .venv"
@@ -50,8 +53,10 @@ setup() {
       "$PY" -m pip install -q --disable-pip-version-check torch==2.13.0
   fi
   "$PY" -m pip install -q --disable-pip-version-check -r requirements.txt
-  if command -v nvidia-smi > /dev/null && ! "$PY" -m pip install -q --disable-pip-version-check -r requirements-cuda.txt; then
-    echo "run.sh: requirements-cuda.txt cannot be installed here; attention will use PyTorch's own kernel" >&2
+  if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.' &&
+    ! "$PY" -m pip install -q --disable-pip-version-check -r requirements-cuda.txt; then
+    echo "run.sh: requirements-cuda.txt could not be installed; attention uses PyTorch's own kernel (rm -r .venv to try again)" |
+      tee .venv/without_cuda >&2
   fi
   echo "$stamp" > .venv/installed
 }

@@ -189,7 +189,8 @@ class Settings:
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
     attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4 or 3, PyTorch's kernel or plain code; auto: "
                              "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
-    recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded before the clock starts")
+    recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
+                                    "stays taken until it ends")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -766,7 +767,7 @@ class Runtime:
         """torch.compile on CUDA, the function itself on the CPU."""
         if not self.on_cuda:
             return function
-        torch._dynamo.config.recompile_limit = 64  # a part is compiled per shape, dtype and kind of layer
+        torch._dynamo.config.recompile_limit = 64  # a function is compiled per shape and dtype
         return torch.compile(function, dynamic=False, **options)
 
     def synchronize(self) -> None:
@@ -1047,13 +1048,11 @@ class Batch(NamedTuple):
     segments: Segments
 
     def to(self, runtime: Runtime) -> Batch:
-        """The batch on the device. The number of segments varies from batch to batch: it must not cost a recompilation."""
+        """The batch on the device."""
         def move(tensor):
             return tensor.pin_memory().to(runtime.device, non_blocking=True) if runtime.on_cuda else tensor
         segments = self.segments._replace(cu_seqlens=move(self.segments.cu_seqlens),
                                           positions=move(self.segments.positions))
-        if runtime.on_cuda:
-            torch._dynamo.mark_dynamic(segments.cu_seqlens, 0)
         return Batch(move(self.inputs), move(self.targets), segments)
 
 
@@ -1212,12 +1211,21 @@ def attention_kernel(wanted: str) -> str:
             try:
                 importlib.import_module(module)
                 warnings.filterwarnings("ignore", "Argument aux_data")  # fa4 at its first calls, about what is None
+                try_attention(kernel)
                 return kernel
             except Exception as error:  # it fails in many ways where it does not fit
                 if wanted == kernel:
                     raise InputError(f"ATTENTION: {kernel} does not load ({type(error).__name__}: {error}); {remedy}, or "
                                      "choose auto or torch") from None
     return "torch" if wanted == "auto" else wanted
+
+
+def try_attention(kernel: str) -> None:
+    """Raises whatever it raises on this machine."""
+    q = torch.zeros(128, 8, 64, dtype=torch.bfloat16, device="cuda")
+    segments = Segments(torch.tensor([0, 128], dtype=torch.int32, device="cuda"), None, 2048)
+    attention(q, q[:, :4], q[:, :4], segments, kernel)
+    torch.cuda.synchronize()
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
@@ -1564,9 +1572,10 @@ class TwoValueNLL(torch.autograd.Function):
         caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
                 for cap in (cap_pos, cap_neg)]
         nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
-        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))
+        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a program has a row in registers
+        ctx.warps = min(16, max(2, ctx.block["BLOCK"] // 4096))
         nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block,
-                                         num_warps=4)
+                                         num_warps=2 * ctx.warps)
         ctx.save_for_backward(scores, *caps, targets, lse)
         ctx.mark_non_differentiable(log_q)
         return nll, log_q
@@ -1577,7 +1586,7 @@ class TwoValueNLL(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[1:3])
         dcaps = lse.new_empty(len(scores), 2) if trained else lse
         nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, CAPS=trained,
-                                          **ctx.block, num_warps=8)
+                                          **ctx.block, num_warps=min(32, 4 * ctx.warps))
         return scores, *(dcaps.sum(0) if trained else (None, None)), None, None
 
 
@@ -1650,17 +1659,29 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of it."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232_448
+
+
+def row_tile(name: str, x: Tensor) -> tuple[int, int]:
+    """Rows of a tile of the kernel `name` and tiles on their way, as fit in shared memory for rows as wide as x's."""
+    rows, _, _, stages = TILES[name]
+    fitting = max(1, 4096 // x[0].numel())
+    return min(rows, 1 << fitting.bit_length() - 1), stages if shared_memory(x.device) > 160_000 else 1
+
+
 def row_programs(name: str, x: Tensor) -> int:
     """How many programs the kernel `name` has for the rows of x."""
-    rows, _, per_multiprocessor, _ = TILES[name]
-    return min(triton.cdiv(len(x), rows), per_multiprocessor * multiprocessors(x.device))
+    return min(triton.cdiv(len(x), row_tile(name, x)[0]), TILES[name][2] * multiprocessors(x.device))
 
 
 def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
     """Run `kernel` over as many rows as x has. All tensors but `loose` must be contiguous."""
     assert all(a is loose or a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
-    rows, warps, _, stages = TILES[name]
-    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, STAGES=stages, num_warps=warps)
+    rows, stages = row_tile(name, x)
+    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, STAGES=stages, num_warps=TILES[name][1])
 
 
 @jit
@@ -2105,7 +2126,7 @@ class XSAGate(torch.autograd.Function):
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
-    The backward pass does without x + y, which may be written over.
+    The backward pass does without x + y, which may be written over, but not without a gradient at the norm.
     """
     return AddNorm.apply(x, y, scale, False) if fusible(x, x.size(1)) else reference_add_norm(x, y, scale)
 
@@ -2277,7 +2298,7 @@ class LaneUpdate(torch.autograd.Function):
 
 # --- MLP --------------------------------------------------------------------------------------------------------------
 
-PRODUCT = {  # BLOCKS: rows, columns and depth of a tile; TMA: through tensor descriptors; PARTS in which a tile is stored
+PRODUCT = {  # BM, BN, BK: rows, columns and depth of a tile; TMA: through tensor descriptors; PARTS in which a tile is stored
     "forward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=4),
     "backward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=3)}
 
@@ -2287,7 +2308,7 @@ def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor
 
     On CUDA the sum is written over x, which nothing else may need then.
     """
-    if not fusible(u) or u.dtype != torch.bfloat16 or u.size(1) % 64 or len(w_up) % 64:
+    if not fusible(u) or u.dtype != torch.bfloat16 or u.size(1) % 64 or len(w_up) % 64 or shared_memory(u.device) < 160_000:
         y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
         return y if x is None else x + y
     return SquaredMLP.apply(u, w_up, w_down, slope, x)
@@ -2541,7 +2562,7 @@ class GPT(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.compute_dtype = compute_dtype
-        self.attention_kernel = attention_kernel(s.attention)
+        self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
         def parameter(*shape):
@@ -2618,11 +2639,7 @@ class GPT(nn.Module):
         return [self.mlp_up_bank, self.mlp_down_bank, self.qo_bank, self.kv_bank]
 
     def compile_parts(self, runtime: Runtime) -> GPT:
-        """Compile each part of the forward pass by itself: every block shares the code of its kind.
-
-        The parts' inputs and outputs are what the backward pass keeps; compiled as a whole, the residual stream would be
-        recomputed through all layers instead.
-        """
+        """Compile the parts that are compiled; the rest runs on its own kernels."""
         for part in self.PARTS:
             setattr(self, part, runtime.compile(getattr(self, part), fullgraph=True))
         return self
@@ -3131,42 +3148,54 @@ class Passes:
     """Forward and backward passes over micro-batches; they add to the gradients and to the loss of the step.
 
     With RECORDED_PASSES one is recorded for each context length and state of looping and replayed from then on: one launch by
-    the host instead of some two thousand. Recorded passes read from buffers that stay in place and hold `room` segments: those
-    that a micro-batch lacks are empty, and one with more of them runs as if nothing had been recorded.
+    the host instead of some two thousand. Recorded passes read from buffers that stay in place, with room for more segments
+    than documents usually make: those that a micro-batch lacks are empty, and one with more runs as if nothing was recorded.
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
-        self.model, self.optimizer, self.accumulation = model, optimizer, settings.accumulation
+        self.model, self.optimizer, self.settings = model, optimizer, settings
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.outside = 0  # passes that found no room
+        self.unrecorded = 0  # passes that ran without one of them
         self.buffers = None
         if runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference":  # which waits for the device
             tokens, device = settings.micro_batch_tokens, runtime.device
             ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=device)
-            bounds = torch.empty(max(64, tokens // 384) + 1, dtype=torch.int32, device=device)
+            most = self.room(min(length for length, _ in training_shapes(settings)))
+            bounds = torch.empty(most, dtype=torch.int32, device=device)
             self.buffers = Batch(ids, targets, Segments(bounds, torch.empty_like(ids, dtype=torch.int32), 0))
             self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
+    def room(self, context: int) -> int:
+        """How many borders of segments fit: a document in 512 tokens, and those cut at the context."""
+        tokens = self.settings.micro_batch_tokens
+        return max(64, tokens // 512 + tokens // context) + 1
+
     def __call__(self, batch: Batch, looping: bool) -> None:
         kept = self.keep(batch)
-        graph = self.graphs.get((batch.segments.max_seqlen, looping))
-        if kept is not None and graph is not None:
+        graph = self.graphs.get((batch.segments.max_seqlen, looping)) if kept is not None else None
+        if graph is not None:
             graph.replay()
         else:
-            self.outside += graph is not None
+            self.unrecorded += self.buffers is not None
             self.run(batch if kept is None else kept, looping)
 
     def run(self, batch: Batch, looping: bool) -> None:
-        loss = self.model.token_losses(*batch, looping).mean() / self.accumulation
+        loss = self.model.token_losses(*batch, looping).mean() / self.settings.accumulation
         loss.backward()
         self.optimizer.add_loss(loss)
 
+    def buffered(self, context: int) -> Batch:
+        segments = self.buffers.segments
+        return self.buffers._replace(segments=segments._replace(cu_seqlens=segments.cu_seqlens[:self.room(context)],
+                                                                max_seqlen=context))
+
     def keep(self, batch: Batch) -> Batch | None:
         """The micro-batch in the buffers, None if it does not fit."""
-        count = len(batch.segments.cu_seqlens)
-        if self.buffers is None or count > len(self.buffers.segments.cu_seqlens):
+        if self.buffers is None:
             return None
-        kept = self.buffers._replace(segments=self.buffers.segments._replace(max_seqlen=batch.segments.max_seqlen))
+        kept, count = self.buffered(batch.segments.max_seqlen), len(batch.segments.cu_seqlens)
+        if count > len(kept.segments.cu_seqlens):
+            return None
         for buffer, tensor in ((kept.inputs, batch.inputs), (kept.targets, batch.targets),
                                (kept.segments.positions, batch.segments.positions),
                                (kept.segments.cu_seqlens[:count], batch.segments.cu_seqlens)):
@@ -3174,14 +3203,13 @@ class Passes:
         kept.segments.cu_seqlens[count:].fill_(len(batch.inputs))
         return kept
 
-    def record(self, batch: Batch, looping: bool) -> None:
-        """Record passes over micro-batches of this context length; one must have run before, to compile what it needs."""
-        kept = self.keep(batch)
-        if kept is not None:
+    def record(self, shapes: list[tuple[int, bool]]) -> None:
+        """Record a pass of each (context length, looping); all must have run before, to compile what they need."""
+        for context, looping in shapes if self.buffers is not None else ():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):  # others may read data
-                self.run(kept, looping)
-            self.graphs[batch.segments.max_seqlen, looping] = graph
+                self.run(self.buffered(context), looping)
+            self.graphs[context, looping] = graph
 
 
 def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings, runtime: Runtime,
@@ -3246,7 +3274,8 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
         average.swap()
     found = calibration(looping, rehearsal=False)
     runtime.synchronize()
-    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations, unrecorded_passes=passes.outside)
+    unrecorded = runtime.sum(torch.tensor(passes.unrecorded, device=runtime.device)).item()
+    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations, unrecorded_passes=unrecorded)
     if s.ema_decay > 0:
         average.swap()
     log.result("raw", **validation.score(model, looping))
@@ -3265,13 +3294,15 @@ def warm_up(take_step, passes: Passes, data: TrainingData, calibration: Callable
     """
     began, shapes = time.perf_counter(), training_shapes(s)
     with passes.optimizer.rehearsal():
-        for context, looping in shapes:
-            batches = data.stream(context)
-            for step in range(s.warmup_steps):
-                take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
-                if not step:
-                    passes.record(next(batches), looping)
-            batches.close()
+        for steps in (s.warmup_steps, min(1, s.warmup_steps) if passes.buffers is not None else 0):  # then from the record
+            for context, looping in shapes:
+                batches = data.stream(context)
+                for _ in range(steps):
+                    take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
+                batches.close()
+            if steps and not passes.graphs:
+                passes.record(shapes)
+    passes.unrecorded = 0
     runtime.synchronize()
     estimate = 0.0
     if s.max_wallclock_seconds:
@@ -3334,7 +3365,7 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
         return round((last - first - 1) * s.train_batch_tokens / (clock.completed[last - 1] - clock.completed[first]))
 
     switch = steps if looping_from is None else looping_from
-    memory = torch.cuda.max_memory_allocated() / 2**20 if runtime.on_cuda else 0
+    memory = torch.cuda.max_memory_reserved() / 2**20 if runtime.on_cuda else 0
     seconds, total = clock.completed[-1] if steps else 0.0, clock.elapsed()
     log.result("training", steps=steps, seconds=round(seconds, 3), calibration_seconds=round(total - seconds, 3),
                clock_seconds=round(total, 3), cap_seconds=s.max_wallclock_seconds,
@@ -5048,8 +5079,10 @@ class TestTimeTraining(Rider):
             slots = np.arange(min(len(self.mine), most))
             zero = np.zeros_like(slots)
             rows = self.pack_rows(slots, zero, zero, zero + self.settings.ttt_chunk_size, zero)
-            nothing = dict(trains=torch.zeros_like(rows.trains), gate=torch.zeros_like(rows.gate), training=True)
-            self.score_and_train(self.to_device(rows._replace(**nothing)))
+            nothing = dict(trains=torch.zeros_like(rows.trains), gate=torch.zeros_like(rows.gate))
+            for longest in (rows.longest, self.settings.ttt_eval_seq_len):  # attention has a kernel for one tile of keys
+                for training in (False, True):
+                    self.score_and_train(self.to_device(rows._replace(**nothing, longest=longest, training=training)))
             if self.learned:
                 self.learned.step()
 

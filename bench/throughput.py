@@ -139,7 +139,7 @@ def main() -> None:
         for looping in sorted({False, s.loops_at_end}):
             began = time.perf_counter()
             step(looping)
-            passes.record(next(batches), looping)
+            passes.record([(s.train_seq_len, looping)])
             step(looping)
             torch.cuda.synchronize()
             compiled, graphs = time.perf_counter() - began, g.compiled_graphs()
@@ -166,7 +166,7 @@ def main() -> None:
                 parts_ms={name: round(us / 1e3, 2) for name, us in parts.items()},
                 floors_ms={name: round(ms, 2) for name, ms in floors.items()},
                 device_ms=round(sum(parts.values()) / 1e3, 1),
-                peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20))
+                peak_memory_mib=round(torch.cuda.max_memory_reserved() / 2 ** 20))
             record["looping" if looping else "plain"] = figures
             if first:
                 facts = (f"{name} {value}" for name, value in figures.items() if not name.endswith("s_ms"))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -1132,6 +1133,77 @@ def test_softcaps_train_unless_their_rate_is_zero(lr, moves):
     optimizer.step(1.0, 0.9)
     after = model.softcap_pos.item(), model.softcap_neg.item()
     assert all((a != b) == moves for a, b in zip(before, after))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs that keep what was to be run, on the CPU; returns those that were recorded."""
+    made, run = [], g.Passes.run
+
+    class Graph:
+        def replay(self):
+            run(*self.call)
+
+    @contextmanager
+    def recording(graph, pool, capture_error_mode):
+        with monkeypatch.context() as patch:
+            patch.setattr(g.Passes, "run", lambda *call: setattr(graph, "call", call))
+            yield
+        made.append(graph)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
+
+
+def passes_of(s, kernel="torch"):
+    model = random_model(s)
+    model.attention_kernel = kernel
+    return g.Passes(model, g.Optimizer(model, s, runtime()), s, SimpleNamespace(on_cuda=True, device=torch.device("cpu")))
+
+
+def batch_of(lengths, context, seed=0):
+    ids, targets, _ = packed_documents(lengths, seed=seed)
+    return g.Batch(ids, targets, g.make_segments(g.segment_bounds(np.cumsum((0, *lengths))[:-1], sum(lengths), context), context))
+
+
+def test_recorded_passes_see_their_micro_batch_and_count_the_others(graphs):
+    """Fewer segments than before, as many, more than there is room for, another context; each adds the right gradients."""
+    s = changed(reference_settings(), train_batch_tokens=8 * 130, grad_accum_steps=8, train_seq_len=64)
+    batches = [batch_of(lengths, context, seed) for seed, (lengths, context) in enumerate([
+        ((100, 30), 64), ((50, 50, 30), 64), ((130,), 64), ((2,) * 65, 64), ((60, 70), 32)])]
+    plain, recorded = passes_of(changed(s, recorded_passes=False)), passes_of(s)
+    recorded.record([(64, True), (64, False)])
+    assert len(graphs) == 2 and recorded.optimizer.flat_grad.count_nonzero() == 0
+    for batch in batches:
+        for passes in (plain, recorded):
+            passes(batch, True)
+        assert torch.equal(plain.optimizer.flat_grad, recorded.optimizer.flat_grad)
+        for ours, theirs in zip(recorded.model.banks(), plain.model.banks()):
+            assert torch.equal(ours.grad, theirs.grad) and ours.grad.count_nonzero()
+    assert (plain.unrecorded, recorded.unrecorded) == (0, 2)
+    assert passes_of(s, "reference").buffers is None
+
+
+def test_warm_up_runs_every_shape_before_it_records_them(graphs, corpus):
+    s = changed(reference_settings(), train_batch_tokens=260, grad_accum_steps=2, train_seq_len=64, warmup_steps=2,
+                train_seq_schedule="32@0.2,64@1.0", enable_looping_at=0.5, data_path=str(corpus / "data"), vocab_size=BOS + 300,
+                gptq_calibration_batches=0)
+    passes, steps, log = passes_of(s), [], SimpleNamespace(event=lambda name, **facts: None)
+
+    def take_step(batches, looping, multiplier, momentum):
+        for _ in range(s.accumulation):
+            batch = next(batches)
+            passes(batch, looping)
+        steps.append((batch.segments.max_seqlen, looping, len(graphs)))
+
+    before = [p.detach().clone() for p in passes.model.parameters()]
+    g.warm_up(take_step, passes, g.TrainingData(s, runtime()), lambda looping, rehearsal: None, s, runtime(), log)
+    shapes = [(32, False), (64, False), (64, True)]
+    assert steps == [(*shape, 0) for shape in shapes for _ in range(2)] + [(*shape, 3) for shape in shapes]
+    assert list(passes.graphs) == shapes and passes.unrecorded == 0
+    assert all(map(torch.equal, before, passes.model.parameters()))
 
 
 @pytest.mark.parametrize("mode, factor", [("active", 1.0), ("init", 1.0), ("zero", (1 - 0.02 * 0.5) ** 3)])
