@@ -346,7 +346,7 @@ def agree(function, reference, inputs, trained, tolerance=None):
         assert (x.double() - y).abs().max() <= tolerance * (y.abs().max() + 1e-6)
 
 
-LENGTHS = [(1, torch.float32), (7, torch.float32), (33, torch.float32), (130, torch.float32), (33, torch.bfloat16)]
+LENGTHS = [(1, torch.float32), (7, torch.float32), (33, torch.float32), (33, torch.bfloat16)]
 lengths = pytest.mark.parametrize("T, dtype", LENGTHS, ids=[f"{T} {str(dtype)[6:]}" for T, dtype in LENGTHS])
 
 
@@ -530,8 +530,8 @@ MODELS = [  # changes, looping
         ("smear into BOS", False), ("rotary on all dimensions", False)))]
 
 
-def losses_and_gradients(model, looping) -> dict:
-    ids, targets, segments = packed_documents((7, 1, 14, 6))
+def losses_and_gradients(model, looping, lengths=(5, 1, 7)) -> dict:
+    ids, targets, segments = packed_documents(lengths)
     model.zero_grad()
     losses = model.token_losses(ids, targets, segments, looping)
     (losses * randn(len(ids))).sum().backward()
@@ -556,7 +556,7 @@ def test_the_fused_model_equals_the_plain_one(changes, looping, fused, monkeypat
 def test_the_fused_model_equals_the_plain_one_in_bf16(fused, monkeypatch):
     model = random_model(reference_settings())
     model.compute_dtype = torch.bfloat16
-    assert_same(*on_both_paths(lambda: losses_and_gradients(model, True), monkeypatch, mlp=False), 0.1)
+    assert_same(*on_both_paths(lambda: losses_and_gradients(model, True, (7, 1, 14, 6)), monkeypatch, mlp=False), 0.1)
 
 
 def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
