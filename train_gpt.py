@@ -65,9 +65,17 @@ import online_ngram_tilt as ngram
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # CPU builds of PyTorch come without it; what needs it is then never called
     triton = tl = None
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # nor has every Triton this language, in which the order of loads, products and stores is written out
+    gluon = gl = tma = None
 
 # ======================================================================================================================
 # 1. Settings
@@ -2297,10 +2305,10 @@ class LaneUpdate(torch.autograd.Function):
 
 
 # --- MLP --------------------------------------------------------------------------------------------------------------
+# On Hopper both products that meet the activation are one kernel: of the nine warps on a multiprocessor one loads, and two
+# groups of four take turns, so that one finishes a tile while the other multiplies.
 
-PRODUCT = {  # BM, BN, BK: rows, columns and depth of a tile; TMA: through tensor descriptors; PARTS in which a tile is stored
-    "forward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=4),
-    "backward": dict(TMA=True, BM=128, BN=256, BK=64, PARTS=2, FLATTEN=True, num_warps=8, num_stages=3)}
+MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
 
 
 def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None) -> Tensor:
@@ -2308,7 +2316,7 @@ def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor
 
     On CUDA the sum is written over x, which nothing else may need then.
     """
-    if not fusible(u) or u.dtype != torch.bfloat16 or u.size(1) % 64 or len(w_up) % 64 or shared_memory(u.device) < 160_000:
+    if not mlp_fusible(u, len(w_up)):
         y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
         return y if x is None else x + y
     return SquaredMLP.apply(u, w_up, w_down, slope, x)
@@ -2318,81 +2326,170 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     return F.leaky_relu(x, slope).square()
 
 
-@jit
-def tile_of(x, row, column, rows, columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """The tile (R, C) at (row, column) of a contiguous matrix, 0 beyond its edges."""
-    if TMA:
-        value = x.load([row, column])
-    else:
-        r, c = row + tl.arange(0, R)[:, None], column + tl.arange(0, C)[None, :]
-        value = tl.load(x + r.to(tl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
-    return value
+def mlp_fusible(u: Tensor, hidden: int) -> bool:
+    """Whether the kernel runs for u (T, d): on Hopper, if rows of u, blocks of w and parts of results fit into 227 KiB."""
+    (_, d), (BM, BN, BK, STAGES) = u.shape, MLP_TILE.values()
+    return (gluon is not None and u.is_cuda and u.dtype == torch.bfloat16 and d % BK == hidden % (2 * BN) == 0
+            and 2 * (BM * d + STAGES * BK * BN + BM * BN) <= 226 * 1024 and torch.cuda.get_device_capability(u.device)[0] == 9)
 
 
-@jit
-def put_tile(x, value, row, column, rows, columns, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    if TMA:
-        x.store([row, column], value.to(x.dtype))
-    else:
-        r, c = row + tl.arange(0, R)[:, None], column + tl.arange(0, C)[None, :]
-        tl.store(x + r.to(tl.int64) * columns + c, value.to(x.dtype.element_ty), mask=(r < rows) & (c < columns))
+gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"]) if gluon else lambda function: function
+tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
+tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
 
 
-@jit
-def finish(acc, p, a, row, column, M, N, slope, BACKWARD: tl.constexpr, TMA: tl.constexpr,
-           R: tl.constexpr, C: tl.constexpr):
-    """A finished tile: forward stores p and phi(p), backward multiplies by phi'(p) and stores to `a`."""
-    if BACKWARD:
-        x = tile_of(p, row, column, M, N, TMA, R, C).to(tl.float32)
-        put_tile(a, acc * x * tl.where(x > 0, 2.0, 2.0 * slope * slope), row, column, M, N, TMA, R, C)
-    else:
-        x = acc.to(a.dtype if TMA else a.dtype.element_ty)
-        put_tile(p, x, row, column, M, N, TMA, R, C)
-        x = x.to(tl.float32)
-        x = tl.where(x > 0, x, slope * x)
-        put_tile(a, x * x, row, column, M, N, TMA, R, C)
+@gluon_jit
+def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip, the third, ..."""
+    made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(made.index(i), count=COUNT)
+    return made
 
 
-@jit
-def mlp_product_kernel(x, w, p, a, M, N, K, slope, BACKWARD: tl.constexpr, TMA: tl.constexpr,
-                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr):
-    """Forward: p = x w^T with w (N, K), a = phi(p). Backward: a = (x w) phi'(p) with w (K, N). x (M, K); p, a (M, N)."""
-    across = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * across, tl.num_programs(0), flatten=FLATTEN):
-        row, column = tile // across * BM, tile % across * BN
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k in range(tl.cdiv(K, BK)):
-            left = tile_of(x, row, k * BK, M, K, TMA, BM, BK)
+@gluon_jit
+def load_block(source, place, full, block):
+    """Begin to copy the block at place = [row, column] to shared memory; `full` flips when it is there."""
+    mbarrier.expect(full, source.block_type.nbytes)
+    tma_load(source, place, full, block)
+
+
+@gluon_jit
+def fetch(x, w, rings, M, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+          BK: gl.constexpr, STAGES: gl.constexpr):
+    """The warp that loads: per row of tiles the blocks of x, per tile those of w, each as soon as its place is free."""
+    xs, x_full, x_free, ws, w_full, w_free = rings
+    step, turn = 0, 0
+    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
+        for column in range(0, N, BN):
+            for k in range(K // BK):
+                if column == 0:
+                    mbarrier.wait(x_free.index(k), turn & 1 ^ 1)
+                    load_block(x, [row, k * BK], x_full.index(k), xs.index(k))
+                stage = step % STAGES
+                mbarrier.wait(w_free.index(stage), step // STAGES & 1 ^ 1)
+                load_block(w, [k * BK, column] if BACKWARD else [column, k * BK], w_full.index(stage), ws.index(stage))
+                step += 1
+        turn += 1
+
+
+@gluon_jit
+def multiply(rings, step, turn, last, done, BACKWARD: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+             BK: gl.constexpr, STAGES: gl.constexpr):
+    """A tile (BM, BN) of the product; `step` counts blocks of w, `turn` rows of tiles, `last`: x is needed no more.
+
+    A block is given back once the next product runs. `done` flips when the other group may begin.
+    """
+    xs, x_full, x_free, ws, w_full, w_free = rings
+    acc = hopper.warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
+    for k in range(K // BK):
+        stage, before = (step + k) % STAGES, gl.maximum(k - 1, 0)
+        mbarrier.wait(x_full.index(k), turn & 1)
+        mbarrier.wait(w_full.index(stage), (step + k) // STAGES & 1)
+        right = ws.index(stage) if BACKWARD else ws.index(stage).permute((1, 0))
+        acc = hopper.warpgroup_mma(xs.index(k), right, acc, use_acc=k > 0, is_async=True)
+        acc = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(acc,)))
+        mbarrier.arrive(w_free.index((step + before) % STAGES), count=1, pred=k > 0)
+        mbarrier.arrive(x_free.index(before), count=1, pred=last & (k > 0))
+    mbarrier.arrive(done, count=1)
+    product = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(w_free.index((step + K // BK - 1) % STAGES), count=1)
+    mbarrier.arrive(x_free.index(K // BK - 1), count=1, pred=last)
+    return product
+
+
+@gluon_jit
+def halves(x, R: gl.constexpr, C: gl.constexpr):
+    """The left and the right one of x (R, C)."""
+    return x.reshape([R, 2, C // 2]).permute([0, 2, 1]).split()
+
+
+@gluon_jit
+def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, BACKWARD: gl.constexpr, N: gl.constexpr,
+               K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
+    begin, done, buffers, ready = own
+    C: gl.constexpr = BN // 4
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
+    count = 0  # of tiles
+    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
+        rows = row + gl.arange(0, BM, gl.SliceLayout(1, PART))
+        for column in range(WHICH * BN, N, 2 * BN):
+            words, inside = bits + (column // C).to(gl.int64) * M + rows, rows < M
             if BACKWARD:
-                acc = tl.dot(left, tile_of(w, k * BK, column, K, N, TMA, BK, BN), acc)
-            else:
-                acc = tl.dot(left, tile_of(w, column, k * BK, N, K, TMA, BN, BK).T, acc)
-        if PARTS == 2:
-            acc0, acc1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            finish(acc0, p, a, row, column, M, N, slope, BACKWARD, TMA, BM, BN // 2)
-            finish(acc1, p, a, row, column + BN // 2, M, N, slope, BACKWARD, TMA, BM, BN // 2)
-        else:
-            finish(acc, p, a, row, column, M, N, slope, BACKWARD, TMA, BM, BN)
+                tma.store_wait(0)
+                for i in gl.static_range(2):
+                    load_block(a, [row, column + i * C], ready.index(i), buffers.index(i))
+                kept = (gl.load(words, mask=inside), gl.load(words + M, mask=inside),
+                        gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
+            # Not before the other one has had all its blocks of w: a parity tells but one turn of the ring from the next.
+            mbarrier.wait(begin, count + 1 - WHICH & 1)
+            acc = multiply(rings, (2 * count + WHICH) * (K // BK), count // (N // BN // 2), column >= N - 2 * BN, done,
+                           BACKWARD, K, BM, BN, BK, STAGES)
+            left, right = halves(acc, BM, BN)
+            parts = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
+            for i in gl.static_range(4):
+                value, buffer = gl.convert_layout(parts[i], PART), buffers.index(i % 2)
+                if BACKWARD:
+                    mbarrier.wait(ready.index(i % 2), i // 2)
+                    positive = (gl.expand_dims(kept[i], 1) & sign) == 0
+                    value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
+                else:
+                    gl.store(words + i * M, gl.sum(gl.where(value < 0, sign, 0), 1), mask=inside)
+                    value = gl.where(value < 0, slope * value, value)
+                    value *= value
+                    tma.store_wait(1)
+                buffer.store(value.to(gl.bfloat16))
+                hopper.fence_async_shared()
+                tma_store(out, [row, column + i * C], buffer)
+                if BACKWARD and i == 1:
+                    for j in gl.static_range(2):
+                        tma.store_wait(1 - j)
+                        load_block(a, [row, column + (2 + j) * C], ready.index(j), buffers.index(j))
+            count += 1
+    tma.store_wait(0)
 
 
-def mlp_product(way: str, x: Tensor, w: Tensor, p: Tensor, a: Tensor, slope: float) -> None:
-    """forward: p = x w^T and a = its activation; backward: a = (x w) times the slope of the activation at p."""
-    (M, K), N, c = x.shape, p.size(1), PRODUCT[way]
-    BM, BN, BK = c["BM"], c["BN"], c["BK"]
-    operands = x.contiguous(), w.contiguous(), p, a
-    if c["TMA"]:
-        blocks = [BM, BK], [BK, BN] if way == "backward" else [BN, BK], [BM, BN // c["PARTS"]], [BM, BN // c["PARTS"]]
-        operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(operands, blocks)]
-    tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
-    mlp_product_kernel[min(tiles, multiprocessors(x.device)),](*operands, M, N, K, slope, BACKWARD=way == "backward", **c)
+@gluon_jit
+def mlp_product_kernel(x, w, a, out, bits, M, slope, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                       BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """See mlp_product. While a row of tiles is made, its rows of x stay in shared memory and w passes through a ring."""
+    xs = gl.allocate_shared_memory(gl.bfloat16, [K // BK, BM, BK], x.layout)
+    ws = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BN] if BACKWARD else [STAGES, BN, BK], w.layout)
+    rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
+    go = barriers(2, 1)
+    one = (go.index(0), go.index(1), gl.allocate_shared_memory(gl.bfloat16, [2, BM, BN // 4], out.layout), barriers(2, 1))
+    other = (go.index(1), go.index(0), gl.allocate_shared_memory(gl.bfloat16, [2, BM, BN // 4], out.layout), barriers(2, 1))
+    hopper.fence_async_shared()
+    gl.warp_specialize([
+        (take_turns, (0, one, rings, a, out, bits, M, slope, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (take_turns, (1, other, rings, a, out, bits, M, slope, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (fetch, (x, w, rings, M, BACKWARD, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
+
+
+def mlp_product(x: Tensor, w: Tensor, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None) -> None:
+    """Forward: with p = x w^T, x (M, K), w (N, K): fill a = phi(p) (M, N) and bits. Backward: out = (x w) phi'(p), w (K, N).
+
+    bits (N / 32, M) int32: bit j of word (i, m) is set where p[m, 32 i + j] < 0. There phi(p) = (slope p)^2 and phi'(p) is
+    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a).
+    """
+    (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), MLP_TILE.values()
+    backward, out = out is not None, a if out is None else out
+    blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 4], [BM, BN // 4]
+    operands = [TensorDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+                for operand, block in zip((x.contiguous(), w.contiguous(), a, out), blocks)]
+    mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
+        *operands, bits, M, slope, BACKWARD=backward, N=N, K=K, **MLP_TILE, num_warps=4)
 
 
 class SquaredMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, w_up, w_down, slope, x=None):
-        p, a = torch.empty(2, len(u), len(w_up), dtype=u.dtype, device=u.device)
-        mlp_product("forward", u, w_up, p, a, slope)
-        ctx.save_for_backward(u, w_up, w_down, p, a)
+        a = torch.empty(len(u), len(w_up), dtype=u.dtype, device=u.device)
+        bits = torch.empty(len(w_up) // 32, len(u), dtype=torch.int32, device=u.device)
+        mlp_product(u, w_up, a, bits, slope)
+        ctx.save_for_backward(u, w_up, w_down, a, bits)
         ctx.slope, ctx.added = slope, x is not None
         if x is None:
             return F.linear(a, w_down)
@@ -2401,9 +2498,9 @@ class SquaredMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        u, w_up, w_down, p, a = ctx.saved_tensors
-        dy, dp = dy.contiguous(), torch.empty_like(p)
-        mlp_product("backward", dy, w_down, p, dp, ctx.slope)
+        u, w_up, w_down, a, bits = ctx.saved_tensors
+        dy, dp = dy.contiguous(), torch.empty_like(a)
+        mlp_product(dy, w_down, a, bits, ctx.slope, dp)
         return dp @ w_up, dp.T @ u, dy.T @ a, None, dy if ctx.added else None
 
 
@@ -4021,12 +4118,13 @@ def packed_code() -> bytes:
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
             texts[name] = file.read()
         if name.endswith(".py"):
-            kernels = re.findall(r"^@jit\ndef \w+\((.*?)\):$", texts[name], flags=re.S | re.M)  # Triton needs their
+            kernels = re.findall(r"^@(?:gluon_)?jit\ndef \w+\((.*?)\):$", texts[name], flags=re.S | re.M)  # Triton needs their
             arguments = [word for line in kernels for word in re.findall(r"(\w+)\s*[,:]|(\w+)$", line) for word in word if word]
             texts[name] = python_minifier.minify(
                 texts[name], name, remove_literal_statements=True, rename_globals=False, preserve_locals=arguments,
                 hoist_literals=False,  # Triton's kernels may not read globals
-                remove_annotations=python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False))
+                remove_annotations=python_minifier.RemoveAnnotationsOptions(remove_variable_annotations=False,
+                                                                                    remove_argument_annotations=False))
         else:  # C: without comments, literals untouched
             literal, comment = r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', r"/\*.*?\*/|//[^\n]*"
             texts[name] = re.sub(f"{literal}|{comment}", lambda m: m[1] or " ", texts[name], flags=re.S)

@@ -227,6 +227,41 @@ def test_fused_kernels_match_the_references(name, T):
         assert got is None or relative_error(got, expected) < 2e-2 or (got - expected).norm() < 1e-6
 
 
+@pytest.mark.parametrize("d, hidden", [(512, 2048), (256, 1024)])
+@pytest.mark.parametrize("slope", [0.3, 0.0])
+@pytest.mark.parametrize("T", [1, 127, 1000, 4096])
+def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidden):
+    def vary(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    def passes(inputs, function):
+        out = function(*inputs, slope)
+        return out, *torch.autograd.grad(out, inputs, draw.to(out.dtype))
+
+    inputs, draw = [vary(T, d), 0.04 * vary(hidden, d), 0.02 * vary(d, hidden)], vary(T, d)
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert g.mlp_fusible(inputs[0], hidden)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    found = passes(leaves, g.squared_mlp)
+    expected = passes([x.float().requires_grad_() for x in inputs],
+                      lambda u, up, down, slope: F.linear(g.leaky_relu_squared(F.linear(u, up), slope), down))
+    for got, wanted in zip(found, expected):
+        assert relative_error(got, wanted) < 1e-2
+    for leaf in leaves:
+        leaf.detach().zero_()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        passes(leaves, g.squared_mlp)
+    with torch.cuda.graph(graph, stream=stream):
+        recorded = passes(leaves, g.squared_mlp)
+    for leaf, x in zip(leaves, inputs):
+        leaf.detach().copy_(x)
+    graph.replay()
+    for got, wanted in zip(recorded, found):
+        assert relative_error(got, wanted) < 1e-3
+
+
 def test_losses_of_target_and_hint_match_float64():
     scores, ids = 8 * torch.randn(300, 8192, device="cuda"), torch.randint(8192, (2, 300), device="cuda")
     caps = torch.tensor([30.0, 28.0], device="cuda")
