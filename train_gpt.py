@@ -1189,17 +1189,18 @@ def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
 # ======================================================================================================================
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str, copies: int = 1) -> Tensor:
     """Causal attention inside each segment; q (T, heads, D), k and v (T, kv_heads, D), result like q.
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
-    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference.
+    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference. Key and value
+    heads may come `copies` times in a row; a forward pass that need not read all of them is told so.
     """
     if not q.is_cuda or kernel == "reference":
         return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
-        return FlashAttention4.apply(q, k, v, cu, longest)
+        return FlashAttention4.apply(q, k, v, cu, longest, copies)
     if kernel == "fa3":
         return flash_attention_3(q, k, v, cu, longest)
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
@@ -1251,9 +1252,10 @@ class FlashAttention4(torch.autograd.Function):
         return importlib.import_module(FLASH_ATTENTION["fa4"][0])
 
     @staticmethod
-    def forward(ctx, q, k, v, cu, longest):
+    def forward(ctx, q, k, v, cu, longest, copies):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        out, lse = FlashAttention4.library()._flash_attn_fwd(q, k, v, **ctx.bounds, causal=True, return_lse=True)[:2]
+        once, forward = slice(None, None, copies), FlashAttention4.library()._flash_attn_fwd
+        out, lse = forward(q, k[:, once], v[:, once], **ctx.bounds, causal=True, return_lse=True)[:2]
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -1261,7 +1263,7 @@ class FlashAttention4(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         backward = FlashAttention4.library()._flash_attn_bwd
-        return *backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)[:3], None, None
+        return *backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)[:3], None, None, None
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -2843,7 +2845,7 @@ class GPT(nn.Module):
         trains = qkv.is_cuda and qkv.requires_grad and w.context is None
         copies = s.num_heads // s.num_kv_heads if trains else 1
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
-        y = attention(q, k, v, segments, self.attention_kernel) if w.context is None else w.context(q, k, v)
+        y = attention(q, k, v, segments, self.attention_kernel, copies) if w.context is None else w.context(q, k, v)
         sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
         y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale)
         if w.attn_gate is not None and sparse is None:

@@ -223,13 +223,14 @@ def test_grouped_product(sizes, transposed, expanded):
         compare(function, lambda x, w, _: torch.einsum("tk,tkn->tn", x, w[rows]), (x, w), (ends,), expanded)
 
 
-def test_flash_attention_4_is_given_what_it_wants(monkeypatch):
+@pytest.mark.parametrize("copies", [1, 2])
+def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
     """Its functions replaced by the reference and that one's derivative: results and gradients arrive where they belong."""
     segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
     bounds = dict(cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8)
 
     def forward(q, k, v, causal, return_lse, **given):
-        assert causal and return_lse and given == bounds
+        assert causal and return_lse and given == bounds and k.size(1) == v.size(1) == 2 and k.stride(2) == 1
         return kernels.reference_attention(q, k, v, segments), torch.ones(4, 10), "more"
 
     def backward(q, k, v, out, dout, lse, scale, causal, **given):
@@ -239,8 +240,11 @@ def test_flash_attention_4_is_given_what_it_wants(monkeypatch):
             return *torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout), "more"
 
     monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION["fa4"][0], SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
-    compare(lambda q, k, v: kernels.FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen),
-            lambda q, k, v: kernels.reference_attention(q, k, v, segments),
+    def copied(function):
+        return lambda q, k, v: function(q, *(x.repeat_interleave(copies, 1) for x in (k, v)))
+
+    compare(copied(lambda *qkv: kernels.FlashAttention4.apply(*qkv, segments.cu_seqlens, segments.max_seqlen, copies)),
+            copied(lambda *qkv: kernels.reference_attention(*qkv, segments)),
             [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
 
 
