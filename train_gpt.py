@@ -199,6 +199,7 @@ class Settings:
                              "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
                                     "stays taken until it ends")
+    fp8: bool = setting("Run", False, "forward products of training in 8-bit floats (E4M3), but the attention's output; Hopper")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -1713,27 +1714,79 @@ def rounded(x, like):
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
+class E4M3(NamedTuple):
+    """A tensor in 8-bit floats with 3 bits of mantissa: about values * scale."""
+
+    values: Tensor  # float8_e4m3fn
+    scale: Tensor  # (), float32
+
+
+def e4m3(matrices: Tensor) -> list[E4M3]:
+    """Each of the matrices (n, rows, columns) with a scale of its own, by which its largest entry becomes 448, the largest."""
+    scales = matrices.abs().amax((1, 2)).clamp(min=1e-12) / 448
+    values = (matrices / scales[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return [E4M3(*one) for one in zip(values.unbind(), scales.unbind())]
+
+
+def require_fp8(s: Settings, runtime: Runtime) -> None:
+    """InputError where training's products cannot run in E4M3."""
+    x = torch.empty(0, s.model_dim, dtype=runtime.compute_dtype, device=runtime.device)
+    if not (fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)) or s.kv_dim % 16 or s.vocab_size % 16:
+        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2, the MLP's width a multiple "
+                         "of 256, and keys and VOCAB_SIZE multiples of 16; set FP8=0")
+
+
+def low_unit(width: int) -> float:
+    """What 1 is for the E4M3 copy of a normalized row of that width: a power of 2 by which no entry gets beyond 448."""
+    return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
+
+
+@jit
+def put_low(low, at, normal, UNIT: tl.constexpr, mask):
+    """Store normalized values in E4M3 where the kernel was given a tensor for them."""
+    if low is not None:
+        tl.store(low + at, (normal / UNIT).to(low.dtype.element_ty), mask=mask)
+
+
+class LowProduct(torch.autograd.Function):
+    """x W^T in E4M3, its gradients in the dtype of x (T, d) and W (n, d)."""
+
+    @staticmethod
+    def forward(ctx, x, w, x_low, x_scale, w_low, w_scale):
+        ctx.save_for_backward(x, w)
+        return torch._scaled_mm(x_low, w_low.T, x_scale, w_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return dy @ w, dy.T @ x, None, None, None, None
+
+
 def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
-             lanes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+             lanes: bool = False, low: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Entry of a block on the stream x (T, d): merge a U-Net skip, mix with the embedding x0 (T, d), normalize.
 
     mix (2, d); scale (), without gradient. Returns the mixed stream, or with `lanes` the merged one before the mix; the
     scaled normalized mix u; u[:, :window], a copy of its own, so that the gates' gradient comes back as (T, window); and
-    x and x0 again: what uses these later has its gradient added up in the kernel of the backward pass.
+    x and x0 again: what uses these later has its gradient added up in the kernel of the backward pass. low (T, d), if given,
+    receives u in E4M3, in units of scale * low_unit(d).
     """
     if not fusible(x, x.size(1)):
-        return reference_mix_norm(x, x0, skip, mix, scale, window, lanes)
+        return reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low)
     parts = (skip.x, skip.weight, skip.gate) if skip is not None else (None, None, None)
-    out, u, head, *same = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes)
+    out, u, head, *same = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes, low)
     x, x0 = (new if old.requires_grad else old for old, new in zip((x, x0), same))
     return x if lanes and skip is None else out, u, head, x, x0
 
 
-def reference_mix_norm(x, x0, skip, mix, scale, window, lanes):
+def reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low=None):
     merged = merge_skip(x, skip)
     merged = merged.to(x0.dtype) if lanes else merged
     mixed = (mix[0] * merged + mix[1] * x0).to(x0.dtype)
-    u = (scale * norm(mixed)).to(x0.dtype)
+    normal = norm(mixed)
+    if low is not None:
+        low.copy_(normal.detach() / low_unit(x.size(1)))
+    u = (scale * normal).to(x0.dtype)
     return merged if lanes else mixed, u, u[:, :window], x, x0
 
 
@@ -1748,8 +1801,9 @@ def blend(x, skip, weight, gate, SKIP: tl.constexpr):
 
 
 @jit
-def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head, T, D: tl.constexpr, SKIP: tl.constexpr,
-                            LANES: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head, low, T, D: tl.constexpr, SKIP: tl.constexpr,
+                            LANES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
     if SKIP:
@@ -1771,7 +1825,9 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head,
                 tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
         else:
             tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
-        normal = (scale * inverse_rms(mixed, D) * mixed).to(u.dtype.element_ty)
+        normal = inverse_rms(mixed, D) * mixed
+        put_low(low, at, normal, UNIT, inside)
+        normal = (scale * normal).to(u.dtype.element_ty)
         tl.store(u + at, normal, mask=inside)
         if WINDOW:
             tl.store(head + row * WINDOW + column, normal, mask=inside & (column < WINDOW))
@@ -1838,14 +1894,14 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
 
 class MixNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes):
+    def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes, low=None):
         ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
         ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
         out = x.new_empty(0) if lanes and skip is None else torch.empty_like(x)
         u, head = torch.empty_like(x), x.new_empty(len(x), window)
         over_rows(mix_norm_forward_kernel, "mix_norm_forward", x, x, x0, skip, weight, gate, mix, scale, out, u, head,
-                  **ctx.kind)
+                  low, UNIT=low_unit(x.size(1)), **ctx.kind)
         return out, u, head, x, x0
 
     @staticmethod
@@ -1858,7 +1914,7 @@ class MixNorm(torch.autograd.Function):
         over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, sums,
                   **ctx.kind)
         dmix, dweight, dgate = sums.sum(0).split((2, int(kind > 0), int(kind > 1)))
-        return (dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, None, None, None)
+        return dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, *[None] * 4
 
 
 def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
@@ -2133,29 +2189,31 @@ class XSAGate(torch.autograd.Function):
         return dy, dv, dwindow, *(None if x is None else x.sum(0) for x in (dweight, dalpha)), None
 
 
-def add_norm(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
-    The backward pass does without x + y, which may be written over, but not without a gradient at the norm.
+    low: see mix_norm. The backward pass does without x + y, which may be written over, but not without a gradient at the
+    norm.
     """
-    return AddNorm.apply(x, y, scale, False) if fusible(x, x.size(1)) else reference_add_norm(x, y, scale)
-
-
-def reference_add_norm(x, y, scale):
-    x = x if y is None else x + y
-    return x, (scale * norm(x)).to(x.dtype)
+    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low)
 
 
 def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
     """RMSNorm of x (T, d), with y of (x + y) / 2."""
-    if not fusible(x, x.size(1)):
-        return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
-    return AddNorm.apply(x, y, None, y is not None)[1]
+    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, None, y is not None)[1]
+
+
+def reference_add_norm(x, y, scale, mean=False, low=None):
+    x = x if y is None else (x.float() + y.float()) / 2 if mean else x + y
+    normal = norm(x)
+    if low is not None:
+        low.copy_(normal.detach() / low_unit(x.size(1)))
+    return x, (normal if scale is None else scale * normal).to(x.dtype if y is None else y.dtype)
 
 
 @jit
-def add_norm_forward_kernel(x, y, scale, out, u, inverse, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
-                            SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+                            SCALED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
         factor = tl.load(scale)
@@ -2171,6 +2229,7 @@ def add_norm_forward_kernel(x, y, scale, out, u, inverse, T, D: tl.constexpr, AD
         if MEAN:
             total *= 0.5
         r = inverse_rms(total, D)
+        put_low(low, at, r * total, UNIT, inside)
         tl.store(u + at, (factor * r * total).to(u.dtype.element_ty), mask=inside)
         if ADD:
             tl.store(inverse + row, r, mask=row < T)
@@ -2203,12 +2262,13 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.conste
 
 class AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, mean):
+    def forward(ctx, x, y, scale, mean, low=None):
         ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), ADD=y is not None and not mean, MEAN=mean, SCALED=scale is not None)
         out, u = torch.empty_like(x) if ctx.kind["ADD"] else x, torch.empty_like(x)
         inverse = x.new_empty(len(x), dtype=torch.float32) if ctx.kind["ADD"] else None
-        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, **ctx.kind)
+        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, low,
+                  UNIT=low_unit(x.size(1)), **ctx.kind)
         ctx.save_for_backward(u if ctx.kind["ADD"] else x, y if mean else None, scale, inverse)
         ctx.two = y is not None
         return out, u
@@ -2219,7 +2279,7 @@ class AddNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         dout = None if dout is None else dout.contiguous()
         over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, *rest, dx, **ctx.kind)
-        return dx, dx if ctx.two else None, None, None
+        return dx, dx if ctx.two else None, None, None, None
 
 
 def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tensor, resid: Tensor,
@@ -2613,6 +2673,15 @@ class FullProduct(torch.autograd.Function):
 # 5. Model
 # ======================================================================================================================
 
+class Low(NamedTuple):
+    """What the products of one block that run in E4M3 need."""
+
+    unit: Tensor  # (), of the normalized inputs
+    w_qkv: E4M3
+    w_up: E4M3
+    w_down: E4M3
+
+
 class Layer(NamedTuple):
     """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32."""
 
@@ -2628,6 +2697,7 @@ class Layer(NamedTuple):
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
+    low: Low | None = None
     adapter: Callable | None = None  # called with (site, x, y, u) after each product, returns y
     context: Callable | None = None  # called with (q, k, v) in place of attention()
 
@@ -2662,6 +2732,7 @@ class GPT(nn.Module):
         s = self.settings = settings
         self.compute_dtype = compute_dtype
         self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
+        self.fp8 = s.fp8  # in passes with gradients
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
         def parameter(*shape):
@@ -2744,9 +2815,9 @@ class GPT(nn.Module):
         return self
 
     def plain(self) -> GPT:
-        """The same weights without compiled parts."""
+        """The same weights without compiled parts and 8-bit products."""
         plain = copy.copy(self)
-        plain.__dict__ = {name: value for name, value in self.__dict__.items() if name not in self.PARTS}
+        plain.__dict__ = {name: value for name, value in self.__dict__.items() if name not in self.PARTS} | dict(fp8=False)
         return plain
 
     def frozen(self) -> GPT:
@@ -2771,8 +2842,13 @@ class GPT(nn.Module):
 
         small = zip(*map(rows, (self.input_scales, self.resid_mix, self.q_gain, self.attn_gate, self.xsa_alpha,
                                 self.parallel_post_lambdas, self.parallel_resid_lambdas)))
+        low = [None] * n
+        if self.fp8 and torch.is_grad_enabled():
+            units, down_bank = low_unit(s.model_dim) * self.input_scales, self.mlp_scale[:, :, None] * self.mlp_down_bank
+            stacks = torch.cat((queries, *self.kv_bank.split(n)), 1), self.mlp_up_bank, down_bank
+            low = [Low(*one) for one in zip(units.unbind(), *(e4m3(stack.detach()) for stack in stacks))]
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
-                      exclusive=i >= n - s.xsa_last_n) for i, vectors in enumerate(small)]
+                      exclusive=i >= n - s.xsa_last_n, low=low[i]) for i, vectors in enumerate(small)]
 
     def forward(self, ids: Tensor, segments: Segments, looping: bool, rider: Rider | None = None) -> Tensor:
         """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again."""
@@ -2818,30 +2894,44 @@ class GPT(nn.Module):
     def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments,
               rope) -> tuple[Tensor, Tensor, Tensor]:
         """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
-        x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window)
-        x, u = add_norm(x, self.attend(u, window, w, segments, rope), w.input_scale)
-        return self.mlp(u, w, x), before, x0
+        low, low1 = self.low_like(x, w)
+        x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, False, low)
+        x, u = add_norm(x, self.attend(u, window, w, segments, rope, low), w.input_scale, low1)
+        return self.mlp(u, w, x, low1), before, x0
 
     def two_lane_block(self, lane0: Tensor, lane1: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer,
                        segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1 (at first the same), at the same time; both outputs go to both lanes."""
-        lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True)
-        lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale)
-        attended, out = self.attend(u, window, w, segments, rope), self.mlp(u1, w)
+        low, low1 = self.low_like(lane0, w)
+        lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True,
+                                                low)
+        lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale, low1)
+        attended, out = self.attend(u, window, w, segments, rope, low), self.mlp(u1, w, None, low1)
         return *lane_update(lane0, lane1, attended, out, w.lane_resid, w.lane_post), x0
 
-    def mlp(self, u: Tensor, w: Layer, x: Tensor | None = None) -> Tensor:
-        """Scaled MLP output (T, d) for the normalized u (T, d), added to x if given, which may be written over."""
+    def low_like(self, x: Tensor, w: Layer) -> list[Tensor | None]:
+        """Room for the normalized inputs of a block's attention and MLP in E4M3, if it has products that read them."""
+        return [None if w.low is None else torch.empty_like(x, dtype=torch.float8_e4m3fn) for _ in range(2)]
+
+    def mlp(self, u: Tensor, w: Layer, x: Tensor | None = None, low: Tensor | None = None) -> Tensor:
+        """Scaled MLP output (T, d) for the normalized u (T, d), added to x if given, which may be written over.
+
+        low: u in E4M3 too.
+        """
         slope = self.settings.leaky_relu_sq_slope
         if w.adapter is None:
-            return squared_mlp(u, w.w_up, w.w_down, slope, x)
+            return squared_mlp(u, w.w_up, w.w_down, slope, x,
+                               None if low is None else (E4M3(low, w.low.unit), w.low.w_up, w.low.w_down))
         y = w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
         return y if x is None else x + y
 
-    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope) -> Tensor:
-        """Scaled attention output (T, d) for the normalized u (T, d), whose leading channels are `window`."""
+    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope, low: Tensor | None = None) -> Tensor:
+        """Scaled attention output (T, d) for the normalized u (T, d), whose leading channels are `window`; low: u in E4M3."""
         s = self.settings
-        qkv = w.product("qkv", u, w.w_qkv, u)
+        if low is None:
+            qkv = w.product("qkv", u, w.w_qkv, u)
+        else:
+            qkv = LowProduct.apply(u, w.w_qkv, low, w.low.unit, *w.low.w_qkv)
         trains = qkv.is_cuda and qkv.requires_grad and w.context is None
         copies = s.num_heads // s.num_kv_heads if trains else 1
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
@@ -2861,6 +2951,10 @@ class GPT(nn.Module):
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if hidden.is_cuda and not weight.requires_grad:
             return FullProduct.apply(hidden, weight)
+        if self.fp8 and torch.is_grad_enabled():
+            [low], unit = e4m3(weight.detach()[None]), low_unit(self.settings.model_dim)
+            x_low = (hidden.detach() / unit).to(torch.float8_e4m3fn)
+            return LowProduct.apply(hidden, weight, x_low, self.input_scales.new_full((), unit), *low)
         return F.linear(hidden, weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -3320,6 +3414,8 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     property of the model, and what calibration found.
     """
     s = settings
+    if s.fp8:
+        require_fp8(s, runtime)
     optimizer = Optimizer(model, s, runtime)
     passes = Passes(model, optimizer, s, runtime)
 
@@ -3409,7 +3505,7 @@ def warm_up(take_step, passes: Passes, data: TrainingData, calibration: Callable
             started = time.perf_counter()
             calibration(s.loops_at_end, rehearsal=True)
             runtime.synchronize()
-            estimate = 1.1 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
+            estimate = 1.25 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
     reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
     log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)), seconds=round(time.perf_counter() - began, 1),
               reserve_seconds=round(reserve, 3), process_seconds=round(process_seconds(), 1))

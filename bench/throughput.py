@@ -30,7 +30,7 @@ def part_of(names: list[str], shapes: list, s: g.Settings) -> str:
     def within(*words):
         return any(word in name for name in names for word in words)
 
-    sizes, product = {size for shape in shapes for size in shape}, within("aten::mm", "aten::linear", "aten::addmm")
+    sizes, product = {size for shape in shapes for size in shape}, within("aten::mm", "aten::linear", "aten::addmm", "_scaled_mm")
     if within("nccl", "c10d"):
         return "communication"
     if within("bench: optimizer"):

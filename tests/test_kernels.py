@@ -1,6 +1,7 @@
 """The kernels of test-time training: references against naive formulas, the Triton versions, interpreted, against them."""
 import base64
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import brotli
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as kernels
 from tests.synthetic import runtime
@@ -607,6 +609,68 @@ def test_test_time_training_scores_the_same_on_the_fused_path(context, fused, mo
     assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
 
 
+# --- Products in 8-bit floats
+
+
+@pytest.mark.parametrize("width", [16, 64, 512, 768])
+def test_no_normalized_row_leaves_the_range_of_e4m3(width):
+    unit = kernels.low_unit(width)
+    assert 224 < width ** 0.5 / unit <= 448 and math.log2(unit) % 1 == 0
+
+
+def test_matrices_in_e4m3():
+    matrices = torch.stack((randn(6, 8), 1e-3 * randn(6, 8, seed=1), torch.zeros(6, 8)))
+    for matrix, (values, scale) in zip(matrices, kernels.e4m3(matrices)):
+        assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and scale.shape == ()
+        assert values.float().abs().max() == (448 if matrix.any() else 0)
+        torch.testing.assert_close(values.float() * scale, matrix, rtol=1 / 16, atol=scale.item() / 512)
+
+
+def test_product_in_e4m3_has_exact_gradients():
+    x, w, dy = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(5, 32), (48, 32), (5, 48)]))
+    x.requires_grad_(), w.requires_grad_()
+    [(values, scale)], unit = kernels.e4m3(w.detach().float()[None]), torch.tensor(2.0 ** -4)
+    low = (x.detach() / unit).to(torch.float8_e4m3fn)
+    y = kernels.LowProduct.apply(x, w, low, unit, values, scale)
+    torch.testing.assert_close(y.float(), (low.float() @ values.float().T) * unit * scale, rtol=0.01, atol=0.01)
+    for found, exact in zip(torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)):
+        assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("T", [1, 7])
+@pytest.mark.parametrize("name", ["mix_norm", "mix_norm of a lane", "add_norm", "norm"])
+def test_normalized_rows_in_e4m3(T, name, fused):
+    x, y = randn(T, 64), randn(T, 64, seed=1)
+    x[0, 1:] = 1e-3  # its first entry is nearly as large as there can be
+    scale = torch.tensor(0.7)
+    for prefix, dtype in (("", torch.float16), ("reference_", torch.float8_e4m3fn)):  # interpreted, the cast to E4M3 is wrong
+        low = torch.empty(T, 64, dtype=dtype)
+        if name.startswith("mix"):
+            u = getattr(kernels, prefix + "mix_norm")(x, y, None, randn(2, 64, seed=2), scale, 3, "lane" in name, low)[1]
+        else:
+            u = getattr(kernels, prefix + "add_norm")(x, y if name == "add_norm" else None, scale, low=low)[1]
+        torch.testing.assert_close(low.float() * kernels.low_unit(64) * scale, u, rtol=1 / 16, atol=2 ** -12)
+    assert fused
+
+
+def test_which_passes_have_products_in_e4m3(monkeypatch):
+    products = []
+    monkeypatch.setattr(kernels.LowProduct, "forward", lambda ctx, x, w, *_, keep=kernels.LowProduct.forward: (
+        products.append(w.shape), keep(ctx, x, w, *_))[1])
+    model = random_model(reference_settings(VOCAB_SIZE=48))
+    model.compute_dtype = torch.bfloat16
+    exact = losses_and_gradients(model, True)
+    model.fp8 = True
+    low = losses_and_gradients(model, True)
+    assert len(products) == len(sum(model.orders[True], [])) + 1
+    assert not torch.equal(low["losses"], exact["losses"])
+    assert_same(low, exact, 0.3)
+    with torch.no_grad():
+        model.token_losses(*packed_documents((5, 3)), True)
+    losses_and_gradients(model.plain(), True)
+    assert len(products) == len(sum(model.orders[True], [])) + 1
+
+
 COMPILE = """
 import os
 import re
@@ -620,7 +684,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope decay beta1 beta2", "*i32": "cu bits",
+KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix sums "
          "cos sin gain alpha gates dweight dalpha resid post inverse"}
@@ -662,19 +726,20 @@ for caps in (False, True):
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)
 compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
 for way in ("forward", "backward"):
-    cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12))
+    unit = dict(UNIT=0.0625) if way == "forward" else {}
+    cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12) | unit)
              for skip, lanes in ((0, False), (1, False), (2, False), (0, True), (2, True))]
     cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
     cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16))
               for gate, alpha in ((True, False), (False, True))]
-    cases += [(f"add_norm_{way}", dict(D=512, ADD=add, MEAN=mean, SCALED=not mean))
+    cases += [(f"add_norm_{way}", dict(D=512, ADD=add, MEAN=mean, SCALED=not mean) | unit)
               for add, mean in ((True, False), (False, False), (False, True))]
     cases += [(f"lane_update_{way}", dict(D=512))]
     if sys.argv[2] == "few":  # one of each
         cases = [case for i, case in enumerate(cases) if case[0] not in [name for name, _ in cases[:i]]]
     else:  # what keeps most rows at a time fits for wider models too
-        cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, LANES=False, WINDOW=12)), (f"lane_update_{way}", dict(D=1024)),
-                  (f"add_norm_{way}", dict(D=1024, ADD=True, MEAN=False, SCALED=True))]
+        cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, LANES=False, WINDOW=12) | unit), (f"lane_update_{way}", dict(D=1024)),
+                  (f"add_norm_{way}", dict(D=1024, ADD=True, MEAN=False, SCALED=True) | unit)]
     for name, constants in cases:
         rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])

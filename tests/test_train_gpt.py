@@ -681,6 +681,11 @@ def test_too_little_training_data_is_refused(tmp_path):
         training_data(tmp_path)
 
 
+def test_training_in_8_bit_floats_is_refused_without_a_hopper_gpu(corpus, run_main):
+    code, _, err = run_main(environment(corpus, FP8=1, ITERATIONS=1))
+    assert code == 2 and len(err.splitlines()) == 1 and "FP8: " in err and "set FP8=0" in err
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"tokenizer": {"vocab_size": 256}}'])
 def test_broken_manifest_is_named(corpus, tmp_path, run_main, text):
     write_corpus(tmp_path / "data", 60, 4)
