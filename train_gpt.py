@@ -1216,6 +1216,7 @@ FLASH_ATTENTION = {  # in order of preference: the module, and where it comes fr
 def attention_kernel(wanted: str) -> str:
     """The kernel that ATTENTION stands for on this machine; InputError where the one that is asked for is not there."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # fa4 keeps what it compiles for the next run
     for kernel, (module, remedy) in FLASH_ATTENTION.items():
         if wanted == kernel or wanted == "auto" and hopper:
             try:
