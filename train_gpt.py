@@ -2319,7 +2319,7 @@ class E4M3(NamedTuple):
 
 MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
 LOW_RING = dict(BK=128, STAGES=6)  # instead, with x and w in 8 bits
-LOW_TILE = dict(BM=128, BN=256, BK=128)  # of the product after the activation in 8 bits
+LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of the product after the activation in 8 bits
 A_SCALE = 4.0  # of the activation in 8 bits, which ends at 448 A_SCALE
 
 
@@ -2347,7 +2347,8 @@ def mlp_fusible(u: Tensor, hidden: int) -> bool:
             and 2 * (BM * d + STAGES * BK * BN + BM * BN) <= 226 * 1024 and torch.cuda.get_device_capability(u.device)[0] == 9)
 
 
-gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"]) if gluon else lambda function: function
+gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"], do_not_specialize_on_alignment=[
+    "x_scale", "w_scale"]) if gluon else lambda function: function
 tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
 tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
 
@@ -2542,10 +2543,10 @@ def low_product_kernel(x, w, out, factor, w_scale, M, ADD: tl.constexpr, N: tl.c
 def low_product(x: Tensor, factor: float, w: E4M3, out: Tensor, add: bool) -> None:
     """out (M, N) = factor x w^T, added to what it holds if `add`; x (M, K) and w (N, K) in 8 bits."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton's own, which knows no layouts
-    (BM, BN, BK), (M, K), N = LOW_TILE.values(), x.shape, out.size(1)
+    (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.shape, out.size(1)
     operands = [TensorDescriptor.from_tensor(*pair) for pair in ((x, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
     low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(x.device)),](
-        *operands, factor, w.scale, M, ADD=add, N=N, K=K, **LOW_TILE, num_warps=8, num_stages=3)
+        *operands, factor, w.scale, M, ADD=add, N=N, K=K, **LOW_TILE)
 
 
 class SquaredMLP(torch.autograd.Function):

@@ -495,7 +495,7 @@ def test_squared_mlp(T, hidden, d, dtype, slope, monkeypatch):
 
 @pytest.fixture
 def small_low_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "LOW_TILE", dict(BM=16, BN=32, BK=32))
+    monkeypatch.setattr(kernels, "LOW_TILE", dict(BM=16, BN=32, BK=32, num_warps=1, num_stages=1))
 
 
 @pytest.mark.parametrize("M, N, K, add", [(1, 32, 32, False), (50, 64, 96, False), (33, 96, 64, True), (200, 32, 32, True)])
@@ -738,10 +738,10 @@ for way in ("forward", "backward", "low"):
         compile("mlp_product", c | dict(K=K, N=N, BACKWARD=backward, A_SCALE=g.A_SCALE if low else None),
                 {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
                  f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
-BM, BN, BK = g.LOW_TILE.values()
+BM, BN, BK, warps, stages = g.LOW_TILE.values()
 for add in (True, False):
-    compile("low_product", g.LOW_TILE | dict(ADD=add, N=512, K=2048), dict(x=f"tensordesc<fp8e4nv[{BM},{BK}]>",
-            w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"), num_warps=8, num_stages=3)
+    compile("low_product", dict(BM=BM, BN=BN, BK=BK, ADD=add, N=512, K=2048), dict(x=f"tensordesc<fp8e4nv[{BM},{BK}]>",
+            w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"), num_warps=warps, num_stages=stages)
 """
 
 
