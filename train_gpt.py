@@ -1732,9 +1732,10 @@ def e4m3(matrices: Tensor) -> list[E4M3]:
 def require_fp8(s: Settings, runtime: Runtime) -> None:
     """InputError where training's products cannot run in E4M3."""
     x = torch.empty(0, s.model_dim, dtype=runtime.compute_dtype, device=runtime.device)
-    if not (fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)) or s.kv_dim % 16 or s.vocab_size % 16:
-        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2, the MLP's width a multiple "
-                         "of 256, and keys and VOCAB_SIZE multiples of 16; set FP8=0")
+    fits = s.model_dim % 256 == s.kv_dim % 16 == s.vocab_size % 16 == 0
+    if not (fits and fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)):
+        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, the MLP's width a "
+                         "multiple of 256, and the keys' width and VOCAB_SIZE multiples of 16; set FP8=0")
 
 
 def low_unit(width: int) -> float:
@@ -2372,17 +2373,22 @@ class LaneUpdate(torch.autograd.Function):
 # groups of four take turns, so that one finishes a tile while the other multiplies.
 
 MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
+LOW_RING = dict(BK=128, STAGES=6)  # instead, with x and w in 8 bits
+LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of the product after the activation in 8 bits
+A_SCALE = 4.0  # of the activation in 8 bits, which ends at 448 A_SCALE
 
 
-def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None) -> Tensor:
+def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None,
+                low: tuple[E4M3, E4M3, E4M3] | None = None) -> Tensor:
     """leaky_relu_squared(u W_up^T) W_down^T, added to x if given; u and x (T, d), w_up (F, d), w_down (d, F).
 
-    On CUDA the sum is written over x, which nothing else may need then.
+    On CUDA the sum is written over x, which nothing else may need then. `low`: u, w_up and w_down once more, contiguous and d
+    a multiple of 256; where the kernel runs, the forward pass multiplies those, and gradients are taken as if it had not.
     """
     if not mlp_fusible(u, len(w_up)):
         y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
         return y if x is None else x + y
-    return SquaredMLP.apply(u, w_up, w_down, slope, x)
+    return SquaredMLP.apply(u, w_up, w_down, slope, x, low)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
@@ -2396,7 +2402,8 @@ def mlp_fusible(u: Tensor, hidden: int) -> bool:
             and 2 * (BM * d + STAGES * BK * BN + BM * BN) <= 226 * 1024 and torch.cuda.get_device_capability(u.device)[0] == 9)
 
 
-gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"]) if gluon else lambda function: function
+gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"], do_not_specialize_on_alignment=[
+    "x_scale", "w_scale"]) if gluon else lambda function: function
 tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
 tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
 
@@ -2444,7 +2451,8 @@ def multiply(rings, step, turn, last, done, BACKWARD: gl.constexpr, K: gl.conste
     A block is given back once the next product runs. `done` flips when the other group may begin.
     """
     xs, x_full, x_free, ws, w_full, w_free = rings
-    acc = hopper.warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
+    DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth  # of one instruction
+    acc = hopper.warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, DEPTH])))
     for k in range(K // BK):
         stage, before = (step + k) % STAGES, gl.maximum(k - 1, 0)
         mbarrier.wait(x_full.index(k), turn & 1)
@@ -2468,10 +2476,10 @@ def halves(x, R: gl.constexpr, C: gl.constexpr):
 
 
 @gluon_jit
-def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, BACKWARD: gl.constexpr, N: gl.constexpr,
-               K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
+               N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
-    begin, done, buffers, ready = own
+    begin, done, buffers, ready = own[:4]
     C: gl.constexpr = BN // 4
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
@@ -2499,13 +2507,19 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, BACKWARD
                     positive = (gl.expand_dims(kept[i], 1) & sign) == 0
                     value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
                 else:
+                    if A_SCALE is not None:
+                        value *= scale
                     gl.store(words + i * M, gl.sum(gl.where(value < 0, sign, 0), 1), mask=inside)
                     value = gl.where(value < 0, slope * value, value)
                     value *= value
-                    tma.store_wait(1)
+                    tma.store_wait(1 if A_SCALE is None else 2)
                 buffer.store(value.to(gl.bfloat16))
+                if A_SCALE is not None:
+                    own[4].index(i % 2).store((value * (1 / A_SCALE)).to(gl.float8e4nv))
                 hopper.fence_async_shared()
                 tma_store(out, [row, column + i * C], buffer)
+                if A_SCALE is not None:
+                    tma_store(a, [row, column + i * C], own[4].index(i % 2))
                 if BACKWARD and i == 1:
                     for j in gl.static_range(2):
                         tma.store_wait(1 - j)
@@ -2515,56 +2529,104 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, BACKWARD
 
 
 @gluon_jit
-def mlp_product_kernel(x, w, a, out, bits, M, slope, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                       BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """See mlp_product. While a row of tiles is made, its rows of x stay in shared memory and w passes through a ring."""
-    xs = gl.allocate_shared_memory(gl.bfloat16, [K // BK, BM, BK], x.layout)
-    ws = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BN] if BACKWARD else [STAGES, BN, BK], w.layout)
+def part_buffers(a, out, A_SCALE: gl.constexpr):
+    """What a group passes parts of tiles through: two buffers, a barrier for each, and two buffers for a in 8 bits."""
+    made = (gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout), barriers(2, 1))
+    return made if A_SCALE is None else made + (gl.allocate_shared_memory(a.dtype, [2] + a.block_type.shape, a.layout),)
+
+
+@gluon_jit
+def mlp_product_kernel(x, w, a, out, bits, M, slope, x_scale, w_scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
+                       N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+                       STAGES: gl.constexpr):
+    """See mlp_product. While a row of tiles is made, its rows of x stay in shared memory and w passes through a ring.
+
+    a is read in the backward pass; with A_SCALE it is out once more, in 8 bits.
+    """
+    xs = gl.allocate_shared_memory(x.dtype, [K // BK, BM, BK], x.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if BACKWARD else [STAGES, BN, BK], w.layout)
     rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
     go = barriers(2, 1)
-    one = (go.index(0), go.index(1), gl.allocate_shared_memory(gl.bfloat16, [2, BM, BN // 4], out.layout), barriers(2, 1))
-    other = (go.index(1), go.index(0), gl.allocate_shared_memory(gl.bfloat16, [2, BM, BN // 4], out.layout), barriers(2, 1))
+    one = (go.index(0), go.index(1)) + part_buffers(a, out, A_SCALE)
+    other = (go.index(1), go.index(0)) + part_buffers(a, out, A_SCALE)
+    scale = 1.0 if A_SCALE is None else gl.load(x_scale) * gl.load(w_scale)
     hopper.fence_async_shared()
     gl.warp_specialize([
-        (take_turns, (0, one, rings, a, out, bits, M, slope, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (take_turns, (1, other, rings, a, out, bits, M, slope, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (take_turns, (0, one, rings, a, out, bits, M, slope, scale, A_SCALE, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (take_turns, (1, other, rings, a, out, bits, M, slope, scale, A_SCALE, BACKWARD, N, K, BM, BN, BK, STAGES)),
         (fetch, (x, w, rings, M, BACKWARD, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
 
 
-def mlp_product(x: Tensor, w: Tensor, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None) -> None:
+def mlp_product(x: Tensor | E4M3, w: Tensor | E4M3, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None) -> None:
     """Forward: with p = x w^T, x (M, K), w (N, K): fill a = phi(p) (M, N) and bits. Backward: out = (x w) phi'(p), w (K, N).
 
     bits (N / 32, M) int32: bit j of word (i, m) is set where p[m, 32 i + j] < 0. There phi(p) = (slope p)^2 and phi'(p) is
-    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a).
+    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a). Forward with x and w in E4M3, out is filled too, with a / A_SCALE in 8 bits.
     """
-    (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), MLP_TILE.values()
-    backward, out = out is not None, a if out is None else out
+    low = isinstance(x, E4M3)
+    backward = out is not None and not low
+    (x, x_scale), (w, w_scale) = (x, w) if low else ((x.contiguous(), None), (w.contiguous(), None))
+    tile = MLP_TILE | (LOW_RING if low else {})
+    (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), tile.values()
     blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 4], [BM, BN // 4]
-    operands = [TensorDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-                for operand, block in zip((x.contiguous(), w.contiguous(), a, out), blocks)]
+    operands = [TensorDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
+        block, gl.float8e4nv if operand.dtype == torch.float8_e4m3fn else gl.bfloat16))
+        for operand, block in zip((x, w, *((a, out) if backward else (out if low else a, a))), blocks)]
     mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
-        *operands, bits, M, slope, BACKWARD=backward, N=N, K=K, **MLP_TILE, num_warps=4)
+        *operands, bits, M, slope, x_scale, w_scale, A_SCALE=A_SCALE if low else None, BACKWARD=backward, N=N, K=K,
+        **tile, num_warps=4)
+
+
+@jit
+def low_product_kernel(x, w, out, factor, w_scale, M, ADD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, BK: tl.constexpr):
+    """See low_product. The tiles beside each other, which share rows of x, are made at the same time."""
+    scale = factor * tl.load(w_scale)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * (N // BN), tl.num_programs(0), flatten=True):
+        row, column = tile // (N // BN) * BM, tile % (N // BN) * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
+        sides = acc.reshape([BM, 2, BN // 2]).permute([0, 2, 1]).split()
+        for i in tl.static_range(2):
+            value = sides[i] * scale
+            if ADD:
+                value += out.load([row, column + i * BN // 2]).to(tl.float32)
+            out.store([row, column + i * BN // 2], value.to(tl.bfloat16))
+
+
+def low_product(x: Tensor, factor: float, w: E4M3, out: Tensor, add: bool) -> None:
+    """out (M, N) = factor x w^T, added to what it holds if `add`; x (M, K) and w (N, K) in 8 bits."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton's own, which knows no layouts
+    (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.shape, out.size(1)
+    operands = [TensorDescriptor.from_tensor(*pair) for pair in ((x, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
+    low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(x.device)),](
+        *operands, factor, w.scale, M, ADD=add, N=N, K=K, **LOW_TILE)
 
 
 class SquaredMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, w_up, w_down, slope, x=None):
+    def forward(ctx, u, w_up, w_down, slope, x=None, low=None):
         a = torch.empty(len(u), len(w_up), dtype=u.dtype, device=u.device)
         bits = torch.empty(len(w_up) // 32, len(u), dtype=torch.int32, device=u.device)
-        mlp_product(u, w_up, a, bits, slope)
+        low_a = None if low is None else torch.empty_like(a, dtype=torch.float8_e4m3fn)
+        mlp_product(*((u, w_up) if low is None else low[:2]), a, bits, slope, low_a)
         ctx.save_for_backward(u, w_up, w_down, a, bits)
         ctx.slope, ctx.added = slope, x is not None
-        if x is None:
-            return F.linear(a, w_down)
-        ctx.mark_dirty(x)
-        return x.addmm_(a, w_down.T)
+        if ctx.added:
+            ctx.mark_dirty(x)
+        if low is not None:
+            y = torch.empty_like(u) if x is None else x
+            low_product(low_a, A_SCALE, low[2], y, ctx.added)
+            return y
+        return F.linear(a, w_down) if x is None else x.addmm_(a, w_down.T)
 
     @staticmethod
     def backward(ctx, dy):
         u, w_up, w_down, a, bits = ctx.saved_tensors
         dy, dp = dy.contiguous(), torch.empty_like(a)
         mlp_product(dy, w_down, a, bits, ctx.slope, dp)
-        return dp @ w_up, dp.T @ u, dy.T @ a, None, dy if ctx.added else None
+        return dp @ w_up, dp.T @ u, dy.T @ a, None, dy if ctx.added else None, None
 
 
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------

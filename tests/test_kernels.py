@@ -457,10 +457,22 @@ def test_lane_update(T, dtype, fused, double):
     assert fused == ways("lane_update")
 
 
+def narrow(x: torch.Tensor) -> kernels.E4M3:
+    scale = x.abs().max().float() / 448
+    return kernels.E4M3((x.float() / scale).to(torch.float8_e4m3fn), scale)
+
+
+def wide(x: kernels.E4M3) -> torch.Tensor:
+    return x.values.float() * x.scale
+
+
 def plain_mlp_product(x, w, a, bits, slope, out=None):
     """kernels.mlp_product, whose kernel no CPU can run, in its layouts: bit j of bits[i, m] says that p[m, 32 i + j] < 0."""
     place = torch.arange(32)
-    if out is None:
+    if isinstance(x, kernels.E4M3):
+        plain_mlp_product(wide(x), wide(w), a, bits, slope)
+        out.copy_((a.float() / kernels.A_SCALE).clamp(max=448))
+    elif out is None:
         p = x @ w.T
         a.copy_(kernels.leaky_relu_squared(p, slope))
         bits.copy_(((p < 0).unflatten(1, (-1, 32)).long() << place).sum(2).T)
@@ -481,6 +493,43 @@ def test_squared_mlp(T, hidden, d, dtype, slope, monkeypatch):
     agree(kernels.SquaredMLP.apply, kernels.squared_mlp, inputs, range(3), tolerance)
     inputs.append(randn(T, d, seed=3, dtype=dtype))  # written over, so not a leaf
     agree(lambda *a: kernels.SquaredMLP.apply(*a[:4], 1 * a[4]), kernels.squared_mlp, inputs, (0, 1, 2, 4), tolerance)
+
+
+@pytest.fixture
+def small_low_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "LOW_TILE", dict(BM=16, BN=32, BK=32, num_warps=1, num_stages=1))
+
+
+@pytest.mark.parametrize("M, N, K, add", [(1, 32, 32, False), (50, 64, 96, False), (33, 96, 64, True), (200, 32, 32, True)])
+def test_the_product_in_8_bits_after_the_activation(M, N, K, add, small_low_tiles):
+    x, w, out = narrow(randn(M, K)), narrow(randn(N, K, seed=1)), randn(M, N, seed=2, dtype=torch.bfloat16)
+    wanted = 4 * x.values.float() @ wide(w).T + add * out.float()
+    kernels.low_product(x.values, 4.0, w, out, add)
+    assert (out.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+@pytest.mark.parametrize("T", [1, 33])
+def test_squared_mlp_in_8_bits(T, slope, monkeypatch, small_low_tiles):
+    """The result is that of the operands in 8 bits; the gradients are what those in bf16 and what is kept of the former make."""
+    monkeypatch.setattr(kernels, "mlp_product", plain_mlp_product)
+    matrices = [randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 32), (64, 32), (32, 64)])]
+    low, x, dy = tuple(map(narrow, matrices)), *(randn(T, 32, seed=i, dtype=torch.bfloat16) for i in (3, 4))
+    u, up, down = (matrix.requires_grad_() for matrix in matrices)
+    p = wide(low[0]) @ wide(low[1]).T
+    wanted = kernels.leaky_relu_squared(p, slope) @ wide(low[2]).T
+    a = kernels.leaky_relu_squared(p, slope).bfloat16().float()
+    dp = dy.float() @ down.float() * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0)
+    for added in (False, True):
+        kept = x.clone().requires_grad_()
+        held = 1 * kept if added else None
+        y = kernels.SquaredMLP.apply(u, up, down, slope, held, low)
+        assert y.dtype == torch.bfloat16 and (y is held) == added
+        assert (y - added * x - wanted).norm() < 0.03 * wanted.norm()  # the activation is rounded to 8 bits too
+        du, dup, ddown, *dx = torch.autograd.grad(y, [u, up, down] + [kept] * added, dy)
+        for found, formula in ((du, dp @ up.float()), (dup, dp.T @ u.float()), (ddown, dy.float().T @ a)):
+            assert (found - formula).norm() <= 0.01 * formula.norm()
+        assert not added or torch.equal(*dx, dy)
 
 
 def test_what_is_kept_of_the_products_before_the_activation():
@@ -684,13 +733,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
+KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix sums "
-         "cos sin gain alpha gates dweight dalpha resid post inverse"}
+         "cos sin gain alpha gates dweight dalpha resid post inverse x_scale w_scale"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
 NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale", ADD="inverse",
-                    SKIP="skip weight gate dskip")
+                    SKIP="skip weight gate dskip", A_SCALE="x_scale w_scale")
 
 def kind(name, argument):
     special = dict(p="*fp32" if name == "adamw" else "*bf16", window="i32" if "attention" in name else "*bf16",
@@ -704,12 +753,13 @@ def compile(name, constants, descriptors={}, **options):
     constants = {a: None for a in kernel.arg_names if a in none} | constants
     kinds = {a: "constexpr" if a in constants else descriptors.get(a) or kind(name, a) for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*"}
-    source = (GluonASTSource if descriptors else ASTSource)(
+    source = (GluonASTSource if name == "mlp_product" else ASTSource)(
         kernel, kinds, {(kernel.arg_names.index(a),): v for a, v in constants.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 232_448, (name, constants, compiled.metadata.shared)
     ptx = compiled.asm["ptx"]
-    words = [word for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg") if word in ptx]
+    words = [word for word in ("wgmma.mma_async", "f32.e4m3.e4m3", "cvt.rn.satfinite.e4m3x2.f32", "cp.async.bulk.tensor",
+                               "setmaxnreg") if word in ptx]
     if descriptors:  # registers that did not suffice would lie on the stack
         with open("kernel.cubin", "wb") as file:
             file.write(compiled.asm["cubin"])
@@ -743,12 +793,20 @@ for way in ("forward", "backward"):
     for name, constants in cases:
         rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
+for way in ("forward", "backward", "low"):
     for K, N in ((512, 2048), (256, 1024)):
-        c, backward = g.MLP_TILE | dict(K=K, N=N, BACKWARD=way == "backward"), way == "backward"
+        backward, low = way == "backward", way == "low"
+        c = g.MLP_TILE | (g.LOW_RING if low else {})
         part = [c["BM"], c["BN"] // 4]
         blocks = dict(x=[c["BM"], c["BK"]], w=[c["BK"], c["BN"]] if backward else [c["BN"], c["BK"]], a=part, out=part)
-        compile("mlp_product", c, {a: f"tensordesc<bf16[{block[0]},{block[1]}],"
-                f"{g.gl.NVMMASharedLayout.get_default_for(block, g.gl.bfloat16)!r}>" for a, block in blocks.items()}, num_warps=4)
+        types = {a: ("fp8e4nv", g.gl.float8e4nv) if low and a != "out" else ("bf16", g.gl.bfloat16) for a in blocks}
+        compile("mlp_product", c | dict(K=K, N=N, BACKWARD=backward, A_SCALE=g.A_SCALE if low else None),
+                {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
+                 f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
+BM, BN, BK, warps, stages = g.LOW_TILE.values()
+for add in (True, False):
+    compile("low_product", dict(BM=BM, BN=BN, BK=BK, ADD=add, N=512, K=2048), dict(x=f"tensordesc<fp8e4nv[{BM},{BK}]>",
+            w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"), num_warps=warps, num_stages=stages)
 """
 
 
@@ -767,8 +825,10 @@ def test_kernels_compile_for_hopper_also_from_the_packed_script(packed, root, tm
                          env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 7 + 2 * (7 if packed else 18)
-    products = [line.split(maxsplit=2)[2] for line in lines if line.startswith("mlp_product")]
-    assert products == ["wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|STACK:0|LOCAL:0"] * 4
+    assert len(lines) == 11 + 2 * (7 if packed else 18)
+    products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "low_product")]
+    low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
+    assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 4 + [
+        f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [f"{low}|cp.async.bulk.tensor|{fits}"] * 2
     every = set(re.findall(r"^def (\w+)_kernel\(", (root / "train_gpt.py").read_text(), flags=re.M)) - {"attention"}
     assert every == {line.split()[0] for line in lines}
