@@ -1724,7 +1724,7 @@ class E4M3(NamedTuple):
 
 def e4m3(matrices: Tensor) -> list[E4M3]:
     """Each of the matrices (n, rows, columns) with a scale of its own, by which its largest entry becomes 448, the largest."""
-    scales = matrices.abs().amax((1, 2)).clamp(min=1e-12) / 448
+    scales = matrices.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
     values = (matrices / scales[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     return [E4M3(*one) for one in zip(values.unbind(), scales.unbind())]
 
