@@ -2479,7 +2479,7 @@ def halves(x, R: gl.constexpr, C: gl.constexpr):
 def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
                N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
-    begin, done, buffers, ready = own[:4]
+    begin, done, buffers, ready = own[:4]  # with A_SCALE, own[4] are the buffers for a in 8 bits
     C: gl.constexpr = BN // 4
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
