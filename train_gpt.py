@@ -1726,7 +1726,12 @@ def e4m3(matrices: Tensor) -> list[E4M3]:
     """Each of the matrices (n, rows, columns) with a scale of its own, by which its largest entry becomes 448, the largest."""
     scales = matrices.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
     values = (matrices / scales[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return [E4M3(*one) for one in zip(values.unbind(), scales.unbind())]
+    return [E4M3(*one) for one in zip(values.unbind(), apart(scales))]
+
+
+def apart(x: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of x (n,), each at a multiple of 16 bytes, as cuBLAS wants its scales."""
+    return x[:, None].repeat(1, 4)[:, 0].unbind()
 
 
 def require_fp8(s: Settings, runtime: Runtime) -> None:
@@ -2909,7 +2914,7 @@ class GPT(nn.Module):
         if self.fp8 and torch.is_grad_enabled():
             units, down_bank = low_unit(s.model_dim) * self.input_scales, self.mlp_scale[:, :, None] * self.mlp_down_bank
             stacks = torch.cat((queries, *self.kv_bank.split(n)), 1), self.mlp_up_bank, down_bank
-            low = [Low(*one) for one in zip(units.unbind(), *(e4m3(stack.detach()) for stack in stacks))]
+            low = [Low(*one) for one in zip(apart(units), *(e4m3(stack.detach()) for stack in stacks))]
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
                       exclusive=i >= n - s.xsa_last_n, low=low[i]) for i, vectors in enumerate(small)]
 

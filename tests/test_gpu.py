@@ -274,20 +274,19 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
     inputs, draw = [vary(T, d), 0.04 * vary(hidden, d), 0.02 * vary(d, hidden)], vary(T, d)
     if torch.cuda.get_device_capability()[0] == 9:
         assert g.mlp_fusible(inputs[0], hidden)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    found = passes(leaves, g.squared_mlp)
+    found = passes([x.clone().requires_grad_() for x in inputs], g.squared_mlp)
     expected = passes([x.float().requires_grad_() for x in inputs],
                       lambda u, up, down, slope: F.linear(g.leaky_relu_squared(F.linear(u, up), slope), down))
     for got, wanted in zip(found, expected):
         assert relative_error(got, wanted) < 1e-2
-    for leaf in leaves:
-        leaf.detach().zero_()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        leaves = [torch.zeros_like(x).requires_grad_() for x in inputs]
         passes(leaves, g.squared_mlp)
     with torch.cuda.graph(graph, stream=stream):
         recorded = passes(leaves, g.squared_mlp)
+    torch.cuda.current_stream().wait_stream(stream)
     for leaf, x in zip(leaves, inputs):
         leaf.detach().copy_(x)
     graph.replay()
