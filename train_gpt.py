@@ -65,6 +65,7 @@ import online_ngram_tilt as ngram
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # CPU builds of PyTorch come without it; what needs it is then never called
     triton = tl = None
 
@@ -73,7 +74,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 except ImportError:  # nor has every Triton this language, in which the order of loads, products and stores is written out
     gluon = gl = tma = None
 
@@ -1216,7 +1217,6 @@ FLASH_ATTENTION = {  # in order of preference: the module, and where it comes fr
 def attention_kernel(wanted: str) -> str:
     """The kernel that ATTENTION stands for on this machine; InputError where the one that is asked for is not there."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # fa4 keeps what it compiles for the next run
     for kernel, (module, remedy) in FLASH_ATTENTION.items():
         if wanted == kernel or wanted == "auto" and hopper:
             try:
@@ -2574,7 +2574,7 @@ def mlp_product(x: Tensor | E4M3, w: Tensor | E4M3, a: Tensor, bits: Tensor, slo
     tile = MLP_TILE | (LOW_RING if low else {})
     (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), tile.values()
     blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 4], [BM, BN // 4]
-    operands = [TensorDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
+    operands = [GluonDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
         block, gl.float8e4nv if operand.dtype == torch.float8_e4m3fn else gl.bfloat16))
         for operand, block in zip((x, w, *((a, out) if backward else (out if low else a, a))), blocks)]
     mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
@@ -2602,7 +2602,6 @@ def low_product_kernel(x, w, out, factor, w_scale, M, ADD: tl.constexpr, N: tl.c
 
 def low_product(x: Tensor, factor: float, w: E4M3, out: Tensor, add: bool) -> None:
     """out (M, N) = factor x w^T, added to what it holds if `add`; x (M, K) and w (N, K) in 8 bits."""
-    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton's own, which knows no layouts
     (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.shape, out.size(1)
     operands = [TensorDescriptor.from_tensor(*pair) for pair in ((x, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
     low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(x.device)),](
@@ -5631,8 +5630,9 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    environment = dict(os.environ)
-    exit_code = main(sys.argv[1:], environment)
+    environment = os.environ
+    environment.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # FlashAttention 4 keeps what it compiles
+    exit_code = main(sys.argv[1:], dict(environment))
     sys.stdout.flush()
     sys.stderr.flush()
     if environment.get("WORLD_SIZE", "1") != "1":
