@@ -2484,7 +2484,7 @@ def halves(x, R: gl.constexpr, C: gl.constexpr):
 def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
                N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
-    begin, done, buffers, ready = own[:4]  # with A_SCALE, own[4] are the buffers for a in 8 bits
+    begin, done, buffers = own[:3]  # own[3]: backward a barrier for each buffer; with A_SCALE the buffers for a in 8 bits
     C: gl.constexpr = BN // 4
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
@@ -2496,7 +2496,7 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A
             if BACKWARD:
                 tma.store_wait(0)
                 for i in gl.static_range(2):
-                    load_block(a, [row, column + i * C], ready.index(i), buffers.index(i))
+                    load_block(a, [row, column + i * C], own[3].index(i), buffers.index(i))
                 kept = (gl.load(words, mask=inside), gl.load(words + M, mask=inside),
                         gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
             # Not before the other one has had all its blocks of w: a parity tells but one turn of the ring from the next.
@@ -2508,7 +2508,7 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A
             for i in gl.static_range(4):
                 value, buffer = gl.convert_layout(parts[i], PART), buffers.index(i % 2)
                 if BACKWARD:
-                    mbarrier.wait(ready.index(i % 2), i // 2)
+                    mbarrier.wait(own[3].index(i % 2), i // 2)
                     positive = (gl.expand_dims(kept[i], 1) & sign) == 0
                     value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
                 else:
@@ -2520,24 +2520,32 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A
                     tma.store_wait(1 if A_SCALE is None else 2)
                 buffer.store(value.to(gl.bfloat16))
                 if A_SCALE is not None:
-                    own[4].index(i % 2).store((value * (1 / A_SCALE)).to(gl.float8e4nv))
+                    own[3].index(i % 2).store((value * (1 / A_SCALE)).to(gl.float8e4nv))
                 hopper.fence_async_shared()
                 tma_store(out, [row, column + i * C], buffer)
                 if A_SCALE is not None:
-                    tma_store(a, [row, column + i * C], own[4].index(i % 2))
+                    tma_store(a, [row, column + i * C], own[3].index(i % 2))
                 if BACKWARD and i == 1:
                     for j in gl.static_range(2):
                         tma.store_wait(1 - j)
-                        load_block(a, [row, column + (2 + j) * C], ready.index(j), buffers.index(j))
+                        load_block(a, [row, column + (2 + j) * C], own[3].index(j), buffers.index(j))
             count += 1
     tma.store_wait(0)
 
 
 @gluon_jit
-def part_buffers(a, out, A_SCALE: gl.constexpr):
-    """What a group passes parts of tiles through: two buffers, a barrier for each, and two buffers for a in 8 bits."""
-    made = (gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout), barriers(2, 1))
-    return made if A_SCALE is None else made + (gl.allocate_shared_memory(a.dtype, [2] + a.block_type.shape, a.layout),)
+def part_buffers(a, out, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr):
+    """What a group passes parts of tiles through, see own in take_turns.
+
+    A barrier that nothing waits for must not be made: its place would be given to other data, and where a kernel is
+    interrupted, because another process has its turn, the barrier is restored there.
+    """
+    made = (gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout),)
+    if BACKWARD:
+        made += (barriers(2, 1),)
+    if A_SCALE is not None:
+        made += (gl.allocate_shared_memory(a.dtype, [2] + a.block_type.shape, a.layout),)
+    return made
 
 
 @gluon_jit
@@ -2552,8 +2560,8 @@ def mlp_product_kernel(x, w, a, out, bits, M, slope, x_scale, w_scale, A_SCALE: 
     ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if BACKWARD else [STAGES, BN, BK], w.layout)
     rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
     go = barriers(2, 1)
-    one = (go.index(0), go.index(1)) + part_buffers(a, out, A_SCALE)
-    other = (go.index(1), go.index(0)) + part_buffers(a, out, A_SCALE)
+    one = (go.index(0), go.index(1)) + part_buffers(a, out, A_SCALE, BACKWARD)
+    other = (go.index(1), go.index(0)) + part_buffers(a, out, A_SCALE, BACKWARD)
     scale = 1.0 if A_SCALE is None else gl.load(x_scale) * gl.load(w_scale)
     hopper.fence_async_shared()
     gl.warp_specialize([

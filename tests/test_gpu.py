@@ -1,5 +1,8 @@
 """What only a CUDA device can show. Run with `pytest -m gpu`."""
 import dataclasses
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -292,6 +295,49 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
     graph.replay()
     for got, wanted in zip(recorded, found):
         assert relative_error(got, wanted) < 1e-3
+
+
+BUSY = """
+import time, torch
+x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+end = time.time() + 60
+while time.time() < end:
+    for _ in range(20):
+        x @ x
+    torch.cuda.synchronize()
+    print("busy", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "low"])
+def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
+    """Kernels are then interrupted, and what is in shared memory is saved and restored."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the MLP's own kernel runs on Hopper only")
+    T, d, hidden = 16384, 512, 2048
+    u, w_up = (torch.randn(n, d, device="cuda").bfloat16() for n in (T, hidden))
+    a, bits = torch.empty(T, hidden, device="cuda").bfloat16(), torch.empty(hidden // 32, T, dtype=torch.int32, device="cuda")
+    g.mlp_product(u, w_up, a, bits, 0.3)
+    low = [g.e4m3(x[None])[0] for x in (u, w_up)]
+
+    def product():
+        if kind == "backward":
+            out = torch.empty_like(a)
+            g.mlp_product(u, w_up.T.contiguous(), a, bits, 0.3, out)
+            return out,
+        found = torch.empty_like(a), torch.empty_like(bits), torch.empty_like(a, dtype=torch.float8_e4m3fn)
+        g.mlp_product(*(low if kind == "low" else (u, w_up)), *found[:2], 0.3, found[2] if kind == "low" else None)
+        return found[:2 + (kind == "low")]
+
+    expected, end = [x.view(torch.uint8) for x in product()], time.time() + 6
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline()
+            while time.time() < end:
+                found = [product() for _ in range(60)]  # the more wait in a row, the likelier is a turn to end within one
+                assert all(torch.equal(x.view(torch.uint8), y) for one in found for x, y in zip(one, expected))
+        finally:
+            other.kill()
 
 
 def test_losses_of_target_and_hint_match_float64():
