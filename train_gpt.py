@@ -1657,7 +1657,9 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 
 # --- Fused steps of a block -------------------------------------------------------------------------------------------
 # Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
-# rows, written once, and added up in a fixed order. The bf16 results are rounded where the plain formulas round them.
+# rows and written once. The bf16 results are rounded where the plain formulas round them.
+# Trained vectors may come spread: expanded to a row for each program of the backward pass, whose gradient are those sums. So
+# autograd adds up, in a fixed order, what the visits of all layers have left of a stack of vectors, and not at each visit.
 
 TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
     "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (8, 8, 1, 3), "qk_prep_forward": (4, 4, 8, 1),
@@ -1685,8 +1687,27 @@ def row_tile(name: str, x: Tensor) -> tuple[int, int]:
 
 
 def row_programs(name: str, x: Tensor) -> int:
-    """How many programs the kernel `name` has for the rows of x."""
-    return min(triton.cdiv(len(x), row_tile(name, x)[0]), TILES[name][2] * multiprocessors(x.device))
+    """How many programs the kernel `name` has for the rows of x, whatever their width."""
+    return min(-(-len(x) // TILES[name][0]), TILES[name][2] * multiprocessors(x.device))
+
+
+def spread(name: str, x: Tensor, *vectors: tuple[Tensor | None, int]) -> list[Tensor | None]:
+    """Each (vector, its dimensions) spread for the step `name` on the rows of x; as it is if it is None or comes spread."""
+    count = row_programs(name + "_backward", x)
+    return [v if v is None or v.dim() > dims else v.expand(count, *v.shape) for v, dims in vectors]
+
+
+def cut(stack: Tensor | None, programs: int = 0, first: int = 0):
+    """The vectors of a stack, spread for that many programs if not 0, None before the `first`; of no stack None without end."""
+    if stack is None:
+        return itertools.repeat(None)
+    used = stack[first:] if first else stack  # one that is cut and not used would cost a gradient of zeros
+    return [None] * first + list(used.expand(programs, *used.shape).unbind(1) if programs else used.unbind())
+
+
+def shares(name: str, x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    """Room for what each program of the kernel `name` adds to the gradients of these vectors."""
+    return [None if v is None else v.new_empty(row_programs(name, x), *v.shape) for v in vectors]
 
 
 def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
@@ -1780,8 +1801,9 @@ def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tenso
     """
     if not fusible(x, x.size(1)):
         return reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low)
-    parts = (skip.x, skip.weight, skip.gate) if skip is not None else (None, None, None)
-    out, u, head, *same = MixNorm.apply(x, x0, *parts, mix, scale, window, lanes, low)
+    left, weight, gate = skip if skip is not None else (None, None, None)
+    vectors = spread("mix_norm", x, (weight, 1), (gate, 1), (mix, 2))
+    out, u, head, *same = MixNorm.apply(x, x0, left, *vectors, scale, window, lanes, low)
     x, x0 = (new if old.requires_grad else old for old, new in zip((x, x0), same))
     return x if lanes and skip is None else out, u, head, x, x0
 
@@ -1841,8 +1863,8 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head,
 
 
 @jit
-def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, sums, T,
-                             D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
+def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, dweight,
+                             dgate, dmix, T, D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
                              ROWS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
@@ -1851,7 +1873,7 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
     if SKIP == 2:
         gated = tl.sigmoid(tl.load(gate + column))
     dkeep = tl.zeros([ROWS, D], tl.float32)
-    dadd, dw, dgate = dkeep, dkeep, dkeep
+    dadd, dw, dgated = dkeep, dkeep, dkeep
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
@@ -1880,7 +1902,7 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
         total = g
         if SKIP == 2:
-            dgate += g * (stream - w * other)
+            dgated += g * (stream - w * other)
             total = gated * g
             g = (1.0 - gated) * g
         if SKIP:
@@ -1889,19 +1911,21 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
         if more is not None:
             total += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
-    sums += tl.program_id(0) * (2 + SKIP) * D + tl.arange(0, D)
-    tl.store(sums, tl.sum(dkeep, 0))
-    tl.store(sums + D, tl.sum(dadd, 0))
+    at = tl.program_id(0) * D + tl.arange(0, D)
+    dmix += tl.program_id(0) * D
+    tl.store(dmix + at, tl.sum(dkeep, 0))
+    tl.store(dmix + D + at, tl.sum(dadd, 0))
     if SKIP:
-        tl.store(sums + 2 * D, tl.sum(dw, 0))
+        tl.store(dweight + at, tl.sum(dw, 0))
     if SKIP == 2:
         slope = tl.sigmoid(tl.load(gate + tl.arange(0, D)))
-        tl.store(sums + 3 * D, slope * (1.0 - slope) * tl.sum(dgate, 0))
+        tl.store(dgate + at, slope * (1.0 - slope) * tl.sum(dgated, 0))
 
 
 class MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes, low=None):
+        weight, gate, mix = (None if v is None else v[0] for v in (weight, gate, mix))
         ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
         ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
@@ -1914,14 +1938,12 @@ class MixNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # at all five, None where nothing comes; something always reaches u
         x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
-        kind, d = ctx.kind["SKIP"], x.size(1)
-        dx, dx0, dskip = (torch.empty_like(x) if needed else None for needed in (True, True, kind))
-        sums = mix.new_empty(row_programs("mix_norm_backward", x), 2 + kind, d)
+        dx, dx0, dskip = (None if like is None else torch.empty_like(x) for like in (x, x0, skip))
+        own = shares("mix_norm_backward", x, weight, gate, mix)
         gradients = (None if g is None else g.contiguous() for g in gradients)
-        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, sums,
+        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, *own,
                   **ctx.kind)
-        dmix, dweight, dgate = sums.sum(0).split((2, int(kind > 0), int(kind > 1)))
-        return dx, dx0, dskip, dweight.view(d) if kind else None, dgate.view(d) if kind > 1 else None, dmix, *[None] * 4
+        return dx, dx0, dskip, *own, *[None] * 4
 
 
 def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
@@ -1934,7 +1956,7 @@ def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, 
     """
     if not fusible(qkv, heads, kv_heads, qkv.size(1) // (heads + 2 * kv_heads), rope[0].size(-1)):
         return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies)
-    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads, copies)
+    return QKPrep.apply(qkv, *rope, *spread("qk_prep", qkv, (gain, 1)), heads, kv_heads, copies)
 
 
 def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1):
@@ -2005,13 +2027,13 @@ def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr,
 
 
 @jit
-def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                            COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-                            STAGES: tl.constexpr):
+def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dgain, T, HEADS: tl.constexpr,
+                            KV_HEADS: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                            ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
-    dgain = tl.zeros([ROWS, HEADS, 1], tl.float32)
+    total = tl.zeros([ROWS, HEADS, 1], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + tl.arange(0, ROWS)
         token = row[:, None, None]
@@ -2029,16 +2051,17 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, sums,
         c, s = rotary_tile(cos, sin, row, T, D, HALF)
         gx, more = qk_gradient(x, gx, gain, c, s, ROWS, HEADS, D, HALF)
         gy, _ = qk_gradient(y, gy, 1.0, c, s, ROWS, KV_HEADS, D, HALF)
-        dgain += more
+        total += more
         tl.store(dqkv + at, gx.to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + kv_at, gy.to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + kv_at + KV_HEADS * D, gv.to(dqkv.dtype.element_ty), mask=inside)
-    tl.store(sums + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(dgain, 0))
+    tl.store(dgain + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(total, 0))
 
 
 class QKPrep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies):
+        gain = gain[0]
         ctx.save_for_backward(qkv, cos, sin, gain)
         D = qkv.size(1) // (heads + 2 * kv_heads)
         ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
@@ -2052,10 +2075,10 @@ class QKPrep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         qkv, cos, sin, gain = ctx.saved_tensors
-        dqkv, sums = torch.empty_like(qkv), gain.new_empty(row_programs("qk_prep_backward", qkv), len(gain))
+        dqkv, [dgain] = torch.empty_like(qkv), shares("qk_prep_backward", qkv, gain)
         over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
-                  dqkv, sums, **ctx.kind)
-        return dqkv, None, None, sums.sum(0), None, None, None
+                  dqkv, dgain, **ctx.kind)
+        return dqkv, None, None, dgain, None, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
@@ -2067,7 +2090,7 @@ def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor 
     """
     if v is None or not fusible(y, *y.shape[1:], v.size(1)):
         return reference_xsa_gate(y, v, window, weight, alpha, scale)
-    return XSAGate.apply(y, v, window, weight, alpha, scale)
+    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale)
 
 
 def reference_xsa_gate(y, v, window, weight, alpha, scale):
@@ -2174,6 +2197,7 @@ class XSAGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, v, window, weight, alpha, scale):
         assert v.stride()[1:] == (v.size(2), 1)
+        weight, alpha = (None if x is None else x[0] for x in (weight, alpha))
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
         gates = None if weight is None else y.new_empty(y.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(y, v, window, weight, alpha, gates)
@@ -2187,13 +2211,12 @@ class XSAGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         y, v, window, weight, alpha, gates = ctx.saved_tensors
-        count = row_programs("xsa_gate_backward", y)
         dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
         dwindow = None if weight is None else torch.empty_like(window)
-        dweight, dalpha = (None if x is None else x.new_empty(count, *x.shape) for x in (weight, alpha))
+        own = shares("xsa_gate_backward", y, weight, alpha)
         over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy, dv,
-                  dwindow, dweight, dalpha, loose=v, **ctx.kind)
-        return dy, dv, dwindow, *(None if x is None else x.sum(0) for x in (dweight, dalpha)), None
+                  dwindow, *own, loose=v, **ctx.kind)
+        return dy, dv, dwindow, *own, None
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -2295,8 +2318,9 @@ def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tenso
 
     resid (2,) and post (2, 2), contiguous.
     """
-    function = LaneUpdate.apply if fusible(lane0, lane0.size(1)) else reference_lane_update
-    return function(lane0, lane1, from_attn, from_mlp, resid, post)
+    if not fusible(lane0, lane0.size(1)):
+        return reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post)
+    return LaneUpdate.apply(lane0, lane1, from_attn, from_mlp, *spread("lane_update", lane0, (resid, 1), (post, 2)))
 
 
 def reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post):
@@ -2321,8 +2345,8 @@ def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1,
 
 
 @jit
-def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, sums, T,
-                                D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, dresid,
+                                dpost, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
     s0 = tl.zeros([ROWS], tl.float32)
@@ -2344,18 +2368,19 @@ def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, po
         tl.store(dlane1 + at, (r1 * g1).to(dlane1.dtype.element_ty), mask=inside)
         tl.store(dattn + at, (a0 * g0 + a1 * g1).to(dattn.dtype.element_ty), mask=inside)
         tl.store(dmlp + at, (m0 * g0 + m1 * g1).to(dmlp.dtype.element_ty), mask=inside)
-    sums += tl.program_id(0) * 6
-    tl.store(sums, tl.sum(s0, 0))
-    tl.store(sums + 1, tl.sum(s1, 0))
-    tl.store(sums + 2, tl.sum(s2, 0))
-    tl.store(sums + 3, tl.sum(s3, 0))
-    tl.store(sums + 4, tl.sum(s4, 0))
-    tl.store(sums + 5, tl.sum(s5, 0))
+    dresid, dpost = dresid + tl.program_id(0) * 2, dpost + tl.program_id(0) * 4
+    tl.store(dresid, tl.sum(s0, 0))
+    tl.store(dresid + 1, tl.sum(s1, 0))
+    tl.store(dpost, tl.sum(s2, 0))
+    tl.store(dpost + 1, tl.sum(s3, 0))
+    tl.store(dpost + 2, tl.sum(s4, 0))
+    tl.store(dpost + 3, tl.sum(s5, 0))
 
 
 class LaneUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lane0, lane1, from_attn, from_mlp, resid, post):
+        resid, post = resid[0], post[0]
         ctx.save_for_backward(lane0, lane1, from_attn, from_mlp, resid, post)
         new = torch.empty_like(lane0), torch.empty_like(lane0)
         over_rows(lane_update_forward_kernel, "lane_update_forward", lane0, lane0, lane1, from_attn, from_mlp, resid, post,
@@ -2366,11 +2391,10 @@ class LaneUpdate(torch.autograd.Function):
     def backward(ctx, dnew0, dnew1):
         lane0, *_, resid, post = ctx.saved_tensors
         gradients = [torch.empty_like(lane0) for _ in range(4)]
-        sums = resid.new_empty(row_programs("lane_update_backward", lane0), 6)
+        gradients += shares("lane_update_backward", lane0, resid, post)
         over_rows(lane_update_backward_kernel, "lane_update_backward", lane0, dnew0.contiguous(), dnew1.contiguous(),
-                  *ctx.saved_tensors, *gradients, sums, D=lane0.size(1))
-        sums = sums.sum(0)
-        return *gradients, sums[:2], sums[2:].view(2, 2)
+                  *ctx.saved_tensors, *gradients, D=lane0.size(1))
+        return tuple(gradients)
 
 
 # --- MLP --------------------------------------------------------------------------------------------------------------
@@ -2769,7 +2793,7 @@ class Layer(NamedTuple):
     q_gain: Tensor  # (heads,)
     attn_gate: Tensor | None  # (heads, GATE_WINDOW), (heads, d) for the dense gate
     xsa_alpha: Tensor | None  # (heads,)
-    lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
+    lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]; None before the first such block
     lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
     low: Low | None = None
@@ -2901,22 +2925,28 @@ class GPT(nn.Module):
         plain.__dict__["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
         return plain
 
-    def layers(self) -> list[Layer]:
+    def programs(self, x: Tensor) -> list[int]:
+        """For how many programs the vectors of mix_norm, qk_prep, xsa_gate and lane_update are spread in a pass; 0: not."""
+        s = self.settings
+        wanted = torch.is_grad_enabled() and self.resid_mix.requires_grad and fusible(
+            x, s.model_dim, s.num_heads, s.num_kv_heads, s.rotary_dims // 2)
+        return [row_programs(name + "_backward", x) * wanted for name in ("mix_norm", "qk_prep", "xsa_gate", "lane_update")]
+
+    def layers(self, mix: int = 0, gain: int = 0, gate: int = 0, lanes: int = 0) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass; unbind gathers a bank's gradient in one stack.
 
-        The residual scales are multiplied into the output matrices, where they cost nothing per token.
+        The arguments are those of programs(). The residual scales are multiplied into the output matrices, where they cost
+        nothing per token.
         """
         s, n, dtype = self.settings, self.settings.num_layers, self.compute_dtype
         queries, outputs = self.qo_bank.split(n)
         query, key_value = queries.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
         out = (self.attn_scale[:, :, None] * outputs).to(dtype).unbind()
         up, down = self.mlp_up_bank.to(dtype).unbind(), (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
-
-        def rows(stack):
-            return stack.unbind() if stack is not None else [None] * n
-
-        small = zip(*map(rows, (self.input_scales, self.resid_mix, self.q_gain, self.attn_gate, self.xsa_alpha,
-                                self.parallel_post_lambdas, self.parallel_resid_lambdas)))
+        gate = gate * (s.sparse_attn_gate_enabled and s.xsa_last_n >= n)  # else plain formulas read some of the gates
+        lambdas = (cut(x, lanes, s.parallel_start_layer) for x in (self.parallel_post_lambdas, self.parallel_resid_lambdas))
+        small = zip(self.input_scales.unbind(), cut(self.resid_mix, mix), cut(self.q_gain, gain), cut(self.attn_gate, gate),
+                    cut(self.xsa_alpha, gate), *lambdas)
         low = [None] * n
         if self.fp8 and torch.is_grad_enabled():
             units, down_bank = low_unit(s.model_dim) * self.input_scales, self.mlp_scale[:, :, None] * self.mlp_down_bank
@@ -2930,7 +2960,8 @@ class GPT(nn.Module):
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
         x0 = x = self.embed(ids, segments.positions, segments.previous, rider)
-        layers, entered, lanes, visits = self.layers(), [], None, itertools.count()
+        programs, entered, lanes, visits = self.programs(x), [], None, itertools.count()
+        layers = self.layers(*programs)
 
         def visited(i: int) -> Layer:
             return layers[i] if rider is None else layers[i]._replace(**rider.block(next(visits), i))
@@ -2940,10 +2971,9 @@ class GPT(nn.Module):
             x, before, x0 = self.block(x, x0, None, visited(i), segments, rope)
             entered.append(before)
         skips = [*entered[1:], x]
-        weights = self.skip_weights.unbind()
-        gates = self.skip_gates.unbind() if self.skip_gates is not None else [None] * len(weights)
-        for i, weight, gate in itertools.zip_longest(decoder, weights[:len(skips)], gates[:len(skips)]):
-            skip = Skip(skips.pop(), weight, gate) if weight is not None else None
+        vectors = list(zip(*(cut(stack, programs[0]) for stack in (self.skip_weights, self.skip_gates))))[:len(skips)]
+        for i, own in itertools.zip_longest(decoder, vectors):
+            skip = Skip(skips.pop(), *own) if own is not None else None
             if s.parallel_start_layer and i >= s.parallel_start_layer:
                 *lanes, x0 = self.two_lane_block(*(lanes or (x, None)), x0, skip, visited(i), segments, rope)
             else:
@@ -5219,7 +5249,7 @@ class TestTimeTraining(Rider):
         """Cut the weights into layers, once for all forward passes until they change."""
         self.plain.__dict__.pop("layers", None)
         layers = self.plain.layers()
-        self.plain.layers = lambda: layers
+        self.plain.layers = lambda *_: layers
 
     def block(self, visit: int, layer: int) -> dict:
         return dict(adapter=self.adapters.block(visit, layer), context=self.cache.block(visit) if self.cache else None)

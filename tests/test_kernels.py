@@ -12,6 +12,7 @@ import brotli
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as kernels
 from tests.synthetic import runtime
@@ -595,7 +596,7 @@ def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
         patch.setattr(kernels, "fusible", lambda *_: False)
         plain = function()
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (16, 4, 1, 1)))
+        patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (8, 4, 1, 1)))  # two programs for 13 tokens
         if mlp:
             patch.setattr(kernels, "mlp_product", plain_mlp_product)
             patch.setattr(kernels, "squared_mlp", kernels.SquaredMLP.apply)
@@ -603,7 +604,8 @@ def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
 
 
 MODELS = [  # changes, looping
-    ({}, False), ({}, True), (dict(NUM_LOOPS=0), False), (dict(XSA_LAST_N=6), False), (dict(GATED_XSA=1), False),
+    ({}, False), ({}, True), (dict(NUM_LOOPS=0), False), (dict(XSA_LAST_N=6), False), (dict(XSA_LAST_N=6), True),
+    (dict(GATED_XSA=1), False),
     *((CONFIGURATIONS[name], looping) for name, looping in (
         ("gated XSA and dense gate", True), ("gate of block input", False), ("gate of raw query", True), ("no gates", True),
         ("added skips", False), ("one lane", True), ("attention lane", True), ("MLP lane", False), ("one softcap", False),
@@ -637,6 +639,40 @@ def test_the_fused_model_equals_the_plain_one_in_bf16(fused, monkeypatch):
     model = random_model(reference_settings())
     model.compute_dtype = torch.bfloat16
     assert_same(*on_both_paths(lambda: losses_and_gradients(model, True, (7, 1, 14, 6)), monkeypatch, mlp=False), 0.1)
+
+
+class Sums(TorchDispatchMode):
+    """Notes the shapes of what is summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.sum:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_the_programs_leave_is_summed_once_for_a_stack(looping, trained, fused, monkeypatch):
+    """However many visits there are; and not at all where nothing trains the vectors."""
+    model, (ids, targets, segments) = random_model(reference_settings(GATED_XSA=1, XSA_LAST_N=6)), packed_documents((5, 1, 7))
+    stacks = [model.resid_mix, model.skip_weights, model.skip_gates, model.q_gain, model.attn_gate, model.xsa_alpha,
+              model.parallel_post_lambdas[4:], model.parallel_resid_lambdas[4:]]  # two lanes from layer 4 on
+    if not trained:
+        model = model.frozen()
+        monkeypatch.setattr(model, "embed", lambda *a, embed=model.embed: embed(*a).requires_grad_())
+    losses = model.token_losses(ids, targets, segments, looping)
+    with Sums() as sums:
+        losses.sum().backward()
+    programs = kernels.row_programs("mix_norm_backward", ids)
+    assert programs == 3 and fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
+    left = sorted(shape for shape in sums.shapes if shape[0] == programs)
+    assert left == sorted((programs, *stack.shape) for stack in stacks if trained)
+    visits = len(sum(model.orders[looping], []))
+    assert len(sums.shapes) - len(left) <= 2 * visits + 8  # keys and values of plain attention; embedding, scales, caps
 
 
 def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
@@ -735,11 +771,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
-         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix sums "
-         "cos sin gain alpha gates dweight dalpha resid post inverse x_scale w_scale"}
+         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
+         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
 NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale", ADD="inverse",
-                    SKIP="skip weight gate dskip", A_SCALE="x_scale w_scale")
+                    SKIP="skip weight gate dskip dweight dgate", A_SCALE="x_scale w_scale")
 
 def kind(name, argument):
     special = dict(p="*fp32" if name == "adamw" else "*bf16", window="i32" if "attention" in name else "*bf16",
@@ -749,7 +785,7 @@ def kind(name, argument):
 def compile(name, constants, descriptors={}, **options):
     kernel = getattr(g, name + "_kernel")
     none = [a for switch, arguments in NONE_WITHOUT.items() if not constants.get(switch, True) for a in arguments.split()]
-    none += ["gate"] * (constants.get("SKIP") == 1) + ["v"] * (name == "qk_prep_forward" and constants["COPIES"] == 1)
+    none += ["gate", "dgate"] * (constants.get("SKIP") == 1) + ["v"] * (name == "qk_prep_forward" and constants["COPIES"] == 1)
     constants = {a: None for a in kernel.arg_names if a in none} | constants
     kinds = {a: "constexpr" if a in constants else descriptors.get(a) or kind(name, a) for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*"}
