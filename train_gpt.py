@@ -200,7 +200,7 @@ class Settings:
                              "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
                                     "stays taken until it ends")
-    fp8: bool = setting("Run", False, "forward products of training in 8-bit floats (E4M3), but the attention's output; Hopper")
+    fp8: bool = setting("Run", False, "forward products of training in 8-bit floats (E4M3); Hopper")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -1769,11 +1769,14 @@ def low_unit(width: int) -> float:
     return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
 
 
+GATED_UNIT = 0.25  # what 1 is for the E4M3 copy of gated attention outputs, which end at 112
+
+
 @jit
-def put_low(low, at, normal, UNIT: tl.constexpr, mask):
-    """Store normalized values in E4M3 where the kernel was given a tensor for them."""
+def put_low(low, at, x, UNIT: tl.constexpr, mask):
+    """Store x in E4M3, in that unit, where the kernel was given a tensor for it."""
     if low is not None:
-        tl.store(low + at, (normal / UNIT).to(low.dtype.element_ty), mask=mask)
+        tl.store(low + at, (x / UNIT).to(low.dtype.element_ty), mask=mask)
 
 
 class LowProduct(torch.autograd.Function):
@@ -2082,22 +2085,25 @@ class QKPrep(torch.autograd.Function):
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
-             scale: float) -> Tensor:
+             scale: float, low: Tensor | None = None) -> Tensor:
     """Attention output y (T, heads, D) without its component along the own value v (T, kv_heads, D), gated; (T, heads D).
 
     v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
-    the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t).
+    the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t). low (T, heads D),
+    if given, receives the result in E4M3, in units of GATED_UNIT.
     """
     if v is None or not fusible(y, *y.shape[1:], v.size(1)):
-        return reference_xsa_gate(y, v, window, weight, alpha, scale)
-    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale)
+        return reference_xsa_gate(y, v, window, weight, alpha, scale, low)
+    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale, low)
 
 
-def reference_xsa_gate(y, v, window, weight, alpha, scale):
+def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
     if v is not None:
         y = exclude_own_value(y, v, alpha)
     if weight is not None:
         y = (y * torch.sigmoid(scale * F.linear(window, weight.to(window.dtype)).float())[..., None]).to(y.dtype)
+    if low is not None:
+        low.copy_((y.detach().flatten(1) / GATED_UNIT).clamp(-448, 448))
     return y.flatten(1)
 
 
@@ -2121,9 +2127,10 @@ def unit(v):
 
 
 @jit
-def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr,
-                            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-                            PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, low, T, v_stride, scale, GATE: tl.constexpr,
+                            ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                            WINDOW: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr):
     kv_head, member = tl.arange(0, KV_HEADS)[:, None, None, None], tl.arange(0, GROUP)[None, None, :, None]
     head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
     i, share, w = tl.arange(0, PADDED)[None, None, None, :], 1.0, 0.0
@@ -2145,6 +2152,7 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, T, v_stride, 
             tl.store(gates + token * (KV_HEADS * GROUP) + head, gate, mask=inside)
             out *= gate
         tl.store(z + at, out.to(z.dtype.element_ty), mask=inside)
+        put_low(low, at, out, UNIT, inside)
 
 
 @jit
@@ -2195,7 +2203,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
 
 class XSAGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, v, window, weight, alpha, scale):
+    def forward(ctx, y, v, window, weight, alpha, scale, low=None):
         assert v.stride()[1:] == (v.size(2), 1)
         weight, alpha = (None if x is None else x[0] for x in (weight, alpha))
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -2205,7 +2213,8 @@ class XSAGate(torch.autograd.Function):
         ctx.scale, ctx.kind = scale, dict(
             GATE=weight is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1), D=y.size(2),
             WINDOW=count, PADDED=triton.next_power_of_2(count), v_stride=v.stride(0), scale=scale)
-        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, gates, loose=v, **ctx.kind)
+        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, gates, low, loose=v,
+                  UNIT=GATED_UNIT, **ctx.kind)
         return z.flatten(1)
 
     @staticmethod
@@ -2216,7 +2225,7 @@ class XSAGate(torch.autograd.Function):
         own = shares("xsa_gate_backward", y, weight, alpha)
         over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy, dv,
                   dwindow, *own, loose=v, **ctx.kind)
-        return dy, dv, dwindow, *own, None
+        return dy, dv, dwindow, *own, None, None
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -2776,7 +2785,9 @@ class Low(NamedTuple):
     """What the products of one block that run in E4M3 need."""
 
     unit: Tensor  # (), of the normalized inputs
+    gated_unit: Tensor  # (), GATED_UNIT
     w_qkv: E4M3
+    w_out: E4M3
     w_up: E4M3
     w_down: E4M3
 
@@ -2949,9 +2960,10 @@ class GPT(nn.Module):
                     cut(self.xsa_alpha, gate), *lambdas)
         low = [None] * n
         if self.fp8 and torch.is_grad_enabled():
-            units, down_bank = low_unit(s.model_dim) * self.input_scales, self.mlp_scale[:, :, None] * self.mlp_down_bank
-            stacks = torch.cat((queries, *self.kv_bank.split(n)), 1), self.mlp_up_bank, down_bank
-            low = [Low(*one) for one in zip(apart(units), *(e4m3(stack.detach()) for stack in stacks))]
+            units = low_unit(s.model_dim) * self.input_scales, torch.full_like(self.input_scales, GATED_UNIT)
+            stacks = (torch.cat((queries, *self.kv_bank.split(n)), 1), self.attn_scale[:, :, None] * outputs,
+                      self.mlp_up_bank, self.mlp_scale[:, :, None] * self.mlp_down_bank)
+            low = [Low(*one) for one in zip(*map(apart, units), *(e4m3(stack.detach()) for stack in stacks))]
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
                       exclusive=i >= n - s.xsa_last_n, low=low[i]) for i, vectors in enumerate(small)]
 
@@ -3042,11 +3054,15 @@ class GPT(nn.Module):
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
         y = attention(q, k, v, segments, self.attention_kernel, copies) if w.context is None else w.context(q, k, v)
         sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
-        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale)
-        if w.attn_gate is not None and sparse is None:
+        dense = w.attn_gate is not None and sparse is None
+        low = None if low is None or dense else torch.empty_like(low)
+        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale, low)
+        if dense:
             source = qkv if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
             gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
             y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
+        if low is not None:
+            return LowProduct.apply(y, w.w_out, low, w.low.gated_unit, *w.low.w_out)
         return w.product("out", y, w.w_out, u)
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -3464,9 +3480,9 @@ class Passes:
             self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
     def room(self, context: int) -> int:
-        """How many borders of segments fit: a document in 512 tokens, and those cut at the context."""
+        """How many borders of segments fit: a document in 640 tokens, and those cut at the context. Empty ones cost attention."""
         tokens = self.settings.micro_batch_tokens
-        return max(64, tokens // 512 + tokens // context) + 1
+        return max(64, tokens // 640 + tokens // context) + 1
 
     def __call__(self, batch: Batch, looping: bool) -> None:
         kept = self.keep(batch)

@@ -738,6 +738,20 @@ def test_normalized_rows_in_e4m3(T, name, fused):
     assert fused
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_gated_outputs_in_e4m3(exclusive, fused):
+    y, qkv, *rest = xsa_inputs(7, 4, 2, 16, True, False, torch.float32)
+    v = qkv[:, -32:].unflatten(1, (2, 16)) if exclusive else None
+    y[3] *= 1e3  # beyond the range
+    for function, dtype in ((kernels.xsa_gate, torch.float16), (kernels.reference_xsa_gate, torch.float8_e4m3fn)):
+        low = torch.empty(7, 64, dtype=dtype)
+        z = function(y, v, *rest, low=low)
+        end = math.inf if exclusive and dtype == torch.float16 else 112  # the kernel, interpreted, has no cast to E4M3
+        torch.testing.assert_close(low.float() * kernels.GATED_UNIT, z.clamp(-end, end), rtol=1 / 16, atol=2 ** -11)
+        assert (z.abs() > 112).any()
+    assert fused == (ways("xsa_gate") - {"xsa_gate_backward"} if exclusive else set())
+
+
 def test_which_passes_have_products_in_e4m3(monkeypatch):
     products = []
     monkeypatch.setattr(kernels.LowProduct, "forward", lambda ctx, x, w, *_, keep=kernels.LowProduct.forward: (
@@ -747,13 +761,14 @@ def test_which_passes_have_products_in_e4m3(monkeypatch):
     exact = losses_and_gradients(model, True)
     model.fp8 = True
     low = losses_and_gradients(model, True)
-    assert len(products) == len(sum(model.orders[True], [])) + 1
+    count = 2 * len(sum(model.orders[True], [])) + 1  # into and out of attention at each visit, and the head
+    assert len(products) == count
     assert not torch.equal(low["losses"], exact["losses"])
     assert_same(low, exact, 0.3)
     with torch.no_grad():
         model.token_losses(*packed_documents((5, 3)), True)
     losses_and_gradients(model.plain(), True)
-    assert len(products) == len(sum(model.orders[True], [])) + 1
+    assert len(products) == count
 
 
 COMPILE = """
@@ -822,7 +837,7 @@ for way in ("forward", "backward"):
     cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12) | unit)
              for skip, lanes in ((0, False), (1, False), (2, False), (0, True), (2, True))]
     cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
-    cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16))
+    cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16) | unit)
               for gate, alpha in ((True, False), (False, True))]
     cases += [(f"add_norm_{way}", dict(D=512, ADD=add, MEAN=mean, SCALED=not mean) | unit)
               for add, mean in ((True, False), (False, False), (False, True))]
