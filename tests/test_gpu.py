@@ -250,6 +250,18 @@ def test_normalized_rows_come_in_e4m3_too(name):
     torch.testing.assert_close(low.float() * g.low_unit(512) * scale, u.float(), rtol=0.07, atol=2e-4)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(8, 4), (4, 2)])
+def test_gated_outputs_come_in_e4m3_too(heads, kv_heads):
+    D = 512 // heads
+    y, v = torch.randn(1000, heads, D, device="cuda").bfloat16(), torch.randn(1000, kv_heads, D, device="cuda").bfloat16()
+    window, weight = torch.randn(1000, 12, device="cuda").bfloat16(), torch.randn(heads, 12, device="cuda")
+    y[3] *= 1000  # beyond the range
+    low = torch.empty(1000, 512, dtype=torch.float8_e4m3fn, device="cuda")
+    z = g.xsa_gate(y, v, window, weight, None, 0.5, low)
+    assert z.abs().max() > 112
+    torch.testing.assert_close(low.float() * g.GATED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
+
+
 @pytest.mark.parametrize("T", [1, 127, 4096])
 def test_product_in_e4m3(T):
     x, w, dy = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((T, 512), (1024, 512), (T, 1024)))
