@@ -208,8 +208,8 @@ class Settings:
     # --- Model
     num_layers: int = setting("Model", 11, "distinct transformer blocks", low=1)
     model_dim: int = setting("Model", 512, "width of the residual stream", low=1)
-    num_heads: int = setting("Model", 8, "query heads", low=1)
-    num_kv_heads: int = setting("Model", 4, "key/value heads", low=1)
+    num_heads: int = setting("Model", 4, "query heads", low=1)
+    num_kv_heads: int = setting("Model", 2, "key/value heads", low=1)
     mlp_mult: float = setting("Model", 4.0, "MLP hidden width over MODEL_DIM", above=0)
     leaky_relu_sq_slope: float = setting("Model", 0.5, "negative-side slope s of the MLP activation: x^2 above 0, "
                                          "(s x)^2 below", low=0, high=1)
@@ -1769,7 +1769,7 @@ def low_unit(width: int) -> float:
     return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
 
 
-GATED_UNIT = 0.25  # what 1 is for the E4M3 copy of gated attention outputs, which end at 112
+ATTENDED_UNIT = 0.25  # what 1 is for the E4M3 copy of an attention's output, which ends at 112
 
 
 @jit
@@ -2090,7 +2090,7 @@ def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor 
 
     v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
     the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t). low (T, heads D),
-    if given, receives the result in E4M3, in units of GATED_UNIT.
+    if given, receives the result in E4M3, in units of ATTENDED_UNIT.
     """
     if v is None or not fusible(y, *y.shape[1:], v.size(1)):
         return reference_xsa_gate(y, v, window, weight, alpha, scale, low)
@@ -2102,9 +2102,13 @@ def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
         y = exclude_own_value(y, v, alpha)
     if weight is not None:
         y = (y * torch.sigmoid(scale * F.linear(window, weight.to(window.dtype)).float())[..., None]).to(y.dtype)
-    if low is not None:
-        low.copy_((y.detach().flatten(1) / GATED_UNIT).clamp(-448, 448))
+    put_attended(low, y.flatten(1))
     return y.flatten(1)
+
+
+def put_attended(low: Tensor | None, y: Tensor) -> None:
+    if low is not None:
+        low.copy_((y.detach() / ATTENDED_UNIT).clamp(-448, 448))
 
 
 @jit
@@ -2214,7 +2218,7 @@ class XSAGate(torch.autograd.Function):
             GATE=weight is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1), D=y.size(2),
             WINDOW=count, PADDED=triton.next_power_of_2(count), v_stride=v.stride(0), scale=scale)
         over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, gates, low, loose=v,
-                  UNIT=GATED_UNIT, **ctx.kind)
+                  UNIT=ATTENDED_UNIT, **ctx.kind)
         return z.flatten(1)
 
     @staticmethod
@@ -2325,7 +2329,7 @@ def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tenso
                 post: Tensor) -> tuple[Tensor, Tensor]:
     """Both lanes (T, d) after a two-lane block: lane k becomes resid_k lane_k + post_0k from_attn + post_1k from_mlp.
 
-    resid (2,) and post (2, 2), contiguous.
+    resid (2,) and post (2, 2).
     """
     if not fusible(lane0, lane0.size(1)):
         return reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post)
@@ -2785,7 +2789,7 @@ class Low(NamedTuple):
     """What the products of one block that run in E4M3 need."""
 
     unit: Tensor  # (), of the normalized inputs
-    gated_unit: Tensor  # (), GATED_UNIT
+    attended_unit: Tensor  # (), ATTENDED_UNIT
     w_qkv: E4M3
     w_out: E4M3
     w_up: E4M3
@@ -2793,7 +2797,10 @@ class Low(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32."""
+    """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32.
+
+    The vectors from resid_mix on may come spread, with a row for each program.
+    """
 
     w_qkv: Tensor  # ((heads + 2 kv_heads) D, d)
     w_out: Tensor  # (d, d), its rows multiplied by attn_scale
@@ -2954,13 +2961,13 @@ class GPT(nn.Module):
         query, key_value = queries.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
         out = (self.attn_scale[:, :, None] * outputs).to(dtype).unbind()
         up, down = self.mlp_up_bank.to(dtype).unbind(), (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
-        gate = gate * (s.sparse_attn_gate_enabled and s.xsa_last_n >= n)  # else plain formulas read some of the gates
+        gate = gate * (s.sparse_attn_gate_enabled and s.xsa_last_n >= n)  # else plain formulas may read them
         lambdas = (cut(x, lanes, s.parallel_start_layer) for x in (self.parallel_post_lambdas, self.parallel_resid_lambdas))
         small = zip(self.input_scales.unbind(), cut(self.resid_mix, mix), cut(self.q_gain, gain), cut(self.attn_gate, gate),
                     cut(self.xsa_alpha, gate), *lambdas)
         low = [None] * n
         if self.fp8 and torch.is_grad_enabled():
-            units = low_unit(s.model_dim) * self.input_scales, torch.full_like(self.input_scales, GATED_UNIT)
+            units = low_unit(s.model_dim) * self.input_scales, torch.full_like(self.input_scales, ATTENDED_UNIT)
             stacks = (torch.cat((queries, *self.kv_bank.split(n)), 1), self.attn_scale[:, :, None] * outputs,
                       self.mlp_up_bank, self.mlp_scale[:, :, None] * self.mlp_down_bank)
             low = [Low(*one) for one in zip(*map(apart, units), *(e4m3(stack.detach()) for stack in stacks))]
@@ -3054,15 +3061,16 @@ class GPT(nn.Module):
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
         y = attention(q, k, v, segments, self.attention_kernel, copies) if w.context is None else w.context(q, k, v)
         sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
-        dense = w.attn_gate is not None and sparse is None
-        low = None if low is None or dense else torch.empty_like(low)
-        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale, low)
+        dense, low = w.attn_gate is not None and sparse is None, None if low is None else torch.empty_like(low)
+        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale,
+                     None if dense else low)
         if dense:
             source = qkv if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
             gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
             y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
+            put_attended(low, y)
         if low is not None:
-            return LowProduct.apply(y, w.w_out, low, w.low.gated_unit, *w.low.w_out)
+            return LowProduct.apply(y, w.w_out, low, w.low.attended_unit, *w.low.w_out)
         return w.product("out", y, w.w_out, u)
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -3480,9 +3488,9 @@ class Passes:
             self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
     def room(self, context: int) -> int:
-        """How many borders of segments fit: a document in 640 tokens, and those cut at the context. Empty ones cost attention."""
+        """How many borders of segments fit: those of usual documents and of cuts at the context. Empty ones cost time."""
         tokens = self.settings.micro_batch_tokens
-        return max(64, tokens // 640 + tokens // context) + 1
+        return max(64, tokens // 768 + 32 + tokens // context) + 1
 
     def __call__(self, batch: Batch, looping: bool) -> None:
         kept = self.keep(batch)

@@ -259,7 +259,7 @@ def test_gated_outputs_come_in_e4m3_too(heads, kv_heads):
     low = torch.empty(1000, 512, dtype=torch.float8_e4m3fn, device="cuda")
     z = g.xsa_gate(y, v, window, weight, None, 0.5, low)
     assert z.abs().max() > 112
-    torch.testing.assert_close(low.float() * g.GATED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
+    torch.testing.assert_close(low.float() * g.ATTENDED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
 
 
 @pytest.mark.parametrize("T", [1, 127, 4096])

@@ -747,16 +747,17 @@ def test_gated_outputs_in_e4m3(exclusive, fused):
         low = torch.empty(7, 64, dtype=dtype)
         z = function(y, v, *rest, low=low)
         end = math.inf if exclusive and dtype == torch.float16 else 112  # the kernel, interpreted, has no cast to E4M3
-        torch.testing.assert_close(low.float() * kernels.GATED_UNIT, z.clamp(-end, end), rtol=1 / 16, atol=2 ** -11)
+        torch.testing.assert_close(low.float() * kernels.ATTENDED_UNIT, z.clamp(-end, end), rtol=1 / 16, atol=2 ** -11)
         assert (z.abs() > 112).any()
     assert fused == (ways("xsa_gate") - {"xsa_gate_backward"} if exclusive else set())
 
 
-def test_which_passes_have_products_in_e4m3(monkeypatch):
+@pytest.mark.parametrize("gate", [{}, dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1)], ids=["sparse", "dense"])
+def test_which_passes_have_products_in_e4m3(gate, monkeypatch):
     products = []
     monkeypatch.setattr(kernels.LowProduct, "forward", lambda ctx, x, w, *_, keep=kernels.LowProduct.forward: (
         products.append(w.shape), keep(ctx, x, w, *_))[1])
-    model = random_model(reference_settings(VOCAB_SIZE=48))
+    model = random_model(reference_settings(VOCAB_SIZE=48, **gate))
     model.compute_dtype = torch.bfloat16
     exact = losses_and_gradients(model, True)
     model.fp8 = True

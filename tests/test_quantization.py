@@ -1009,7 +1009,7 @@ def test_a_document_start_is_found_behind_a_very_long_document(stream_of):
     (dict(GPTQ_CALIBRATION_BATCHES=0), "GPTQ_CALIBRATION_BATCHES", "STEP_RULE=loss"),
     (dict(STEP_RULE="loss", AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=loss"),
     (dict(LQER_ENABLED=1, LQER_ASYM_GROUP=48), "LQER_ASYM_GROUP", "48"),
-    (dict(OPTROT_ENABLED=1, MODEL_DIM=384), "OPTROT_ENABLED", "48"),
+    (dict(OPTROT_ENABLED=1, MODEL_DIM=384), "OPTROT_ENABLED", "96"),
     (dict(QUANTIZE_ONLY=1, TTT_EVAL_ONLY=1), "QUANTIZE_ONLY", "TTT_EVAL_ONLY")])
 def test_artifact_settings_that_do_not_go_together(environ, name, words):
     [line] = complaints(**environ)

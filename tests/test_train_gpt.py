@@ -158,7 +158,7 @@ def test_variables_of_other_programs_are_left_alone():
      "GATED_ATTN_ENABLED and ATTN_OUT_GATE_ENABLED"),
     (dict(PARALLEL_START_LAYER=5), "PARALLEL_START_LAYER"), (dict(PARALLEL_START_LAYER=11), "PARALLEL_START_LAYER"),
     (dict(LOOP_START=6), "LOOP_START, LOOP_END"), (dict(NUM_KV_HEADS=3), "NUM_KV_HEADS"),
-    (dict(MODEL_DIM=500), "NUM_HEADS"), (dict(ROPE_DIMS=15), "ROPE_DIMS"), (dict(ROPE_DIMS=66), "ROPE_DIMS"),
+    (dict(MODEL_DIM=510), "NUM_HEADS"), (dict(ROPE_DIMS=15), "ROPE_DIMS"), (dict(ROPE_DIMS=130), "ROPE_DIMS"),
     (dict(MLP_MULT=0.3), "MLP_MULT"), (dict(XSA_LAST_N=12), "XSA_LAST_N"), (dict(GATE_WINDOW=513), "GATE_WINDOW"),
     (dict(WORLD_SIZE=2), "WORLD_SIZE"), (dict(WORLD_SIZE=2, RANK=2), "RANK"),
     (dict(WORLD_SIZE=5, RANK=0), "TRAIN_BATCH_TOKENS"), (dict(GRAD_ACCUM_STEPS=5), "TRAIN_BATCH_TOKENS"),
@@ -226,7 +226,7 @@ def test_the_environment_is_read_in_one_place():
 def test_parameter_count_of_the_published_systems(environ, count, monkeypatch):
     monkeypatch.setattr(g.GPT, "init_weights", lambda model: None)
     with torch.device("meta"):
-        model = g.GPT(g.Settings.from_environment(environ))
+        model = g.GPT(g.Settings.from_environment(dict(NUM_HEADS="8", NUM_KV_HEADS="4") | environ))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
