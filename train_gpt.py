@@ -5632,6 +5632,11 @@ def stop_on_signal(number, frame):
     raise SystemExit(128 + number)
 
 
+def on_stop(handler) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
 def complain(error: Exception, rank: str) -> int:
     """One line on stderr for each problem; returns the exit code of bad input."""
     for line in str(error).splitlines():
@@ -5666,14 +5671,14 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
                 TrainingData(settings, Runtime(0, settings.world_size, torch.device("cpu")))
             print("settings and data are fine")
             return 0
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop_on_signal)
+        on_stop(stop_on_signal)
         with Runtime.start(settings) as runtime:
             log = RunLog(settings, runtime)
             began = time.perf_counter()
             try:
                 run(settings, runtime, log)
             except BaseException as error:
+                on_stop(signal.SIG_IGN)  # torchrun ends every rank as soon as one has failed, but this one has its say
                 if not isinstance(error, (InputError, ngram.NgramError, OverCapError, FloatingPointError, SystemExit,
                                           KeyboardInterrupt)):
                     log.write(traceback.format_exc())

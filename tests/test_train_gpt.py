@@ -31,14 +31,15 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def run_main(capsys):
     """Call main() in this process with exactly the given environment; returns (exit code, stdout, stderr)."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def call(env, *arguments):
         code = g.main(list(arguments), env)
         return (code, *capsys.readouterr())
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def problems(**environ) -> list[str]:

@@ -256,12 +256,43 @@ def test_several_ranks_train_like_one(place, ranks, batch, micro_batches, more):
     assert result.stdout.count("step step:1 ") == 1, "only rank 0 speaks"
 
 
-def test_each_rank_says_what_it_lacks(tmp_path):
-    result = launch(environment(tmp_path), ranks=2)
-    ours = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
-    assert result.returncode != 0 and all("fineweb_train" in line for line in ours)
-    assert len([line for line in ours if not line.startswith("train_gpt.py: rank 1: ")]) == 1
-    assert record(tmp_path)["status"] == "failed"
+def on_rank(place, rank: int, lines: str) -> Path:
+    """A script that runs train_gpt.py after `lines` on one rank, where `started` waits for rank 0's record."""
+    script = place / "one_rank_differs.py"
+    script.write_text(f"""\
+import dataclasses, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as g
+def started():
+    while not os.path.exists({str(place / "out" / "tiny.json")!r}):
+        time.sleep(0.01)
+if os.environ["RANK"] == "{rank}":
+    {lines}
+os._exit(g.main([], dict(os.environ)))
+""")
+    return script
+
+
+def test_a_rank_says_what_it_lacks(place):
+    """torchrun ends the other ranks as soon as one has failed: only the first to fail is sure to be heard."""
+    (place / "empty").mkdir()
+    script = on_rank(place, 1, "load = g.TrainingData; g.TrainingData = lambda s, runtime: "
+                               f"started() or load(dataclasses.replace(s, data_path={str(place / 'empty')!r}), runtime)")
+    result = launch(environment(place), ranks=2, script=script)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert result.returncode != 0 and line.startswith("train_gpt.py: rank 1: ") and str(place / "empty") in line
+    assert record(place)["status"] == "failed"
+
+
+def test_rank_0_has_its_say_though_the_launcher_ends_it(place):
+    """Where every rank has the same fault, torchrun's signal can come while rank 0 closes its record."""
+    script = on_rank(place, 0, f"os.environ['DATA_PATH'] = {str(place / 'nowhere')!r}; close = g.RunLog.close; "
+                               "g.RunLog.close = lambda *a, **k: (os.kill(os.getpid(), 15), close(*a, **k))")
+    result = launch(environment(place), ranks=2, script=script)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert result.returncode != 0 and str(place / "nowhere") in line
+    [failed] = events(record(place), "failed")
+    assert record(place)["status"] == "failed" and "nowhere" in failed["error"]
 
 
 def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
