@@ -4328,6 +4328,7 @@ runpy.run_path(os.path.join(folder, "train_gpt.py"), {"PACKED_SCRIPT": here}, "_
 '''
 
 
+@functools.cache
 def packed_code() -> bytes:
     """The script that a submission ships: every evaluation file, minified and compressed, behind a loader.
 

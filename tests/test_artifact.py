@@ -1026,7 +1026,7 @@ def packed(tmp_path_factory):
 
 
 def test_packing_is_deterministic_and_complete(packed):
-    assert packed.script.read_bytes() == g.packed_code() == g.packed_code()
+    assert packed.script.read_bytes() == g.packed_code() == g.packed_code.__wrapped__()
     assert tuple(packed.files) == g.EVALUATION_FILES
     for name in ("train_gpt.py", "online_ngram_tilt.py"):
         ours, theirs = (ast.parse(text) for text in ((ROOT / name).read_text(), packed.files[name]))
@@ -1095,7 +1095,7 @@ int main(void) { // a comment with "quotes"
     for name in ("train_gpt.py", "online_ngram_tilt.py"):
         (tmp_path / name).write_text('"""Text."""\nx = 1\n')
     monkeypatch.setattr(g, "__file__", str(tmp_path / "train_gpt.py"))
-    [inside] = re.findall(r'b85decode\("([^"]+)"\)', g.packed_code().decode())
+    [inside] = re.findall(r'b85decode\("([^"]+)"\)', g.packed_code.__wrapped__().decode())
     files = json.loads(brotli.decompress(base64.b85decode(inside)))
     assert c_tokens(files["online_ngram_state.c"]) == c_tokens(source) and "one" not in files["online_ngram_state.c"].split()
     assert files["train_gpt.py"].strip() == "x=1"

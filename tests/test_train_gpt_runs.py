@@ -184,7 +184,8 @@ def test_wrong_settings_fail_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_so_in_its_record(place, number, code):
     # A shell that runs the tests in the background has its children ignore interrupts.
-    with start(environment(place, ITERATIONS=400), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+    with start(environment(place, ITERATIONS=400, PREQUANT_ONLY=1),
+               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         for line in process.stdout:
             if line.startswith("step step:3 "):
                 process.send_signal(number)
@@ -313,7 +314,7 @@ def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
 
 
 def test_a_dead_rank_ends_the_launch(place):
-    with start(environment(place, ITERATIONS=400, GRAD_ACCUM_STEPS=1), ranks=2) as launcher:
+    with start(environment(place, ITERATIONS=400, PREQUANT_ONLY=1, GRAD_ACCUM_STEPS=1), ranks=2) as launcher:
         for line in launcher.stdout:
             if line.startswith("step step:2 "):
                 break
@@ -337,7 +338,7 @@ def test_a_diverged_run_names_its_step_and_leaves_the_old_artifact(place):
 
 
 def test_a_second_run_in_the_folder_is_refused(place):
-    with start(environment(place, ITERATIONS=400)) as process:
+    with start(environment(place, ITERATIONS=4000, PREQUANT_ONLY=1)) as process:
         for line in process.stdout:
             if line.startswith("step step:1 "):
                 break
