@@ -5633,9 +5633,10 @@ def stop_on_signal(number, frame):
     raise SystemExit(128 + number)
 
 
-def on_stop(handler) -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
+def ignore_signals() -> None:
+    """torchrun ends every rank as soon as one has failed, but one that has failed too closes its record first."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def complain(error: Exception, rank: str) -> int:
@@ -5672,14 +5673,18 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
                 TrainingData(settings, Runtime(0, settings.world_size, torch.device("cpu")))
             print("settings and data are fine")
             return 0
-        on_stop(stop_on_signal)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop_on_signal)
         with Runtime.start(settings) as runtime:
             log = RunLog(settings, runtime)
             began = time.perf_counter()
             try:
                 run(settings, runtime, log)
             except BaseException as error:
-                on_stop(signal.SIG_IGN)  # torchrun ends every rank as soon as one has failed, but this one has its say
+                try:
+                    ignore_signals()
+                except (SystemExit, KeyboardInterrupt):  # of a signal that was on its way already
+                    ignore_signals()
                 if not isinstance(error, (InputError, ngram.NgramError, OverCapError, FloatingPointError, SystemExit,
                                           KeyboardInterrupt)):
                     log.write(traceback.format_exc())

@@ -92,7 +92,7 @@ def small(tmp_path_factory, data):
 
 def main_here(place, *arguments, **changes) -> int:
     """A run in this process; returns its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         return g.main(list(arguments), environment(place, **changes))
     finally:

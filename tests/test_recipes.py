@@ -229,7 +229,7 @@ class Laboratory:
         environ = {f.name.upper(): g.setting_text(getattr(s, f.name)) for f in dataclasses.fields(s)
                    if getattr(s, f.name) != f.default}
         windows, calibrate, read, opened = [], g.calibrate, g.read_container, []
-        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
 
         def calibrating(model, some, *others):
             windows.append(len(some))
@@ -244,7 +244,7 @@ class Laboratory:
             patch.setattr(g, "calibrate", calibrating)
             patch.setattr(g, "read_container", reading)
             code = g.main([], {name: "" if text == "(empty)" else text for name, text in environ.items()})
-        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), handlers):
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), handlers):
             signal.signal(number, handler)
         model = g.GPT(s)
         (table, arrays), (_, trained) = opened[-1], read(s.checkpoint_path, model, s)

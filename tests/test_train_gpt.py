@@ -31,7 +31,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def run_main(capsys):
     """Call main() in this process with exactly the given environment; returns (exit code, stdout, stderr)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
     def call(env, *arguments):
         code = g.main(list(arguments), env)

@@ -296,6 +296,26 @@ def test_rank_0_has_its_say_though_the_launcher_ends_it(place):
     assert record(place)["status"] == "failed" and "nowhere" in failed["error"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_on_its_way_does_not_hide_the_failure(place, number):
+    """It comes while a C function runs, which then fails: Python handles it at its next call."""
+    script = place / "fails.py"
+    script.write_text(f"""\
+import itertools, os, subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as g
+children = []
+def run(*_):
+    children.append(subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -{number:d} {{os.getpid()}}"]))
+    sum(itertools.chain(range(10**8), [None]))
+g.run = run
+sys.exit(g.main([], dict(os.environ)))
+""")
+    result = launch(environment(place), script=script, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    [failed] = events(record(place), "failed")
+    assert record(place)["status"] == "failed" and "TypeError" in failed["error"] and result.returncode == 1, result.stderr
+
+
 def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
     """Two nodes without a shared file system: the second one holds the artifact of an earlier, worse run."""
     run_here(place, ITERATIONS=1, RUN_ID="earlier")
