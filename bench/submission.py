@@ -123,11 +123,13 @@ def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
     """The seeds that are finished; InputError if what lies in the folder does not belong with what is to run now."""
     import train_gpt as g
 
-    try:
-        settings = g.Settings.from_environment(os.environ)
-        code = hashlib.sha256(g.packed_code()).hexdigest()
-    except g.InputError as error:
-        raise InputError(str(error)) from None
+    def ours(function, *arguments):
+        try:
+            return function(*arguments)
+        except g.InputError as error:
+            raise InputError(str(error)) from None
+
+    settings = ours(g.Settings.from_environment, os.environ)
     for name in ("ttt_eval_only", "quantize_only", "prequant_only"):
         if getattr(settings, name):
             raise InputError(f"{name.upper()}: seeds are whole runs; unset it")
@@ -142,7 +144,7 @@ def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
         if record["status"] == "finished":
             differing = sorted(name.upper() for name, value in wanted.items()
                                if name not in APART and record["settings"].get(name) != value)
-            if differing or event(record, "code").get("sha256") != code:
+            if differing or event(record, "code").get("sha256") != hashlib.sha256(ours(g.packed_code)).hexdigest():
                 raise InputError(f"{folder}/seed{seed}: it is finished, with other {', '.join(differing) or 'code'} than now; "
                                  "remove the folder, or set ARTIFACT_DIR to a new one")
             done.add(seed)
