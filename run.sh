@@ -113,7 +113,9 @@ runs_of() {
 case ${1:-} in
   help|-h|--help) usage; exit ;;
   setup) setup; exit ;;
-  test) setup; shift; OMP_NUM_THREADS=1 exec "$PY" -m pytest -q -n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile "$@" ;;
+  test)
+    setup; shift
+    OMP_NUM_THREADS=1 exec "$PY" -m pytest -q -n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile --no-loadscope-reorder "$@" ;;
   pack-code)
     setup
     target=$(from_caller "${2:-packed/train_gpt.py}")

@@ -21,3 +21,12 @@ def corpus(root: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder shared/corpus beside the checkout")
     return folder
+
+
+LONGEST = ("train_gpt_runs", "submission", "kernels", "recipes", "artifact", "ttt", "prepare_caseops_data", "report")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: a worker takes a whole file, and none should be left alone at the end."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
