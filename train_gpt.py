@@ -2232,13 +2232,15 @@ class XSAGate(torch.autograd.Function):
         return dy, dv, dwindow, *own, None, None
 
 
-def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
+             low_product: tuple | None = None) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
-    low: see mix_norm. The backward pass does without x + y, which may be written over, but not without a gradient at the
-    norm.
+    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n), on CUDA written over x, which nothing else may need
+    then; low_product: what LowProduct needs besides, if that runs in E4M3. The backward pass does without x + y, which may be
+    written over, but not without a gradient at the norm.
     """
-    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low)
+    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low, weight, low_product)
 
 
 def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -2246,7 +2248,9 @@ def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
     return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, None, y is not None)[1]
 
 
-def reference_add_norm(x, y, scale, mean=False, low=None):
+def reference_add_norm(x, y, scale, mean=False, low=None, weight=None, low_product=None):
+    if weight is not None:
+        y = F.linear(y, weight) if low_product is None else LowProduct.apply(y, weight, *low_product)
     x = x if y is None else (x.float() + y.float()) / 2 if mean else x + y
     normal = norm(x)
     if low is not None:
@@ -2274,12 +2278,12 @@ def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexp
         r = inverse_rms(total, D)
         put_low(low, at, r * total, UNIT, inside)
         tl.store(u + at, (factor * r * total).to(u.dtype.element_ty), mask=inside)
-        if ADD:
+        if not MEAN:
             tl.store(inverse + row, r, mask=row < T)
 
 
 @jit
-def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
+def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.constexpr, MEAN: tl.constexpr,
                              SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
@@ -2291,11 +2295,10 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.conste
         g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
             total = 0.5 * (total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32))
-        if ADD:  # x is the scaled norm
+            g = norm_gradient(total, g, D)
+        else:  # x is the scaled norm
             total /= factor
             g = tl.load(inverse + row, mask=row < T, other=0.0) * (g - total * (tl.sum(total * g, 1, keep_dims=True) / D))
-        else:
-            g = norm_gradient(total, g, D)
         if dout is not None:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
@@ -2305,24 +2308,33 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.conste
 
 class AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, mean, low=None):
+    def forward(ctx, x, y, scale, mean, low=None, weight=None, low_args=None):
         ctx.set_materialize_grads(False)
-        ctx.kind = dict(D=x.size(1), ADD=y is not None and not mean, MEAN=mean, SCALED=scale is not None)
-        out, u = torch.empty_like(x) if ctx.kind["ADD"] else x, torch.empty_like(x)
-        inverse = x.new_empty(len(x), dtype=torch.float32) if ctx.kind["ADD"] else None
-        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, low,
-                  UNIT=low_unit(x.size(1)), **ctx.kind)
-        ctx.save_for_backward(u if ctx.kind["ADD"] else x, y if mean else None, scale, inverse)
-        ctx.two = y is not None
+        ctx.kind, ctx.mean, ctx.two = dict(D=x.size(1), MEAN=mean, SCALED=scale is not None), mean, y is not None
+        if weight is not None:
+            ctx.mark_dirty(x)
+            if low_args is None:
+                x.addmm_(y, weight.T)
+            else:
+                low_product(low_args[0], ATTENDED_UNIT, E4M3(*low_args[2:]), x, True)
+        add = ctx.two and not mean and weight is None
+        out, u = torch.empty_like(x) if add else x, torch.empty_like(x)
+        inverse = None if mean else x.new_empty(len(x), dtype=torch.float32)
+        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, None if weight is not None else y, scale, out, u, inverse,
+                  low, ADD=add, UNIT=low_unit(x.size(1)), **ctx.kind)
+        ctx.save_for_backward(x if mean else u, y if mean or weight is not None else None, scale, inverse, weight)
         return out, u
 
     @staticmethod
     def backward(ctx, dout, du):
-        x, *rest = ctx.saved_tensors
+        x, y, scale, inverse, weight = ctx.saved_tensors
         dx = torch.empty_like(x)
         dout = None if dout is None else dout.contiguous()
-        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, *rest, dx, **ctx.kind)
-        return dx, dx if ctx.two else None, None, None, None
+        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y if ctx.mean else None, scale,
+                  inverse, dx, **ctx.kind)
+        if weight is not None:
+            return dx, dx @ weight, None, None, None, dx.T @ y, None
+        return dx, dx if ctx.two else None, *[None] * 5
 
 
 def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tensor, resid: Tensor,
@@ -3020,7 +3032,11 @@ class GPT(nn.Module):
         """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
         low, low1 = self.low_like(x, w)
         x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, False, low)
-        x, u = add_norm(x, self.attend(u, window, w, segments, rope, low), w.input_scale, low1)
+        y, low_product = self.attend(u, window, w, segments, rope, low)
+        if w.adapter is None:
+            x, u = add_norm(x, y, w.input_scale, low1, w.w_out, low_product)
+        else:
+            x, u = add_norm(x, w.product("out", y, w.w_out, u), w.input_scale, low1)
         return self.mlp(u, w, x, low1), before, x0
 
     def two_lane_block(self, lane0: Tensor, lane1: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer,
@@ -3030,8 +3046,9 @@ class GPT(nn.Module):
         lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True,
                                                 low)
         lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale, low1)
-        attended, out = self.attend(u, window, w, segments, rope, low), self.mlp(u1, w, None, low1)
-        return *lane_update(lane0, lane1, attended, out, w.lane_resid, w.lane_post), x0
+        y, low_product = self.attend(u, window, w, segments, rope, low)
+        y = w.product("out", y, w.w_out, u) if low_product is None else LowProduct.apply(y, w.w_out, *low_product)
+        return *lane_update(lane0, lane1, y, self.mlp(u1, w, None, low1), w.lane_resid, w.lane_post), x0
 
     def low_like(self, x: Tensor, w: Layer) -> list[Tensor | None]:
         """Room for the normalized inputs of a block's attention and MLP in E4M3, if it has products that read them."""
@@ -3049,8 +3066,12 @@ class GPT(nn.Module):
         y = w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
         return y if x is None else x + y
 
-    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope, low: Tensor | None = None) -> Tensor:
-        """Scaled attention output (T, d) for the normalized u (T, d), whose leading channels are `window`; low: u in E4M3."""
+    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope,
+               low: Tensor | None = None) -> tuple[Tensor, tuple | None]:
+        """What attention makes of the normalized u (T, d), whose leading channels are `window`: (T, d), for the product w_out.
+
+        low: u in E4M3; then also what LowProduct needs besides for that product, else None.
+        """
         s = self.settings
         if low is None:
             qkv = w.product("qkv", u, w.w_qkv, u)
@@ -3069,9 +3090,7 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
             y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
             put_attended(low, y)
-        if low is not None:
-            return LowProduct.apply(y, w.w_out, low, w.low.attended_unit, *w.low.w_out)
-        return w.product("out", y, w.w_out, u)
+        return y, None if low is None else (low, w.low.attended_unit, *w.low.w_out)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Logits (T, vocab) before the soft cap; float32 unless the embedding is trained, then in the compute dtype."""

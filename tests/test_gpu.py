@@ -204,6 +204,8 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
         "xsa_gate": (cut(g.xsa_gate), cut(g.reference_xsa_gate),
                      [rows(heads, size), qkv, rows(12), vector(heads, 12), vector(heads)]),
         "add_norm": (lambda x, y: g.add_norm(x, y, scale), lambda x, y: g.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
+        "add_norm of a product": (lambda x, z, w: g.add_norm(1 * x, z, scale, None, w), lambda x, z, w: g.reference_add_norm(
+            x, F.linear(z, w), scale), [rows(d), rows(d), 0.04 * vector(d, d).bfloat16()]),
         "norm": (lambda x: g.add_norm(x, None, scale), lambda x: g.reference_add_norm(x, None, scale), [rows(d)]),
         "mean_norm": (g.mean_norm, lambda x, y: g.norm((x + y) / 2), [rows(d), rows(d)]),
         "final norm": (g.mean_norm, g.norm, [rows(d)]),
@@ -218,7 +220,8 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
 
 
 @pytest.mark.parametrize("name", [*(f"mix_norm {gated} {lanes}" for gated in (None, False, True) for lanes in (False, True)),
-                                  "qk_prep 1", "qk_prep 2", "xsa_gate", "add_norm", "norm", "mean_norm", "final norm", "lane_update",
+                                  "qk_prep 1", "qk_prep 2", "xsa_gate", "add_norm",
+                                  "add_norm of a product", "norm", "mean_norm", "final norm", "lane_update",
                                   "squared_mlp", "squared_mlp added", "two_value_nll"])
 @pytest.mark.parametrize("T", [1, 129, 3001])
 def test_fused_kernels_match_the_references(name, T):

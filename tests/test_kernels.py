@@ -446,6 +446,9 @@ def test_norms_of_sums_and_means(T, dtype, fused, double):
     x, y, scale = randn(T, 16, seed=1, dtype=dtype), randn(T, 16, seed=2, dtype=dtype), torch.tensor(0.6)
     agree(kernels.add_norm, kernels.reference_add_norm, [x, y, scale], [0, 1])
     agree(kernels.add_norm, kernels.reference_add_norm, [x, None, scale], [0])
+    agree(lambda x, z, scale, weight: kernels.add_norm(1 * x, z, scale, None, weight),
+          lambda x, z, scale, weight: kernels.reference_add_norm(x, F.linear(z, weight), scale),
+          [x, randn(T, 8, seed=3, dtype=dtype), scale, randn(16, 8, seed=4, dtype=dtype)], [0, 1, 3])
     agree(kernels.mean_norm, lambda x, y: kernels.norm((x + y) / 2), [x, y], [0, 1])
     agree(kernels.mean_norm, kernels.norm, [x], [0])
     assert fused == ways("add_norm")
@@ -790,7 +793,7 @@ KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
          "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
-NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale", ADD="inverse",
+NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale",
                     SKIP="skip weight gate dskip dweight dgate", A_SCALE="x_scale w_scale")
 
 def kind(name, argument):
@@ -840,14 +843,14 @@ for way in ("forward", "backward"):
     cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
     cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16) | unit)
               for gate, alpha in ((True, False), (False, True))]
-    cases += [(f"add_norm_{way}", dict(D=512, ADD=add, MEAN=mean, SCALED=not mean) | unit)
+    cases += [(f"add_norm_{way}", dict(D=512, MEAN=mean, SCALED=not mean) | (unit | dict(ADD=add) if unit else {}))
               for add, mean in ((True, False), (False, False), (False, True))]
     cases += [(f"lane_update_{way}", dict(D=512))]
     if sys.argv[2] == "few":  # one of each
         cases = [case for i, case in enumerate(cases) if case[0] not in [name for name, _ in cases[:i]]]
     else:  # what keeps most rows at a time fits for wider models too
         cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, LANES=False, WINDOW=12) | unit), (f"lane_update_{way}", dict(D=1024)),
-                  (f"add_norm_{way}", dict(D=1024, ADD=True, MEAN=False, SCALED=True) | unit)]
+                  (f"add_norm_{way}", dict(D=1024, MEAN=False, SCALED=True) | (unit | dict(ADD=True) if unit else {}))]
     for name, constants in cases:
         rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
