@@ -26,11 +26,12 @@ PARTS = ("attention", "MLP", "projections", "head and loss", "elementwise", "opt
 
 
 def part_of(names: list[str], shapes: list, s: g.Settings) -> str:
-    """The part to which a kernel belongs, by the operations around its launch and the sizes of their inputs."""
+    """The part to which a kernel belongs, by its name, the operations around its launch and the sizes of their inputs."""
     def within(*words):
         return any(word in name for name in names for word in words)
 
-    sizes, product = {size for shape in shapes for size in shape}, within("aten::mm", "aten::linear", "aten::addmm", "_scaled_mm")
+    sizes = {size for shape in shapes for size in shape}
+    product = within("aten::mm", "aten::linear", "aten::addmm", "_scaled_mm", "low_product")
     if within("nccl", "c10d"):
         return "communication"
     if within("bench: optimizer"):
@@ -49,7 +50,7 @@ def parts_of(events, s: g.Settings) -> tuple[dict, dict]:
     parts, kernels = dict.fromkeys(PARTS, 0.0), defaultdict(lambda: [0.0, 0])
     for event in events:
         for kernel in event.kernels:
-            names, shapes, node = [], [], event
+            names, shapes, node = [kernel.name], [], event
             while node is not None:
                 names.append(node.name)
                 shapes += [shape for shape in node.input_shapes or () if shape]
