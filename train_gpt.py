@@ -1657,7 +1657,7 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 
 # --- Fused steps of a block -------------------------------------------------------------------------------------------
 # Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
-# rows and written once. The bf16 results are rounded where the plain formulas round them.
+# rows and written once. The bf16 results are rounded where the plain formulas round them, but for products that add up.
 # Trained vectors may come spread: expanded to a row for each program of the backward pass, whose gradient are those sums. So
 # autograd adds up, in a fixed order, what the visits of all layers have left of a stack of vectors, and not at each visit.
 
@@ -2233,14 +2233,14 @@ class XSAGate(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
-             low_product: tuple | None = None) -> tuple[Tensor, Tensor]:
+             low_args: tuple | None = None) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
-    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n), on CUDA written over x, which nothing else may need
-    then; low_product: what LowProduct needs besides, if that runs in E4M3. The backward pass does without x + y, which may be
-    written over, but not without a gradient at the norm.
+    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n), and may be written over x, which nothing else may need
+    then; low_args: what LowProduct needs besides, if that runs in E4M3, y in units of ATTENDED_UNIT. The backward pass does
+    without x + y, which may be written over, but not without a gradient at the norm.
     """
-    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low, weight, low_product)
+    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low, weight, low_args)
 
 
 def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -2248,9 +2248,9 @@ def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
     return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, None, y is not None)[1]
 
 
-def reference_add_norm(x, y, scale, mean=False, low=None, weight=None, low_product=None):
+def reference_add_norm(x, y, scale, mean=False, low=None, weight=None, low_args=None):
     if weight is not None:
-        y = F.linear(y, weight) if low_product is None else LowProduct.apply(y, weight, *low_product)
+        y = F.linear(y, weight) if low_args is None else LowProduct.apply(y, weight, *low_args)
     x = x if y is None else (x.float() + y.float()) / 2 if mean else x + y
     normal = norm(x)
     if low is not None:
@@ -3032,9 +3032,9 @@ class GPT(nn.Module):
         """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
         low, low1 = self.low_like(x, w)
         x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, False, low)
-        y, low_product = self.attend(u, window, w, segments, rope, low)
+        y, low_args = self.attend(u, window, w, segments, rope, low)
         if w.adapter is None:
-            x, u = add_norm(x, y, w.input_scale, low1, w.w_out, low_product)
+            x, u = add_norm(x, y, w.input_scale, low1, w.w_out, low_args)
         else:
             x, u = add_norm(x, w.product("out", y, w.w_out, u), w.input_scale, low1)
         return self.mlp(u, w, x, low1), before, x0
@@ -3046,8 +3046,8 @@ class GPT(nn.Module):
         lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True,
                                                 low)
         lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale, low1)
-        y, low_product = self.attend(u, window, w, segments, rope, low)
-        y = w.product("out", y, w.w_out, u) if low_product is None else LowProduct.apply(y, w.w_out, *low_product)
+        y, low_args = self.attend(u, window, w, segments, rope, low)
+        y = w.product("out", y, w.w_out, u) if low_args is None else LowProduct.apply(y, w.w_out, *low_args)
         return *lane_update(lane0, lane1, y, self.mlp(u1, w, None, low1), w.lane_resid, w.lane_post), x0
 
     def low_like(self, x: Tensor, w: Layer) -> list[Tensor | None]:

@@ -312,6 +312,22 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
         assert relative_error(got, wanted) < 1e-3
 
 
+@pytest.mark.parametrize("T", [1, 129, 4096])
+def test_product_in_e4m3_that_adds_up_before_a_norm(T):
+    shapes = (T, 512), (T, 512), (512, 512), (T, 512), (T, 512)
+    x, z, w, *draws = (torch.randn(*shape, device="cuda").bfloat16() for shape in shapes)
+    [(values, factor)], unit = g.e4m3(w.float()[None]), torch.tensor(g.ATTENDED_UNIT, device="cuda")
+    low, scale = (z / unit).to(torch.float8_e4m3fn), torch.tensor(0.3, device="cuda")
+    x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
+    found = g.add_norm(1 * x, z, scale, None, w, (low, unit, values, factor))
+    total = (x.detach().float() + low.float() @ values.float().T * unit * factor).requires_grad_()
+    exact = total, scale * F.rms_norm(total, (512,), eps=1.1920929e-7)
+    dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
+    [wanted] = torch.autograd.grad(exact, total, [draw.float() for draw in draws])
+    for got, right in zip((*found, dx, dz, dw), (*exact, wanted, wanted @ w.float(), wanted.T @ z.float())):
+        assert relative_error(got, right.detach()) < 0.02
+
+
 BUSY = """
 import time, torch
 x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
