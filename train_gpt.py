@@ -1191,21 +1191,23 @@ def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
 # ======================================================================================================================
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str, copies: int = 1) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str,
+              copies: int = 1) -> tuple[Tensor, Tensor | None]:
     """Causal attention inside each segment; q (T, heads, D), k and v (T, kv_heads, D), result like q.
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
     1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference. Key and value
-    heads may come `copies` times in a row; a forward pass that need not read all of them is told so.
+    heads may come `copies` times in a row; a forward pass that need not read all of them is told so. Beside the result: what
+    xsa_gate may take as `lse`, or None.
     """
     if not q.is_cuda or kernel == "reference":
-        return reference_attention(q, k, v, segments)
+        return reference_attention(q, k, v, segments), None
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
         return FlashAttention4.apply(q, k, v, cu, longest, copies)
     if kernel == "fa3":
-        return flash_attention_3(q, k, v, cu, longest)
-    return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
+        return flash_attention_3(q, k, v, cu, longest), None
+    return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0], None
 
 
 FLASH_ATTENTION = {  # in order of preference: the module, and where it comes from
@@ -1247,7 +1249,11 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int)
 
 
 class FlashAttention4(torch.autograd.Function):
-    """Dao et al. 2026, over packed segments."""
+    """Dao et al. 2026, over packed segments; the output (T, heads, D) and the log-sum-exps lse (heads, T) of the scores.
+
+    The backward pass needs, per query and head, the sum of the output times its gradient, less the gradient of lse. Whoever
+    knows that sum gives its negative as the gradient of lse; then the sum is not made again, nor the output read for it.
+    """
 
     @staticmethod
     def library():
@@ -1258,14 +1264,18 @@ class FlashAttention4(torch.autograd.Function):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
         once, forward = slice(None, None, copies), FlashAttention4.library()._flash_attn_fwd
         out, lse = forward(q, k[:, once], v[:, once], **ctx.bounds, causal=True, return_lse=True)[:2]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        return out, lse
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
+        if dlse is not None:
+            out = out.new_zeros(out.size(-1)).expand_as(out)
         backward = FlashAttention4.library()._flash_attn_bwd
-        return *backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)[:3], None, None, None
+        gradients = backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds, dlse=dlse)
+        return *gradients[:3], None, None, None
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -2085,16 +2095,17 @@ class QKPrep(torch.autograd.Function):
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
-             scale: float, low: Tensor | None = None) -> Tensor:
+             scale: float, low: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
     """Attention output y (T, heads, D) without its component along the own value v (T, kv_heads, D), gated; (T, heads D).
 
     v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
     the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t). low (T, heads D),
-    if given, receives the result in E4M3, in units of ATTENDED_UNIT.
+    if given, receives the result in E4M3, in units of ATTENDED_UNIT. lse (heads, T): of FlashAttention4, whose convention for
+    its gradient is followed where that costs nothing.
     """
     if v is None or not fusible(y, *y.shape[1:], v.size(1)):
         return reference_xsa_gate(y, v, window, weight, alpha, scale, low)
-    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale, low)
+    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale, low, lse)
 
 
 def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
@@ -2160,7 +2171,7 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, low, T, v_str
 
 
 @jit
-def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
+def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dlse, dv, dwindow, dweight, dalpha, T, v_stride, scale,
                              GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
                              D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
                              STAGES: tl.constexpr):
@@ -2193,7 +2204,10 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
             along *= gate
         if ALPHA:
             da -= component * along * (1.0 - share * share)
-        tl.store(dy + at, (g - share * along * direction).to(dy.dtype.element_ty), mask=inside)
+        rest = (g - share * along * direction).to(dy.dtype.element_ty)
+        tl.store(dy + at, rest, mask=inside)
+        if dlse is not None:  # of dy as it is rounded: that is what attention multiplies with the values
+            tl.store(dlse + head * T + token, -tl.sum(out * rest.to(tl.float32), 3, keep_dims=True), mask=inside)
         turn = tl.sum(share * component * g + share * along * out, 2, keep_dims=True)  # less: gradient at the direction
         twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
         turn = inverse * (tl.where(free, twice, 0.0) * direction - turn)
@@ -2207,7 +2221,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwi
 
 class XSAGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, v, window, weight, alpha, scale, low=None):
+    def forward(ctx, y, v, window, weight, alpha, scale, low=None, lse=None):
         assert v.stride()[1:] == (v.size(2), 1)
         weight, alpha = (None if x is None else x[0] for x in (weight, alpha))
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -2225,11 +2239,12 @@ class XSAGate(torch.autograd.Function):
     def backward(ctx, dz):
         y, v, window, weight, alpha, gates = ctx.saved_tensors
         dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
+        dlse = y.new_empty(y.shape[1::-1], dtype=torch.float32) if ctx.needs_input_grad[7] else None
         dwindow = None if weight is None else torch.empty_like(window)
         own = shares("xsa_gate_backward", y, weight, alpha)
-        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy, dv,
-                  dwindow, *own, loose=v, **ctx.kind)
-        return dy, dv, dwindow, *own, None, None
+        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy,
+                  dlse, dv, dwindow, *own, loose=v, **ctx.kind)
+        return dy, dv, dwindow, *own, None, None, dlse
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
@@ -3080,11 +3095,14 @@ class GPT(nn.Module):
         trains = qkv.is_cuda and qkv.requires_grad and w.context is None
         copies = s.num_heads // s.num_kv_heads if trains else 1
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
-        y = attention(q, k, v, segments, self.attention_kernel, copies) if w.context is None else w.context(q, k, v)
+        if w.context is None:
+            y, lse = attention(q, k, v, segments, self.attention_kernel, copies)
+        else:
+            y, lse = w.context(q, k, v), None
         sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
         dense, low = w.attn_gate is not None and sparse is None, None if low is None else torch.empty_like(low)
         y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale,
-                     None if dense else low)
+                     None if dense else low, lse)
         if dense:
             source = qkv if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
             gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())

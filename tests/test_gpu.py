@@ -41,10 +41,32 @@ def test_attention_matches_reference_forward_and_backward(kernel):
     results = []
     for name, dtype in ((kernel, torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = g.attention(*inputs, segments, name)
+        out, _ = g.attention(*inputs, segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2
+
+
+@pytest.mark.parametrize("heads, kv_heads, peak, mean", [(8, 4, 1, 0), (4, 2, 1, 0), (4, 4, 1, 0), (4, 2, 4, 0), (4, 2, 1, 2)])
+def test_flash_attention_4_takes_its_sums_from_the_gate(heads, kv_heads, peak, mean):
+    """Gradients through attention and gate are as close to float32 with them as without."""
+    pytest.importorskip(g.FLASH_ATTENTION["fa4"][0])
+    segments, D = random_segments(3000, 512, seed=0), 512 // heads
+    inputs = [(factor * torch.randn(3000, n, D, device="cuda") + more).bfloat16()
+              for n, factor, more in ((heads, peak, 0), (kv_heads, 1, 0), (kv_heads, 1, mean * torch.randn(D, device="cuda")))]
+    window, weight = torch.randn(3000, 12, device="cuda").bfloat16(), torch.randn(heads, 12, device="cuda")
+    alpha = torch.randn(heads, device="cuda")
+    draw, results = torch.randn(3000, 512, device="cuda"), []
+    for name, dtype, told in (("reference", torch.float32, False), *(("fa4", torch.bfloat16, told) for told in (False, True))):
+        q, k, v = leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        y, lse = g.attention(q, k, v, segments, name)
+        if name == "reference":
+            z = g.reference_xsa_gate(y, v, window.float(), weight, alpha, 0.5)
+        else:
+            z = g.xsa_gate(y, v, window, weight, alpha, 0.5, None, lse if told else None)
+        results.append([z, *torch.autograd.grad(z, leaves, draw.to(dtype))])
+    for expected, plain, got in zip(*results):
+        assert relative_error(got, expected) < 1.1 * relative_error(plain, expected) + 1e-4
 
 
 @pytest.fixture

@@ -236,8 +236,9 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
         assert causal and return_lse and given == bounds and k.size(1) == v.size(1) == 2 and k.stride(2) == 1
         return kernels.reference_attention(q, k, v, segments), torch.ones(4, 10), "more"
 
-    def backward(q, k, v, out, dout, lse, scale, causal, **given):
-        assert dout.is_contiguous() and causal and given == bounds and scale == 0.25
+    def backward(q, k, v, out, dout, lse, scale, causal, dlse, **given):
+        assert dout.is_contiguous() and causal and given == bounds and scale == 0.25 and dlse is None
+        torch.testing.assert_close(out, kernels.reference_attention(q, k, v, segments))
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             return *torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout), "more"
@@ -246,9 +247,46 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
     def copied(function):
         return lambda q, k, v: function(q, *(x.repeat_interleave(copies, 1) for x in (k, v)))
 
-    compare(copied(lambda *qkv: kernels.FlashAttention4.apply(*qkv, segments.cu_seqlens, segments.max_seqlen, copies)),
+    compare(copied(lambda *qkv: kernels.FlashAttention4.apply(*qkv, segments.cu_seqlens, segments.max_seqlen, copies)[0]),
             copied(lambda *qkv: kernels.reference_attention(*qkv, segments)),
             [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_flash_attention_4_is_spared_what_the_gate_knows(exclusive, dtype, fused, monkeypatch):
+    """The sums of its output times its gradient, both as it sees them, come from xsa_gate; without that it makes them."""
+    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+    given, needed = [], []
+
+    def forward(q, k, v, **_):
+        needed.append(kernels.reference_attention(q, k, v, segments))
+        return needed[0], torch.ones(4, 10)
+
+    def backward(q, k, v, out, dout, lse, *_, dlse, **__):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            received, expected = ((y.float() * dout.float()).sum(2).T for y in (out, needed[0]))
+            given.append((dlse, None if dlse is None else received - dlse, expected))
+            return torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout)
+
+    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION["fa4"][0], SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    weight, window, alpha = randn(4, 5, seed=1), randn(10, 5, seed=2, dtype=dtype), randn(4, seed=3)
+
+    def gated(function):
+        def call(q, k, v):
+            y, lse = function(q, k, v)
+            return kernels.xsa_gate(y, v if exclusive else None, window, weight, alpha, 0.5, None, lse)
+        return call
+
+    compare(gated(lambda q, k, v: kernels.FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen, 1)),
+            gated(lambda q, k, v: (kernels.reference_attention(q, k, v, segments), None)),
+            [randn(10, heads, 16, seed=heads, dtype=dtype) for heads in (4, 2, 2)], (),
+            tolerance=2e-5 if dtype == torch.float32 else 0.1)
+    [(dlse, received, expected)] = given
+    assert (dlse is not None) == exclusive
+    if exclusive:
+        torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("more", [False, True])
@@ -807,7 +845,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
-         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale"}
+         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dlse dresid dpost resid post inverse x_scale w_scale"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
 NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale",
                     SKIP="skip weight gate dskip dweight dgate", A_SCALE="x_scale w_scale")
