@@ -1728,6 +1728,12 @@ def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = N
 
 
 @jit
+def tile_rows(block, T, ROWS: tl.constexpr):
+    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the beginning."""
+    return (tl.cdiv(T, ROWS) - 1 - block) * ROWS + tl.arange(0, ROWS)
+
+
+@jit
 def inverse_rms(x, WIDTH: tl.constexpr):
     """1 / rms of the last dimension, which is kept with size 1."""
     return tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / WIDTH + 1.1920929e-7)
@@ -1800,7 +1806,8 @@ class LowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        return dy @ w, dy.T @ x, None, None, None, None
+        dw = dy.T @ x  # before what is needed next, which then is still in the cache
+        return dy @ w, dw, None, None, None, None
 
 
 def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
@@ -1853,7 +1860,7 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head,
     if SKIP == 2:
         gated = tl.sigmoid(tl.load(gate + column))
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         merged = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
@@ -1888,7 +1895,7 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
     dkeep = tl.zeros([ROWS, D], tl.float32)
     dadd, dw, dgated = dkeep, dkeep, dkeep
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         g = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
         stream = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -2020,7 +2027,7 @@ def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr,
     column = tl.arange(0, D)[None, None, :]
     gain = tl.load(gain + head)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)
+        row = tile_rows(block, T, ROWS)
         token = row[:, None, None]
         own, kv_own, inside = head * D + column, kv_head * D + column, token < T
         at = token * ((HEADS + 2 * KV_HEADS) * D)
@@ -2048,7 +2055,7 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dgain
     gain = tl.load(gain + head)
     total = tl.zeros([ROWS, HEADS, 1], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)
+        row = tile_rows(block, T, ROWS)
         token = row[:, None, None]
         own, kv_own, inside = head * D + column, kv_head * D + column, token < T
         at = token * ((HEADS + 2 * KV_HEADS) * D)
@@ -2154,7 +2161,7 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, low, T, v_str
     if GATE:
         w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)
+        row = tile_rows(block, T, ROWS)
         token = row[None, :, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
         out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
@@ -2184,7 +2191,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dlse, d
         w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
     da, dw = tl.zeros([KV_HEADS, ROWS, GROUP, 1], tl.float32), tl.zeros([KV_HEADS, ROWS, GROUP, PADDED], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)
+        row = tile_rows(block, T, ROWS)
         token = row[None, :, None, None]
         at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
         out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
@@ -2280,7 +2287,7 @@ def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexp
     if SCALED:
         factor = tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if ADD or MEAN:
@@ -2304,7 +2311,7 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.conste
     if SCALED:
         factor = tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
@@ -2348,7 +2355,8 @@ class AddNorm(torch.autograd.Function):
         over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y if ctx.mean else None, scale,
                   inverse, dx, **ctx.kind)
         if weight is not None:
-            return dx, dx @ weight, None, None, None, dx.T @ y, None
+            dw = dx.T @ y  # before what is needed next
+            return dx, dx @ weight, None, None, None, dw, None
         return dx, dx if ctx.two else None, *[None] * 5
 
 
@@ -2374,7 +2382,7 @@ def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1,
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+        row, column = tile_rows(block, T, ROWS)[:, None], tl.arange(0, D)[None, :]
         at, inside = row * D + column, (row < T) & (column < D)
         a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
         m = tl.load(mlp + at, mask=inside, other=0.0).to(tl.float32)
@@ -2392,7 +2400,7 @@ def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, po
     s0 = tl.zeros([ROWS], tl.float32)
     s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row, column = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+        row, column = tile_rows(block, T, ROWS)[:, None], tl.arange(0, D)[None, :]
         at, inside = row * D + column, (row < T) & (column < D)
         g0 = tl.load(dnew0 + at, mask=inside, other=0.0).to(tl.float32)
         g1 = tl.load(dnew1 + at, mask=inside, other=0.0).to(tl.float32)
@@ -2702,7 +2710,8 @@ class SquaredMLP(torch.autograd.Function):
         u, w_up, w_down, a, bits = ctx.saved_tensors
         dy, dp = dy.contiguous(), torch.empty_like(a)
         mlp_product(dy, w_down, a, bits, ctx.slope, dp)
-        return dp @ w_up, dp.T @ u, dy.T @ a, None, dy if ctx.added else None, None
+        dw_down, dw_up = dy.T @ a, dp.T @ u  # before what is needed next
+        return dp @ w_up, dw_up, dw_down, None, dy if ctx.added else None, None
 
 
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
