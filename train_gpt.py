@@ -200,7 +200,7 @@ class Settings:
                              "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
                                     "stays taken until it ends")
-    fp8: bool = setting("Run", False, "forward products of training in 8-bit floats (E4M3); Hopper")
+    fp8: bool = setting("Run", False, "products of training in 8-bit floats (E4M3), but for gradients of matrices; Hopper")
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -1528,18 +1528,21 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
 
 
 def two_value_nll(scores: Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
-                  hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  hints: Tensor | None = None, weight: Tensor | None = None,
+                  low_args: LowArgs | None = None) -> tuple[Tensor, Tensor]:
     """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
 
     Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). Gradients
     reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
-    nothing else may need then. hints None: the targets.
+    nothing else may need then. hints None: the targets. weight (V, d): given are not the scores but the input (T, d) of the
+    product that makes them, which runs in E4M3.
     """
     function = TwoValueNLL.apply if fusible(scores) else reference_two_value_nll
-    return function(scores, cap_pos, cap_neg, targets, targets if hints is None else hints)
+    return function(scores, cap_pos, cap_neg, targets, targets if hints is None else hints, weight, low_args)
 
 
-def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
+def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints, weight=None, low_args=None):
+    scores = scores if weight is None else LowProduct.apply(scores, weight, low_args)
     caps = torch.where(scores >= 0, *(torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg)))
     logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
     return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
@@ -1571,26 +1574,32 @@ def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, lo
 
 
 @jit
-def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, V: tl.constexpr, BLOCK: tl.constexpr,
-                        CAPS: tl.constexpr):
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, low, low_scales, V: tl.constexpr,
+                        BLOCK: tl.constexpr, CAPS: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
     x, dnll = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), tl.load(dnll + row)
     target = tl.load(targets + row).to(tl.int32)
     t, slope, z, cap = soft_cap(x, cap_pos, cap_neg)
     g = tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == target, 1.0, 0.0)
-    tl.store(scores + at, (4.0 * dnll * (g * slope)).to(scores.dtype.element_ty), mask=at < V)
+    dscore = 4.0 * dnll * (g * slope)
+    tl.store(scores + at, dscore.to(scores.dtype.element_ty), mask=at < V)
     if CAPS:
         g = tl.where(at < V, g * (t - 1.3862943611198906 * z * slope), 0.0)  # gradient of its cap, by dnll
         positive = tl.sum(tl.where(x >= 0, g, 0.0), 0)
         tl.store(dcaps + row * 2, dnll * positive)
         tl.store(dcaps + row * 2 + 1, dnll * (tl.sum(g, 0) - positive))
+    if low is not None:
+        scale = row_scale(tl.max(tl.where(at < V, tl.abs(dscore), 0.0), 0))
+        tl.store(low_scales + row, scale)
+        tl.store(low + row * V + at, (dscore / scale).to(low.dtype.element_ty), mask=at < V)
 
 
 class TwoValueNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, cap_pos, cap_neg, targets, hints):
-        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    def forward(ctx, scores, cap_pos, cap_neg, targets, hints, weight=None, low_args=None):
+        product = () if weight is None else (scores, *low_args[3:])
+        scores = low_args.product() if product else scores if scores.stride(1) == 1 else scores.contiguous()
         caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
                 for cap in (cap_pos, cap_neg)]
         nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
@@ -1598,18 +1607,23 @@ class TwoValueNLL(torch.autograd.Function):
         ctx.warps = min(16, max(2, ctx.block["BLOCK"] // 4096))
         nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block,
                                          num_warps=2 * ctx.warps)
-        ctx.save_for_backward(scores, *caps, targets, lse)
+        ctx.save_for_backward(scores, *caps, targets, lse, *product)
         ctx.mark_non_differentiable(log_q)
         return nll, log_q
 
     @staticmethod
     def backward(ctx, dnll, _):
-        scores, *caps, targets, lse = ctx.saved_tensors
-        trained = any(ctx.needs_input_grad[1:3])
-        dcaps = lse.new_empty(len(scores), 2) if trained else lse
-        nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, CAPS=trained,
-                                          **ctx.block, num_warps=min(32, 4 * ctx.warps))
-        return scores, *(dcaps.sum(0) if trained else (None, None)), None, None
+        scores, *caps, targets, lse = ctx.saved_tensors[:5]
+        product, trained = ctx.saved_tensors[5:], any(ctx.needs_input_grad[1:3])
+        dcaps, rows = lse.new_empty(len(scores), 2) if trained else lse, empty_rows(scores) if product else E4M3(None, None)
+        nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, *rows[:2],
+                                          CAPS=trained, **ctx.block, num_warps=min(32, (8 if product else 4) * ctx.warps))
+        dcaps = dcaps.sum(0) if trained else (None, None)
+        if not product:
+            return scores, *dcaps, *[None] * 4
+        x, w_scale, w_turned = product
+        dw = scores.T @ x  # before what is needed next
+        return low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(x)), *dcaps, None, None, dw, None
 
 
 NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
@@ -1675,7 +1689,7 @@ TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, ti
     "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (8, 8, 1, 3), "qk_prep_forward": (4, 4, 8, 1),
     "qk_prep_backward": (4, 4, 2, 3), "xsa_gate_forward": (1, 1, 32, 1), "xsa_gate_backward": (1, 1, 16, 1),
     "add_norm_forward": (4, 4, 8, 1), "add_norm_backward": (4, 4, 8, 1), "lane_update_forward": (4, 4, 8, 1),
-    "lane_update_backward": (4, 4, 4, 1)}
+    "lane_update_backward": (4, 4, 4, 1), "low_rows": (4, 4, 8, 1)}
 
 
 @functools.cache
@@ -1756,14 +1770,15 @@ class E4M3(NamedTuple):
     """A tensor in 8-bit floats with 3 bits of mantissa: about values * scale."""
 
     values: Tensor  # float8_e4m3fn
-    scale: Tensor  # (), float32
+    scale: Tensor  # float32, () or one for each row
+    turned: Tensor | None = None  # of a matrix the transposed values: 8-bit products want both operands along the sum
 
 
 def e4m3(matrices: Tensor) -> list[E4M3]:
     """Each of the matrices (n, rows, columns) with a scale of its own, by which its largest entry becomes 448, the largest."""
     scales = matrices.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
     values = (matrices / scales[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return [E4M3(*one) for one in zip(values.unbind(), apart(scales))]
+    return [E4M3(*one) for one in zip(values.unbind(), apart(scales), values.mT.contiguous().unbind())]
 
 
 def apart(x: Tensor) -> tuple[Tensor, ...]:
@@ -1795,19 +1810,69 @@ def put_low(low, at, x, UNIT: tl.constexpr, mask):
         tl.store(low + at, (x / UNIT).to(low.dtype.element_ty), mask=mask)
 
 
+@jit
+def row_scale(largest):
+    """By which the largest entry of a row, in size, becomes 448."""
+    return tl.maximum(largest, 1e-30) / 448
+
+
+@jit
+def put_low_rows(low, scales, row, D: tl.constexpr, x, T):
+    """Store the rows x (R, D) in E4M3, each with the scale by which its largest entry becomes 448; row (R, 1)."""
+    scale = row_scale(tl.max(tl.abs(x), 1, keep_dims=True))
+    tl.store(scales + row, scale, mask=row < T)
+    tl.store(low + row * D + tl.arange(0, D)[None, :], (x / scale).to(low.dtype.element_ty), mask=row < T)
+
+
+@jit
+def low_rows_kernel(x, low, scales, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        here = tl.load(x + row * D + tl.arange(0, D)[None, :], mask=row < T, other=0.0).to(tl.float32)
+        put_low_rows(low, scales, row, D, here, T)
+
+
+def low_rows(x: Tensor) -> E4M3:
+    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be remembered for it."""
+    if not fusible(x, x.size(1)):
+        scales = x.abs().amax(1).float().clamp(min=1e-30) / 448
+        return E4M3((x / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+    rows = empty_rows(x)
+    over_rows(low_rows_kernel, "low_rows", x, x, *rows[:2], D=x.size(1))
+    return rows
+
+
+def empty_rows(x: Tensor) -> E4M3:
+    """Room for what low_rows makes of x."""
+    return E4M3(torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32))
+
+
+class LowArgs(NamedTuple):
+    """What a product x W^T, x (T, d) and W (n, d), needs besides to run in E4M3, as its gradient at x then does too."""
+
+    x: Tensor
+    x_scale: Tensor  # ()
+    w: Tensor
+    w_scale: Tensor  # ()
+    w_turned: Tensor  # (d, n)
+
+    def product(self) -> Tensor:
+        return torch._scaled_mm(self.x, self.w.T, self.x_scale, self.w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 class LowProduct(torch.autograd.Function):
-    """x W^T in E4M3, its gradients in the dtype of x (T, d) and W (n, d)."""
+    """x W^T in E4M3; the gradient of W is a product in bf16."""
 
     @staticmethod
-    def forward(ctx, x, w, x_low, x_scale, w_low, w_scale):
-        ctx.save_for_backward(x, w)
-        return torch._scaled_mm(x_low, w_low.T, x_scale, w_scale, out_dtype=x.dtype, use_fast_accum=True)
+    def forward(ctx, x, w, low_args):
+        ctx.save_for_backward(x, low_args.w_scale, low_args.w_turned)
+        return low_args.product()
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
+        x, w_scale, w_turned = ctx.saved_tensors
         dw = dy.T @ x  # before what is needed next, which then is still in the cache
-        return dy @ w, dw, None, None, None, None
+        return low_product(low_rows(dy.contiguous()), E4M3(w_turned, w_scale), torch.empty_like(x)), dw, None
 
 
 def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
@@ -1966,20 +2031,23 @@ class MixNorm(torch.autograd.Function):
         return dx, dx0, dskip, *own, *[None] * 4
 
 
-def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
-            copies: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int, copies: int = 1,
+            weight: Tensor | None = None, low_args: LowArgs | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries (T, heads, D), keys and values (T, kv_heads copies, D) of the fused product qkv (T, (heads + 2 kv_heads) D).
 
     Queries and keys are normalized per head and rotated; queries are multiplied by gain (heads,). Every key and value head
     comes `copies` times in a row: the backward pass of attention is faster where no two query heads add to the same one.
     Last the values once more, a strided view (T, kv_heads, D), for what subtracts them: the gradients meet in one kernel.
+    weight ((heads + 2 kv_heads) D, d): given is the product's input (T, d) instead, and the product runs in E4M3.
     """
-    if not fusible(qkv, heads, kv_heads, qkv.size(1) // (heads + 2 * kv_heads), rope[0].size(-1)):
-        return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies)
-    return QKPrep.apply(qkv, *rope, *spread("qk_prep", qkv, (gain, 1)), heads, kv_heads, copies)
+    width = (qkv if weight is None else weight.T).size(1)
+    if not fusible(qkv, heads, kv_heads, width // (heads + 2 * kv_heads), rope[0].size(-1)):
+        return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies, weight, low_args)
+    return QKPrep.apply(qkv, *rope, *spread("qk_prep", qkv, (gain, 1)), heads, kv_heads, copies, weight, low_args)
 
 
-def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1):
+def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1, weight=None, low_args=None):
+    qkv = qkv if weight is None else LowProduct.apply(qkv, weight, low_args)
     q, k, own = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
     k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (rotate(norm(k), rope).to(qkv.dtype), own))
     return (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype), k, v, own
@@ -2021,6 +2089,12 @@ def qk_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl
 
 
 @jit
+def heads_largest(x):
+    """The largest size of an entry of x (R, H, D) in each row, (R, 1, 1)."""
+    return tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True)
+
+
+@jit
 def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
                            D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
@@ -2047,7 +2121,7 @@ def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr,
 
 
 @jit
-def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dgain, T, HEADS: tl.constexpr,
+def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, low, low_scales, dgain, T, HEADS: tl.constexpr,
                             KV_HEADS: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                             ROWS: tl.constexpr, STAGES: tl.constexpr):
     head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
@@ -2075,14 +2149,22 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dgain
         tl.store(dqkv + at, gx.to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + kv_at, gy.to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + kv_at + KV_HEADS * D, gv.to(dqkv.dtype.element_ty), mask=inside)
+        if low is not None:
+            largest = tl.maximum(heads_largest(gx), tl.maximum(heads_largest(gy), heads_largest(gv)))
+            scale = row_scale(largest)
+            tl.store(low_scales + token, scale, mask=inside)
+            tl.store(low + at, (gx / scale).to(low.dtype.element_ty), mask=inside)
+            tl.store(low + kv_at, (gy / scale).to(low.dtype.element_ty), mask=inside)
+            tl.store(low + kv_at + KV_HEADS * D, (gv / scale).to(low.dtype.element_ty), mask=inside)
     tl.store(dgain + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(total, 0))
 
 
 class QKPrep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies):
-        gain = gain[0]
-        ctx.save_for_backward(qkv, cos, sin, gain)
+    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies, weight=None, low_args=None):
+        gain, product = gain[0], () if weight is None else (qkv, *low_args[3:])
+        qkv = qkv if weight is None else low_args.product()
+        ctx.save_for_backward(qkv, cos, sin, gain, *product)
         D = qkv.size(1) // (heads + 2 * kv_heads)
         ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
         q, k = (qkv.new_empty(len(qkv), n, D) for n in (heads, kv_heads * copies))
@@ -2094,11 +2176,16 @@ class QKPrep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        qkv, cos, sin, gain = ctx.saved_tensors
+        qkv, cos, sin, gain, *product = ctx.saved_tensors
         dqkv, [dgain] = torch.empty_like(qkv), shares("qk_prep_backward", qkv, gain)
+        rows = empty_rows(qkv) if product else E4M3(None, None)
         over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
-                  dqkv, dgain, **ctx.kind)
-        return dqkv, None, None, dgain, None, None, None
+                  dqkv, *rows[:2], dgain, **ctx.kind)
+        if not product:
+            return dqkv, None, None, dgain, *[None] * 5
+        x, w_scale, w_turned = product
+        dw = dqkv.T @ x  # before what is needed next
+        return low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(x)), None, None, dgain, *[None] * 3, dw, None
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
@@ -2255,12 +2342,11 @@ class XSAGate(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
-             low_args: tuple | None = None) -> tuple[Tensor, Tensor]:
+             low_args: LowArgs | None = None) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
     low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n), and may be written over x, which nothing else may need
-    then; low_args: what LowProduct needs besides, if that runs in E4M3, y in units of ATTENDED_UNIT. The backward pass does
-    without x + y, which may be written over, but not without a gradient at the norm.
+    then. The backward pass does without x + y, which may be written over, but not without a gradient at the norm.
     """
     return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low, weight, low_args)
 
@@ -2272,7 +2358,7 @@ def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def reference_add_norm(x, y, scale, mean=False, low=None, weight=None, low_args=None):
     if weight is not None:
-        y = F.linear(y, weight) if low_args is None else LowProduct.apply(y, weight, *low_args)
+        y = F.linear(y, weight) if low_args is None else LowProduct.apply(y, weight, low_args)
     x = x if y is None else (x.float() + y.float()) / 2 if mean else x + y
     normal = norm(x)
     if low is not None:
@@ -2305,7 +2391,7 @@ def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexp
 
 
 @jit
-def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.constexpr, MEAN: tl.constexpr,
+def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, low, low_scales, T, D: tl.constexpr, MEAN: tl.constexpr,
                              SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     column, factor = tl.arange(0, D)[None, :], 1.0
     if SCALED:
@@ -2326,6 +2412,8 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, T, D: tl.conste
         if MEAN:
             g *= 0.5
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+        if low is not None:
+            put_low_rows(low, low_scales, row, D, g, T)
 
 
 class AddNorm(torch.autograd.Function):
@@ -2338,25 +2426,27 @@ class AddNorm(torch.autograd.Function):
             if low_args is None:
                 x.addmm_(y, weight.T)
             else:
-                low_product(low_args[0], ATTENDED_UNIT, E4M3(*low_args[2:]), x, True)
+                low_product(E4M3(*low_args[:2]), E4M3(*low_args[2:4]), x, True)
         add = ctx.two and not mean and weight is None
         out, u = torch.empty_like(x) if add else x, torch.empty_like(x)
         inverse = None if mean else x.new_empty(len(x), dtype=torch.float32)
         over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, None if weight is not None else y, scale, out, u, inverse,
                   low, ADD=add, UNIT=low_unit(x.size(1)), **ctx.kind)
-        ctx.save_for_backward(x if mean else u, y if mean or weight is not None else None, scale, inverse, weight)
+        ctx.save_for_backward(x if mean else u, y if mean or weight is not None else None, scale, inverse, weight,
+                              *((None, None) if low_args is None else low_args[3:]))
         return out, u
 
     @staticmethod
     def backward(ctx, dout, du):
-        x, y, scale, inverse, weight = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        x, y, scale, inverse, weight, w_scale, w_turned = ctx.saved_tensors
+        dx, rows = torch.empty_like(x), E4M3(None, None) if w_turned is None else empty_rows(x)
         dout = None if dout is None else dout.contiguous()
         over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y if ctx.mean else None, scale,
-                  inverse, dx, **ctx.kind)
+                  inverse, dx, *rows[:2], **ctx.kind)
         if weight is not None:
             dw = dx.T @ y  # before what is needed next
-            return dx, dx @ weight, None, None, None, dw, None
+            dy = dx @ weight if w_turned is None else low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(y))
+            return dx, dy, None, None, None, dw, None
         return dx, dx if ctx.two else None, *[None] * 5
 
 
@@ -2452,15 +2542,26 @@ class LaneUpdate(torch.autograd.Function):
 MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
 LOW_RING = dict(BK=128, STAGES=6)  # instead, with x and w in 8 bits
 LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of the product after the activation in 8 bits
-A_SCALE = 4.0  # of the activation in 8 bits, which ends at 448 A_SCALE
+A_UNIT = 4.0  # what 1 is for the activation in 8 bits, which ends at 1,792
+DP_UNIT = 2.0 ** 17  # likewise for the gradient before the activation, in units of the 8-bit product that it comes from
+
+
+class LowMLP(NamedTuple):
+    """What the products of squared_mlp need to run in E4M3, d a multiple of 256."""
+
+    u: E4M3
+    w_up: E4M3
+    w_down: E4M3
+    a_unit: Tensor  # (), A_UNIT
+    dp_unit: Tensor  # (), DP_UNIT * w_up.scale * w_down.scale
 
 
 def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None,
-                low: tuple[E4M3, E4M3, E4M3] | None = None) -> Tensor:
+                low: LowMLP | None = None) -> Tensor:
     """leaky_relu_squared(u W_up^T) W_down^T, added to x if given; u and x (T, d), w_up (F, d), w_down (d, F).
 
-    On CUDA the sum is written over x, which nothing else may need then. `low`: u, w_up and w_down once more, contiguous and d
-    a multiple of 256; where the kernel runs, the forward pass multiplies those, and gradients are taken as if it had not.
+    On CUDA the sum is written over x, which nothing else may need then. `low`: where the kernel runs, the products of the
+    forward pass and those for the gradients of activation and u multiply 8-bit floats; those for the matrices' do not.
     """
     if not mlp_fusible(u, len(w_up)):
         y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
@@ -2502,7 +2603,7 @@ def load_block(source, place, full, block):
 
 
 @gluon_jit
-def fetch(x, w, rings, M, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+def fetch(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
           BK: gl.constexpr, STAGES: gl.constexpr):
     """The warp that loads: per row of tiles the blocks of x, per tile those of w, each as soon as its place is free."""
     xs, x_full, x_free, ws, w_full, w_free = rings
@@ -2515,13 +2616,13 @@ def fetch(x, w, rings, M, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constex
                     load_block(x, [row, k * BK], x_full.index(k), xs.index(k))
                 stage = step % STAGES
                 mbarrier.wait(w_free.index(stage), step // STAGES & 1 ^ 1)
-                load_block(w, [k * BK, column] if BACKWARD else [column, k * BK], w_full.index(stage), ws.index(stage))
+                load_block(w, [k * BK, column] if ACROSS else [column, k * BK], w_full.index(stage), ws.index(stage))
                 step += 1
         turn += 1
 
 
 @gluon_jit
-def multiply(rings, step, turn, last, done, BACKWARD: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+def multiply(rings, step, turn, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
              BK: gl.constexpr, STAGES: gl.constexpr):
     """A tile (BM, BN) of the product; `step` counts blocks of w, `turn` rows of tiles, `last`: x is needed no more.
 
@@ -2534,7 +2635,7 @@ def multiply(rings, step, turn, last, done, BACKWARD: gl.constexpr, K: gl.conste
         stage, before = (step + k) % STAGES, gl.maximum(k - 1, 0)
         mbarrier.wait(x_full.index(k), turn & 1)
         mbarrier.wait(w_full.index(stage), (step + k) // STAGES & 1)
-        right = ws.index(stage) if BACKWARD else ws.index(stage).permute((1, 0))
+        right = ws.index(stage) if ACROSS else ws.index(stage).permute((1, 0))
         acc = hopper.warpgroup_mma(xs.index(k), right, acc, use_acc=k > 0, is_async=True)
         acc = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(acc,)))
         mbarrier.arrive(w_free.index((step + before) % STAGES), count=1, pred=k > 0)
@@ -2553,13 +2654,21 @@ def halves(x, R: gl.constexpr, C: gl.constexpr):
 
 
 @gluon_jit
-def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
+def take_turns(WHICH: gl.constexpr, own, rings, a, out, low, rest, UNIT: gl.constexpr, BACKWARD: gl.constexpr,
                N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
-    begin, done, buffers = own[:3]  # own[3]: backward a barrier for each buffer; with A_SCALE the buffers for a in 8 bits
+    bits, M, slope, x_scale, w_scale = rest
+    begin, done, buffers = own[:3]  # then backward a barrier for each buffer, with UNIT the buffers for what leaves in 8 bits
+    LOW: gl.constexpr = UNIT is not None
+    ACROSS: gl.constexpr = BACKWARD and not LOW
     C: gl.constexpr = BN // 4
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
+    scale = 1.0
+    if LOW:
+        scale = gl.load(w_scale)
+        if not BACKWARD:
+            scale *= gl.load(x_scale)
     count = 0  # of tiles
     for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
         rows = row + gl.arange(0, BM, gl.SliceLayout(1, PART))
@@ -2571,10 +2680,12 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A
                     load_block(a, [row, column + i * C], own[3].index(i), buffers.index(i))
                 kept = (gl.load(words, mask=inside), gl.load(words + M, mask=inside),
                         gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
+                if LOW:
+                    factor = gl.expand_dims(scale * gl.load(x_scale + rows, mask=inside, other=0.0), 1)
             # Not before the other one has had all its blocks of w: a parity tells but one turn of the ring from the next.
             mbarrier.wait(begin, count + 1 - WHICH & 1)
             acc = multiply(rings, (2 * count + WHICH) * (K // BK), count // (N // BN // 2), column >= N - 2 * BN, done,
-                           BACKWARD, K, BM, BN, BK, STAGES)
+                           ACROSS, K, BM, BN, BK, STAGES)
             left, right = halves(acc, BM, BN)
             parts = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
             for i in gl.static_range(4):
@@ -2583,30 +2694,33 @@ def take_turns(WHICH: gl.constexpr, own, rings, a, out, bits, M, slope, scale, A
                     mbarrier.wait(own[3].index(i % 2), i // 2)
                     positive = (gl.expand_dims(kept[i], 1) & sign) == 0
                     value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
+                    if LOW:
+                        own[4].index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
+                        value *= factor
                 else:
-                    if A_SCALE is not None:
+                    if LOW:
                         value *= scale
                     gl.store(words + i * M, gl.sum(gl.where(value < 0, sign, 0), 1), mask=inside)
                     value = gl.where(value < 0, slope * value, value)
                     value *= value
-                    tma.store_wait(1 if A_SCALE is None else 2)
+                    tma.store_wait(2 if LOW else 1)
+                    if LOW:
+                        own[3].index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
                 buffer.store(value.to(gl.bfloat16))
-                if A_SCALE is not None:
-                    own[3].index(i % 2).store((value * (1 / A_SCALE)).to(gl.float8e4nv))
                 hopper.fence_async_shared()
                 tma_store(out, [row, column + i * C], buffer)
-                if A_SCALE is not None:
-                    tma_store(a, [row, column + i * C], own[3].index(i % 2))
+                if LOW:
+                    tma_store(low, [row, column + i * C], own[3 + BACKWARD].index(i % 2))
                 if BACKWARD and i == 1:
                     for j in gl.static_range(2):
-                        tma.store_wait(1 - j)
+                        tma.store_wait((1 - j) * (1 + LOW))
                         load_block(a, [row, column + (2 + j) * C], own[3].index(j), buffers.index(j))
             count += 1
     tma.store_wait(0)
 
 
 @gluon_jit
-def part_buffers(a, out, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr):
+def part_buffers(out, low, BACKWARD: gl.constexpr):
     """What a group passes parts of tiles through, see own in take_turns.
 
     A barrier that nothing waits for must not be made: its place would be given to other data, and where a kernel is
@@ -2615,77 +2729,92 @@ def part_buffers(a, out, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr):
     made = (gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout),)
     if BACKWARD:
         made += (barriers(2, 1),)
-    if A_SCALE is not None:
-        made += (gl.allocate_shared_memory(a.dtype, [2] + a.block_type.shape, a.layout),)
+    if low is not None:
+        made += (gl.allocate_shared_memory(low.dtype, [2] + low.block_type.shape, low.layout),)
     return made
 
 
 @gluon_jit
-def mlp_product_kernel(x, w, a, out, bits, M, slope, x_scale, w_scale, A_SCALE: gl.constexpr, BACKWARD: gl.constexpr,
+def mlp_product_kernel(x, w, a, out, low, bits, M, slope, x_scale, w_scale, UNIT: gl.constexpr, BACKWARD: gl.constexpr,
                        N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
                        STAGES: gl.constexpr):
     """See mlp_product. While a row of tiles is made, its rows of x stay in shared memory and w passes through a ring.
 
-    a is read in the backward pass; with A_SCALE it is out once more, in 8 bits.
+    a is read in the backward pass; low, with UNIT, is what leaves once more, in 8 bits.
     """
     xs = gl.allocate_shared_memory(x.dtype, [K // BK, BM, BK], x.layout)
-    ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if BACKWARD else [STAGES, BN, BK], w.layout)
+    ACROSS: gl.constexpr = BACKWARD and UNIT is None
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if ACROSS else [STAGES, BN, BK], w.layout)
     rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
     go = barriers(2, 1)
-    one = (go.index(0), go.index(1)) + part_buffers(a, out, A_SCALE, BACKWARD)
-    other = (go.index(1), go.index(0)) + part_buffers(a, out, A_SCALE, BACKWARD)
-    scale = 1.0 if A_SCALE is None else gl.load(x_scale) * gl.load(w_scale)
+    one = (go.index(0), go.index(1)) + part_buffers(out, low, BACKWARD)
+    other = (go.index(1), go.index(0)) + part_buffers(out, low, BACKWARD)
     hopper.fence_async_shared()
+    rest = bits, M, slope, x_scale, w_scale
     gl.warp_specialize([
-        (take_turns, (0, one, rings, a, out, bits, M, slope, scale, A_SCALE, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (take_turns, (1, other, rings, a, out, bits, M, slope, scale, A_SCALE, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (fetch, (x, w, rings, M, BACKWARD, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
+        (take_turns, (0, one, rings, a, out, low, rest, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (take_turns, (1, other, rings, a, out, low, rest, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (fetch, (x, w, rings, M, ACROSS, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
 
 
-def mlp_product(x: Tensor | E4M3, w: Tensor | E4M3, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None) -> None:
+def mlp_product(x: Tensor | E4M3, w: Tensor | E4M3, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None,
+                low: Tensor | None = None) -> None:
     """Forward: with p = x w^T, x (M, K), w (N, K): fill a = phi(p) (M, N) and bits. Backward: out = (x w) phi'(p), w (K, N).
 
     bits (N / 32, M) int32: bit j of word (i, m) is set where p[m, 32 i + j] < 0. There phi(p) = (slope p)^2 and phi'(p) is
-    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a). Forward with x and w in E4M3, out is filled too, with a / A_SCALE in 8 bits.
+    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a). With x and w in E4M3, backward a scale for each row of x and w^T (N, K) in
+    place of w, low (M, N) is filled too: with a / A_UNIT, backward with out / (DP_UNIT x.scale w.scale).
     """
-    low = isinstance(x, E4M3)
-    backward = out is not None and not low
-    (x, x_scale), (w, w_scale) = (x, w) if low else ((x.contiguous(), None), (w.contiguous(), None))
-    tile = MLP_TILE | (LOW_RING if low else {})
+    backward, scales = out is not None, (None, None)
+    if low is None:
+        x, w, unit, tile = x.contiguous(), w.contiguous(), None, MLP_TILE
+    else:
+        scales, unit, tile = (x.scale, w.scale), DP_UNIT if backward else A_UNIT, MLP_TILE | LOW_RING
+        x, w = x.values, w.values
     (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), tile.values()
-    blocks = [BM, BK], [BK, BN] if backward else [BN, BK], [BM, BN // 4], [BM, BN // 4]
-    operands = [GluonDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
-        block, gl.float8e4nv if operand.dtype == torch.float8_e4m3fn else gl.bfloat16))
-        for operand, block in zip((x, w, *((a, out) if backward else (out if low else a, a))), blocks)]
+    part, of_w = [BM, BN // 4], [BK, BN] if backward and low is None else [BN, BK]
+    operands = [None if operand is None else GluonDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
+        block, gl.float8e4nv if operand.dtype == torch.float8_e4m3fn else gl.bfloat16)) for operand, block in (
+            (x, [BM, BK]), (w, of_w), (a if backward else None, part), (out if backward else a, part), (low, part))]
     mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
-        *operands, bits, M, slope, x_scale, w_scale, A_SCALE=A_SCALE if low else None, BACKWARD=backward, N=N, K=K,
-        **tile, num_warps=4)
+        *operands, bits, M, slope, *scales, UNIT=unit, BACKWARD=backward, N=N, K=K, **tile, num_warps=4)
 
 
 @jit
-def low_product_kernel(x, w, out, factor, w_scale, M, ADD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr, BK: tl.constexpr):
+def low_product_kernel(x, w, out, x_scale, w_scale, M, PER_ROW: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr,
+                       K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """See low_product. The tiles beside each other, which share rows of x, are made at the same time."""
-    scale = factor * tl.load(w_scale)
+    scale = tl.load(w_scale)
+    if not PER_ROW:
+        scale *= tl.load(x_scale)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * (N // BN), tl.num_programs(0), flatten=True):
         row, column = tile // (N // BN) * BM, tile % (N // BN) * BN
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
             acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
-        sides = acc.reshape([BM, 2, BN // 2]).permute([0, 2, 1]).split()
+        sides, factor = acc.reshape([BM, 2, BN // 2]).permute([0, 2, 1]).split(), scale
+        if PER_ROW:
+            rows = row + tl.arange(0, BM)
+            factor = scale * tl.load(x_scale + rows, mask=rows < M, other=0.0)[:, None]
         for i in tl.static_range(2):
-            value = sides[i] * scale
+            value = sides[i] * factor
             if ADD:
                 value += out.load([row, column + i * BN // 2]).to(tl.float32)
             out.store([row, column + i * BN // 2], value.to(tl.bfloat16))
 
 
-def low_product(x: Tensor, factor: float, w: E4M3, out: Tensor, add: bool) -> None:
-    """out (M, N) = factor x w^T, added to what it holds if `add`; x (M, K) and w (N, K) in 8 bits."""
-    (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.shape, out.size(1)
-    operands = [TensorDescriptor.from_tensor(*pair) for pair in ((x, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
-    low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(x.device)),](
-        *operands, factor, w.scale, M, ADD=add, N=N, K=K, **LOW_TILE)
+def low_product(x: E4M3, w: E4M3, out: Tensor, add: bool = False) -> Tensor:
+    """out (M, N) = x w^T, added to what it holds if `add`; x (M, K), with a scale for each row or one, and w (N, K)."""
+    per_row = x.scale.dim() == 1
+    if not fusible(out):
+        y = (x.values.float() @ w.values.float().T) * (x.scale[:, None] if per_row else x.scale) * w.scale
+        return out.copy_(out + y if add else y)
+    (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.values.shape, out.size(1)
+    operands = [TensorDescriptor.from_tensor(*pair)
+                for pair in ((x.values, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
+    low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(out.device)),](
+        *operands, x.scale, w.scale, M, PER_ROW=per_row, ADD=add, N=N, K=K, **LOW_TILE)
+    return out
 
 
 class SquaredMLP(torch.autograd.Function):
@@ -2694,24 +2823,32 @@ class SquaredMLP(torch.autograd.Function):
         a = torch.empty(len(u), len(w_up), dtype=u.dtype, device=u.device)
         bits = torch.empty(len(w_up) // 32, len(u), dtype=torch.int32, device=u.device)
         low_a = None if low is None else torch.empty_like(a, dtype=torch.float8_e4m3fn)
-        mlp_product(*((u, w_up) if low is None else low[:2]), a, bits, slope, low_a)
-        ctx.save_for_backward(u, w_up, w_down, a, bits)
+        mlp_product(*((u, w_up) if low is None else low[:2]), a, bits, slope, None, low_a)
+        kept = () if low is None else (low.w_down.turned, low.w_down.scale, low.w_up.turned, low.dp_unit)
+        ctx.save_for_backward(u, w_up, w_down, a, bits, *kept)
         ctx.slope, ctx.added = slope, x is not None
         if ctx.added:
             ctx.mark_dirty(x)
         if low is not None:
-            y = torch.empty_like(u) if x is None else x
-            low_product(low_a, A_SCALE, low[2], y, ctx.added)
-            return y
+            return low_product(E4M3(low_a, low.a_unit), low.w_down, torch.empty_like(u) if x is None else x, ctx.added)
         return F.linear(a, w_down) if x is None else x.addmm_(a, w_down.T)
 
     @staticmethod
     def backward(ctx, dy):
-        u, w_up, w_down, a, bits = ctx.saved_tensors
+        u, w_up, w_down, a, bits, *low = ctx.saved_tensors
         dy, dp = dy.contiguous(), torch.empty_like(a)
-        mlp_product(dy, w_down, a, bits, ctx.slope, dp)
+        if low:
+            down_turned, down_scale, up_turned, dp_unit = low
+            rows, low_dp = low_rows(dy), torch.empty_like(a, dtype=torch.float8_e4m3fn)
+            mlp_product(rows, E4M3(down_turned, down_scale), a, bits, ctx.slope, dp, low_dp)
+        else:
+            mlp_product(dy, w_down, a, bits, ctx.slope, dp)
         dw_down, dw_up = dy.T @ a, dp.T @ u  # before what is needed next
-        return dp @ w_up, dw_up, dw_down, None, dy if ctx.added else None, None
+        if low:
+            du = low_product(E4M3(low_dp, rows.scale), E4M3(up_turned, dp_unit), torch.empty_like(u))
+        else:
+            du = dp @ w_up
+        return du, dw_up, dw_down, None, dy if ctx.added else None, None
 
 
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
@@ -2826,6 +2963,8 @@ class Low(NamedTuple):
 
     unit: Tensor  # (), of the normalized inputs
     attended_unit: Tensor  # (), ATTENDED_UNIT
+    a_unit: Tensor  # (), see LowMLP
+    dp_unit: Tensor
     w_qkv: E4M3
     w_out: E4M3
     w_up: E4M3
@@ -3003,10 +3142,12 @@ class GPT(nn.Module):
                     cut(self.xsa_alpha, gate), *lambdas)
         low = [None] * n
         if self.fp8 and torch.is_grad_enabled():
-            units = low_unit(s.model_dim) * self.input_scales, torch.full_like(self.input_scales, ATTENDED_UNIT)
             stacks = (torch.cat((queries, *self.kv_bank.split(n)), 1), self.attn_scale[:, :, None] * outputs,
                       self.mlp_up_bank, self.mlp_scale[:, :, None] * self.mlp_down_bank)
-            low = [Low(*one) for one in zip(*map(apart, units), *(e4m3(stack.detach()) for stack in stacks))]
+            matrices = [e4m3(stack.detach()) for stack in stacks]
+            one, (ups, downs) = torch.ones_like(self.input_scales), (torch.stack([w.scale for w in ws]) for ws in matrices[2:])
+            units = low_unit(s.model_dim) * self.input_scales, ATTENDED_UNIT * one, A_UNIT * one, DP_UNIT * ups * downs
+            low = [Low(*fields) for fields in zip(*map(apart, units), *matrices)]
         return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
                       exclusive=i >= n - s.xsa_last_n, low=low[i]) for i, vectors in enumerate(small)]
 
@@ -3071,7 +3212,7 @@ class GPT(nn.Module):
                                                 low)
         lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale, low1)
         y, low_args = self.attend(u, window, w, segments, rope, low)
-        y = w.product("out", y, w.w_out, u) if low_args is None else LowProduct.apply(y, w.w_out, *low_args)
+        y = w.product("out", y, w.w_out, u) if low_args is None else LowProduct.apply(y, w.w_out, low_args)
         return *lane_update(lane0, lane1, y, self.mlp(u1, w, None, low1), w.lane_resid, w.lane_post), x0
 
     def low_like(self, x: Tensor, w: Layer) -> list[Tensor | None]:
@@ -3086,24 +3227,28 @@ class GPT(nn.Module):
         slope = self.settings.leaky_relu_sq_slope
         if w.adapter is None:
             return squared_mlp(u, w.w_up, w.w_down, slope, x,
-                               None if low is None else (E4M3(low, w.low.unit), w.low.w_up, w.low.w_down))
+                               None if low is None else LowMLP(E4M3(low, w.low.unit), w.low.w_up, w.low.w_down,
+                                                               w.low.a_unit, w.low.dp_unit))
         y = w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
         return y if x is None else x + y
 
     def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope,
-               low: Tensor | None = None) -> tuple[Tensor, tuple | None]:
+               low: Tensor | None = None) -> tuple[Tensor, LowArgs | None]:
         """What attention makes of the normalized u (T, d), whose leading channels are `window`: (T, d), for the product w_out.
 
-        low: u in E4M3; then also what LowProduct needs besides for that product, else None.
+        low: u in E4M3; then also what that product needs besides to run in E4M3, else None.
         """
         s = self.settings
+        gated_by_q, product = s.attn_out_gate_enabled and s.attn_out_gate_src == "q", ()
         if low is None:
             qkv = w.product("qkv", u, w.w_qkv, u)
-        else:
-            qkv = LowProduct.apply(u, w.w_qkv, low, w.low.unit, *w.low.w_qkv)
+        elif gated_by_q:
+            qkv = LowProduct.apply(u, w.w_qkv, LowArgs(low, w.low.unit, *w.low.w_qkv))
+        else:  # the product and its gradient come with the next step
+            qkv, product = u, (w.w_qkv, LowArgs(low, w.low.unit, *w.low.w_qkv))
         trains = qkv.is_cuda and qkv.requires_grad and w.context is None
         copies = s.num_heads // s.num_kv_heads if trains else 1
-        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies)
+        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies, *product)
         if w.context is None:
             y, lse = attention(q, k, v, segments, self.attention_kernel, copies)
         else:
@@ -3113,11 +3258,11 @@ class GPT(nn.Module):
         y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale,
                      None if dense else low, lse)
         if dense:
-            source = qkv if s.attn_out_gate_enabled and s.attn_out_gate_src == "q" else u
+            source = qkv if gated_by_q else u
             gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
             y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
             put_attended(low, y)
-        return y, None if low is None else (low, w.low.attended_unit, *w.low.w_out)
+        return y, None if low is None else LowArgs(low, w.low.attended_unit, *w.low.w_out)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Logits (T, vocab) before the soft cap; float32 unless the embedding is trained, then in the compute dtype."""
@@ -3126,10 +3271,6 @@ class GPT(nn.Module):
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if hidden.is_cuda and not weight.requires_grad:
             return FullProduct.apply(hidden, weight)
-        if self.fp8 and torch.is_grad_enabled():
-            [low], unit = e4m3(weight.detach()[None]), low_unit(self.settings.model_dim)
-            x_low = (hidden.detach() / unit).to(torch.float8_e4m3fn)
-            return LowProduct.apply(hidden, weight, x_low, self.input_scales.new_full((), unit), *low)
         return F.linear(hidden, weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -3149,7 +3290,12 @@ class GPT(nn.Module):
         return [self.settings.logit_softcap if cap is None else cap for cap in (self.softcap_pos, self.softcap_neg)]
 
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return two_value_nll(self.scores(hidden), *self.caps(), targets)[0]
+        if not (self.fp8 and torch.is_grad_enabled()):
+            return two_value_nll(self.scores(hidden), *self.caps(), targets)[0]
+        weight, unit = self.tok_emb.to(hidden.dtype), low_unit(self.settings.model_dim)
+        [low], x_low = e4m3(weight.detach()[None]), (hidden.detach() / unit).to(torch.float8_e4m3fn)
+        low_args = LowArgs(x_low, self.input_scales.new_full((), unit), *low)
+        return two_value_nll(hidden, *self.caps(), targets, None, weight, low_args)[0]
 
     def token_losses(self, ids: Tensor, targets: Tensor, segments: Segments, looping: bool) -> Tensor:
         """Cross entropy of each target (T,) in nats, float32."""

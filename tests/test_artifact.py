@@ -1036,7 +1036,7 @@ def test_packing_is_deterministic_and_complete(packed):
                 {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, float)})
         assert names(ours) == names(theirs)
         assert len(packed.files[name]) < len((ROOT / name).read_text())
-    assert packed.script.stat().st_size < 80_000
+    assert packed.script.stat().st_size < 82_000
 
 
 def test_pack_code_says_how_many_bytes(tmp_path, capsys):

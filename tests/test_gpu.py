@@ -290,14 +290,73 @@ def test_gated_outputs_come_in_e4m3_too(heads, kv_heads):
 @pytest.mark.parametrize("T", [1, 127, 4096])
 def test_product_in_e4m3(T):
     x, w, dy = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((T, 512), (1024, 512), (T, 1024)))
-    [(values, scale)], unit = g.e4m3(w.float()[None]), torch.tensor(2.0 ** -4, device="cuda")
+    [w_low], unit = g.e4m3(w.float()[None]), torch.tensor(2.0 ** -4, device="cuda")
     low = (x / unit).to(torch.float8_e4m3fn)
+    dy *= 2.0 ** (4 * torch.randn(T, 1, device="cuda")).bfloat16()
     x.requires_grad_(), w.requires_grad_()
-    y = g.LowProduct.apply(x, w, low, unit, values, scale)
-    assert relative_error(y, low.float() * unit @ (values.float() * scale).T) < 0.01
+    y = g.LowProduct.apply(x, w, g.LowArgs(low, unit, *w_low))
+    assert relative_error(y, low.float() * unit @ (w_low.values.float() * w_low.scale).T) < 0.01
     assert relative_error(y, x.float() @ w.float().T) < 0.05
-    for got, expected in zip(torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)):
-        assert relative_error(got, expected) < 1e-2
+    (dx, dw), exact = torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)
+    assert relative_error(dw, exact[1]) < 1e-2
+    rows = g.low_rows(dy)
+    wanted = rows.values.float() * rows.scale[:, None] @ (w_low.values.float() * w_low.scale)
+    errors = [(dx.float() - y).norm(dim=1) / y.norm(dim=1) for y in (wanted, exact[0].float())]
+    assert errors[0].max() < 0.01 and errors[1].max() < 0.08
+
+
+@pytest.mark.parametrize("T", [1, 130, 4096])
+@pytest.mark.parametrize("name, heads", [("qk_prep", 8), ("qk_prep", 4), ("two_value_nll", 0)])
+def test_steps_that_bring_their_product_in_8_bits_along(name, heads, T):
+    x = torch.randn(T, 512, device="cuda").bfloat16()
+    w = 0.05 * torch.randn(1024 if heads else 8192, 512, device="cuda").bfloat16()
+    unit, targets = torch.tensor(2.0 ** -4, device="cuda"), torch.randint(8192, (T,), device="cuda")
+    args = g.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *g.e4m3(w.float()[None])[0])
+    turns, gain = torch.randn(2, T, 1, 8, device="cuda"), torch.randn(max(heads, 1), device="cuda")
+    results = []
+    for apart in (True, False):
+        leaves = [a.detach().clone().requires_grad_() for a in (x, w, gain)]
+        first, product = (g.LowProduct.apply(*leaves[:2], args), ()) if apart else (leaves[0], (leaves[1], args))
+        if heads:
+            out = g.qk_prep(first, tuple(turns), leaves[2], heads, heads // 2, 2, *product)
+        else:
+            out = g.two_value_nll(first, 30.0, 30.0, targets, None, *product)[:1]
+        torch.manual_seed(T)
+        out, draws = zip(*((y, torch.randn_like(y) * 1e-5) for y in out))
+        results.append([*out, *torch.autograd.grad(out, leaves, draws, allow_unused=True)])
+    for apart, within in zip(*results):
+        assert (apart is None) == (within is None)
+        assert apart is None or relative_error(within, apart.float()) < 0.02
+
+
+@pytest.mark.parametrize("T", [1, 130, 4096])
+def test_gradients_in_8_bits_have_a_scale_for_each_row(T):
+    x = 1e-6 * torch.randn(T, 512, device="cuda").bfloat16() * 2.0 ** (6 * torch.randn(T, 1, device="cuda")).bfloat16()
+    x[1::2] = 0
+    rows, scales = g.low_rows(x), x.float().abs().amax(1).clamp(min=1e-30) / 448
+    torch.testing.assert_close(rows.scale, scales, rtol=1e-6, atol=0)
+    assert relative_error(rows.values.float(), (x.float() / scales[:, None]).to(torch.float8_e4m3fn).float()) < 1e-3
+
+
+@pytest.mark.parametrize("d, hidden", [(512, 2048), (256, 1024)])
+@pytest.mark.parametrize("slope", [0.3, 0.0])
+@pytest.mark.parametrize("T", [1, 127, 1000, 4096])
+def test_squared_mlp_in_8_bits(T, slope, d, hidden):
+    u, up, down, dy = (torch.randn(*shape, device="cuda").bfloat16() * size
+                       for shape, size in (((T, d), 1), ((hidden, d), 0.04), ((d, hidden), 0.02), ((T, d), 1e-5)))
+    dy *= 2.0 ** (3 * torch.randn(T, 1, device="cuda")).bfloat16()
+    lows = [g.e4m3(x.float()[None])[0] for x in (u, up, down)]
+    low = g.LowMLP(*lows, torch.tensor(g.A_UNIT, device="cuda"), g.DP_UNIT * lows[1].scale * lows[2].scale)
+    exact, results = [x.values.float() * x.scale for x in lows], []
+    for function, leaves in ((g.squared_mlp, (u, up, down)), (lambda u, up, down, slope, *_: F.linear(
+            g.leaky_relu_squared(F.linear(u, up), slope), down), exact)):
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        y = function(*leaves, slope, None, low)
+        results.append((y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))))
+    assert torch.isfinite(results[0][1]).all()
+    for got, wanted, share in zip(*results, (0.04, 0.06, 0.06, 0.06)):
+        assert relative_error(got, wanted) < share
+    assert ((results[0][1].float() - results[1][1]).norm(dim=1) < 0.2 * results[1][1].norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("d, hidden", [(512, 2048), (256, 1024)])
@@ -338,16 +397,17 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
 def test_product_in_e4m3_that_adds_up_before_a_norm(T):
     shapes = (T, 512), (T, 512), (512, 512), (T, 512), (T, 512)
     x, z, w, *draws = (torch.randn(*shape, device="cuda").bfloat16() for shape in shapes)
-    [(values, factor)], unit = g.e4m3(w.float()[None]), torch.tensor(g.ATTENDED_UNIT, device="cuda")
+    [w_low], unit = g.e4m3(w.float()[None]), torch.tensor(g.ATTENDED_UNIT, device="cuda")
     low, scale = (z / unit).to(torch.float8_e4m3fn), torch.tensor(0.3, device="cuda")
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = g.add_norm(1 * x, z, scale, None, w, (low, unit, values, factor))
-    total = (x.detach().float() + low.float() @ values.float().T * unit * factor).requires_grad_()
+    found = g.add_norm(1 * x, z, scale, None, w, g.LowArgs(low, unit, *w_low))
+    total = (x.detach().float() + low.float() @ w_low.values.float().T * unit * w_low.scale).requires_grad_()
     exact = total, scale * F.rms_norm(total, (512,), eps=1.1920929e-7)
     dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
     [wanted] = torch.autograd.grad(exact, total, [draw.float() for draw in draws])
-    for got, right in zip((*found, dx, dz, dw), (*exact, wanted, wanted @ w.float(), wanted.T @ z.float())):
+    for got, right in zip((*found, dx, dw), (*exact, wanted, wanted.T @ z.float())):
         assert relative_error(got, right.detach()) < 0.02
+    assert 1e-3 < relative_error(dz, wanted @ w.float()) < 0.06  # this product takes both in 8 bits
 
 
 BUSY = """
@@ -362,7 +422,7 @@ while time.time() < end:
 """
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward", "low"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "low", "low backward"])
 def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
     """Kernels are then interrupted, and what is in shared memory is saved and restored."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -372,15 +432,17 @@ def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
     a, bits = torch.empty(T, hidden, device="cuda").bfloat16(), torch.empty(hidden // 32, T, dtype=torch.int32, device="cuda")
     g.mlp_product(u, w_up, a, bits, 0.3)
     low = [g.e4m3(x[None])[0] for x in (u, w_up)]
+    operands = low if kind == "low" else (g.low_rows(u), low[1]) if kind == "low backward" else (u, w_up)
 
     def product():
-        if kind == "backward":
+        lows = [torch.empty_like(a, dtype=torch.float8_e4m3fn)] * ("low" in kind)
+        if "backward" in kind:
             out = torch.empty_like(a)
-            g.mlp_product(u, w_up.T.contiguous(), a, bits, 0.3, out)
-            return out,
-        found = torch.empty_like(a), torch.empty_like(bits), torch.empty_like(a, dtype=torch.float8_e4m3fn)
-        g.mlp_product(*(low if kind == "low" else (u, w_up)), *found[:2], 0.3, found[2] if kind == "low" else None)
-        return found[:2 + (kind == "low")]
+            g.mlp_product(operands[0], operands[1] if lows else w_up.T.contiguous(), a, bits, 0.3, out, *lows)
+            return out, *lows
+        found = torch.empty_like(a), torch.empty_like(bits)
+        g.mlp_product(*operands, *found, 0.3, None, *lows)
+        return *found, *lows
 
     expected, end = [x.view(torch.uint8) for x in product()], time.time() + 6
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as other:

@@ -500,20 +500,25 @@ def test_lane_update(T, dtype, fused, double):
 
 
 def narrow(x: torch.Tensor) -> kernels.E4M3:
-    scale = x.abs().max().float() / 448
-    return kernels.E4M3((x.float() / scale).to(torch.float8_e4m3fn), scale)
+    [low] = kernels.e4m3(x.detach().float()[None])
+    return low
 
 
 def wide(x: kernels.E4M3) -> torch.Tensor:
-    return x.values.float() * x.scale
+    return x.values.float() * (x.scale[:, None] if x.scale.dim() else x.scale)
 
 
-def plain_mlp_product(x, w, a, bits, slope, out=None):
+def plain_mlp_product(x, w, a, bits, slope, out=None, low=None):
     """kernels.mlp_product, whose kernel no CPU can run, in its layouts: bit j of bits[i, m] says that p[m, 32 i + j] < 0."""
     place = torch.arange(32)
-    if isinstance(x, kernels.E4M3):
+    if low is not None and out is None:
         plain_mlp_product(wide(x), wide(w), a, bits, slope)
-        out.copy_((a.float() / kernels.A_SCALE).clamp(max=448))
+        low.copy_((a.float() / kernels.A_UNIT).clamp(max=448))
+    elif low is not None:
+        exact = torch.empty(a.shape)
+        plain_mlp_product(wide(x), wide(w).T, a.float(), bits, slope, exact)
+        out.copy_(exact)
+        low.copy_((exact / (kernels.DP_UNIT * x.scale[:, None] * w.scale)).clamp(-448, 448))
     elif out is None:
         p = x @ w.T
         a.copy_(kernels.leaky_relu_squared(p, slope))
@@ -545,39 +550,63 @@ def small_low_tiles(monkeypatch):
 @pytest.mark.parametrize("T", [1, 7, 33])
 def test_a_product_in_8_bits_that_adds_up_before_a_norm(T, fused, small_low_tiles):
     x, z, w = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 64), (T, 64), (64, 64)]))
-    [(values, factor)], unit, scale = kernels.e4m3(w.float()[None]), torch.tensor(kernels.ATTENDED_UNIT), torch.tensor(0.3)
+    w_low, unit, scale = narrow(w), torch.tensor(kernels.ATTENDED_UNIT), torch.tensor(0.3)
     low = (z / unit).to(torch.float8_e4m3fn)
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = kernels.add_norm(1 * x, z, scale, None, w, (low, unit, values, factor))
-    total = x.detach().float() + low.float() @ values.float().T * unit * factor
+    found = kernels.add_norm(1 * x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
+    total = x.detach().float() + low.float() @ wide(w_low).T * unit
     exact = total.requires_grad_(), scale * F.rms_norm(total, (64,), eps=1.1920929e-7)
     draws = [randn(T, 64, seed=i, dtype=torch.bfloat16) for i in (5, 6)]
     dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
     [wanted] = torch.autograd.grad(exact, total, [draw.float() for draw in draws])
-    for got, right in zip((*found, dx, dz, dw), (*exact, wanted, wanted @ w.float(), wanted.T @ z.float())):
+    for got, right in zip((*found, dx, dw), (*exact, wanted, wanted.T @ z.float())):
         assert (got.float() - right).norm() < 0.01 * right.norm()
+    low_dz = wide(kernels.low_rows(wanted)) @ wide(w_low)  # interpreted, some numbers are halved on their way to E4M3
+    assert (dz.float() - low_dz).norm() < 0.12 * low_dz.norm()
+    assert fused >= {"add_norm_backward"}
 
 
+@pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("M, N, K, add", [(1, 32, 32, False), (50, 64, 96, False), (33, 96, 64, True), (200, 32, 32, True)])
-def test_the_product_in_8_bits_after_the_activation(M, N, K, add, small_low_tiles):
-    x, w, out = narrow(randn(M, K)), narrow(randn(N, K, seed=1)), randn(M, N, seed=2, dtype=torch.bfloat16)
-    wanted = 4 * x.values.float() @ wide(w).T + add * out.float()
-    kernels.low_product(x.values, 4.0, w, out, add)
-    assert (out.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
+def test_product_in_8_bits(M, N, K, add, per_row, request):
+    x, w, out = randn(M, K) * 2.0 ** randn(M, 1), narrow(randn(N, K, seed=1)), randn(M, N, seed=2, dtype=torch.bfloat16)
+    x = kernels.low_rows(x) if per_row else narrow(x)
+    wanted = wide(x) @ wide(w).T + add * out.float()
+    for fixtures in ((), ("fused", "small_low_tiles")):  # as a plain formula, then as a kernel
+        for fixture in fixtures:
+            request.getfixturevalue(fixture)
+        found = out.clone()
+        assert kernels.low_product(x, w, found, add) is found
+        assert ((found.float() - wanted).norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("T", [1, 33])
+def test_gradients_in_8_bits_have_a_scale_for_each_row(T, request):
+    x = 1e-6 * randn(T, 64, dtype=torch.bfloat16) * 2.0 ** (8 * randn(T, 1, seed=1)).bfloat16()
+    x[T // 2] = 0
+    for fixtures, share in (((), 0.03), (("fused",), 0.25)):  # interpreted, some numbers are halved on their way to E4M3
+        ran = [request.getfixturevalue(fixture) for fixture in fixtures]
+        rows = kernels.low_rows(x)
+        assert rows.values.dtype == torch.float8_e4m3fn and rows.scale.shape == (T,)
+        torch.testing.assert_close(448 * rows.scale, x.abs().amax(1).float().clamp(min=1e-30), rtol=1e-6, atol=0)
+        assert ((wide(rows) - x.float()).norm(dim=1) <= share * x.float().norm(dim=1)).all()
+        assert ran in ([], [{"low_rows"}])
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3])
 @pytest.mark.parametrize("T", [1, 33])
-def test_squared_mlp_in_8_bits(T, slope, monkeypatch, small_low_tiles):
-    """The result is that of the operands in 8 bits; the gradients are what those in bf16 and what is kept of the former make."""
+def test_squared_mlp_in_8_bits(T, slope, monkeypatch):
+    """What operands rounded to 8 bits make, but for the matrices' gradients, whose operands are those in bf16."""
     monkeypatch.setattr(kernels, "mlp_product", plain_mlp_product)
     matrices = [randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 32), (64, 32), (32, 64)])]
-    low, x, dy = tuple(map(narrow, matrices)), *(randn(T, 32, seed=i, dtype=torch.bfloat16) for i in (3, 4))
+    lows, x, dy = tuple(map(narrow, matrices)), *(randn(T, 32, seed=i, dtype=torch.bfloat16) for i in (3, 4))
+    dy *= 1e-5 * 2.0 ** randn(T, 1, seed=5).bfloat16()
+    low = kernels.LowMLP(*lows, torch.tensor(kernels.A_UNIT), kernels.DP_UNIT * lows[1].scale * lows[2].scale)
     u, up, down = (matrix.requires_grad_() for matrix in matrices)
-    p = wide(low[0]) @ wide(low[1]).T
-    wanted = kernels.leaky_relu_squared(p, slope) @ wide(low[2]).T
+    p = wide(low.u) @ wide(low.w_up).T
+    wanted = kernels.leaky_relu_squared(p, slope) @ wide(low.w_down).T
     a = kernels.leaky_relu_squared(p, slope).bfloat16().float()
-    dp = dy.float() @ down.float() * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0)
+    dp = wide(kernels.low_rows(dy)) @ wide(low.w_down) * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0)
     for added in (False, True):
         kept = x.clone().requires_grad_()
         held = 1 * kept if added else None
@@ -585,8 +614,10 @@ def test_squared_mlp_in_8_bits(T, slope, monkeypatch, small_low_tiles):
         assert y.dtype == torch.bfloat16 and (y is held) == added
         assert (y - added * x - wanted).norm() < 0.03 * wanted.norm()  # the activation is rounded to 8 bits too
         du, dup, ddown, *dx = torch.autograd.grad(y, [u, up, down] + [kept] * added, dy)
-        for found, formula in ((du, dp @ up.float()), (dup, dp.T @ u.float()), (ddown, dy.float().T @ a)):
-            assert (found - formula).norm() <= 0.01 * formula.norm()
+        exact = dy.float() @ down.float() * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0) @ up.float()
+        for found, formula, share in ((du, dp @ wide(low.w_up), 0.04), (du, exact, 0.1), (dup, dp.T @ u.float(), 0.01),
+                                      (ddown, dy.float().T @ a, 0.01)):
+            assert (found - formula).norm() <= share * formula.norm()
         assert not added or torch.equal(*dx, dy)
 
 
@@ -762,21 +793,49 @@ def test_no_normalized_row_leaves_the_range_of_e4m3(width):
 
 def test_matrices_in_e4m3():
     matrices = torch.stack((randn(6, 8), 1e-3 * randn(6, 8, seed=1), torch.zeros(6, 8)))
-    for matrix, (values, scale) in zip(matrices, kernels.e4m3(matrices)):
+    for matrix, (values, scale, turned) in zip(matrices, kernels.e4m3(matrices)):
         assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and scale.shape == ()
+        assert turned.is_contiguous() and torch.equal(turned.T.float(), values.float())
         assert values.float().abs().max() == (448 if matrix.any() else 0)
         torch.testing.assert_close(values.float() * scale, matrix, rtol=1 / 16, atol=scale.item() / 512)
 
 
-def test_product_in_e4m3_has_exact_gradients():
+def test_gradients_of_a_product_in_e4m3():
     x, w, dy = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(5, 32), (48, 32), (5, 48)]))
     x.requires_grad_(), w.requires_grad_()
-    [(values, scale)], unit = kernels.e4m3(w.detach().float()[None]), torch.tensor(2.0 ** -4)
-    low = (x.detach() / unit).to(torch.float8_e4m3fn)
-    y = kernels.LowProduct.apply(x, w, low, unit, values, scale)
-    torch.testing.assert_close(y.float(), (low.float() @ values.float().T) * unit * scale, rtol=0.01, atol=0.01)
-    for found, exact in zip(torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)):
-        assert torch.equal(found, exact)
+    w_low, unit = narrow(w), torch.tensor(2.0 ** -4)
+    low, exact = (x.detach() / unit).to(torch.float8_e4m3fn), torch.autograd.grad(F.linear(x, w), (x, w), dy)
+    y = kernels.LowProduct.apply(x, w, kernels.LowArgs(low, unit, *w_low))
+    torch.testing.assert_close(y.float(), low.float() @ wide(w_low).T * unit, rtol=0.01, atol=0.01)
+    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    assert torch.equal(dw, exact[1]) and not torch.equal(dx, exact[0])
+    wanted = wide(kernels.low_rows(dy)) @ wide(w_low)
+    assert (dx - wanted).norm() < 0.01 * wanted.norm() and (dx - exact[0]).norm() < 0.06 * exact[0].norm()
+
+
+@pytest.mark.parametrize("T", [1, 33])
+@pytest.mark.parametrize("name", ["qk_prep", "two_value_nll"])
+def test_steps_that_bring_their_product_in_8_bits_along(name, T, request):
+    """What comes of the product apart; interpreted, some numbers are halved on their way to E4M3."""
+    x, w = randn(T, 64, dtype=torch.bfloat16), randn(128, 64, seed=1, dtype=torch.bfloat16)
+    unit, targets = torch.tensor(2.0 ** -4), torch.randint(128, (T,), generator=generator())
+    args, turns = kernels.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *narrow(w)), randn(2, T, 1, 4)
+    gain, cap = randn(4, seed=2), torch.tensor(20.0)
+    calls = {"qk_prep": lambda f, x, gain, cap, *product: f(x, (turns[0], turns[1]), gain, 4, 2, 1, *product),
+             "two_value_nll": lambda f, x, gain, cap, *product: f(x, cap, cap, targets, targets, *product)[:1]}
+    results = []
+    for fixtures, f, apart in (((), "reference_" + name, True), ((), name, False), (("fused", "small_low_tiles"), name, False)):
+        for fixture in fixtures:
+            request.getfixturevalue(fixture)
+        leaves = [a.detach().clone().requires_grad_() for a in (x, gain, cap, w)]
+        product = kernels.LowProduct.apply(leaves[0], leaves[3], args) if apart else leaves[0]
+        out = calls[name](getattr(kernels, f), product, *leaves[1:3], *(() if apart else (leaves[3], args)))
+        draws = [randn(*y.shape, seed=11 + i).to(y.dtype) for i, y in enumerate(out)]
+        results.append([*out, *(g for g in torch.autograd.grad(out, leaves, draws, allow_unused=True) if g is not None)])
+    for i, (apart, plain, kernel) in enumerate(zip(*results)):
+        assert torch.equal(apart, plain)
+        share = 0.2 if i == len(results[0]) - 3 else 0.02  # the gradient at x
+        assert (kernel.float() - apart.float()).norm() <= share * apart.float().norm()
 
 
 @pytest.mark.parametrize("T", [1, 7])
@@ -845,10 +904,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
-         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dlse dresid dpost resid post inverse x_scale w_scale"}
+         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dlse dresid dpost resid post inverse x_scale w_scale "
+         "scales low_scales"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
 NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale",
-                    SKIP="skip weight gate dskip dweight dgate", A_SCALE="x_scale w_scale")
+                    SKIP="skip weight gate dskip dweight dgate", UNIT="x_scale w_scale low")
 
 def kind(name, argument):
     special = dict(p="*fp32" if name == "adamw" else "*bf16", window="i32" if "attention" in name else "*bf16",
@@ -859,6 +919,7 @@ def compile(name, constants, descriptors={}, **options):
     kernel = getattr(g, name + "_kernel")
     none = [a for switch, arguments in NONE_WITHOUT.items() if not constants.get(switch, True) for a in arguments.split()]
     none += ["gate", "dgate"] * (constants.get("SKIP") == 1) + ["v"] * (name == "qk_prep_forward" and constants["COPIES"] == 1)
+    none += ["a"] * (name == "mlp_product" and not constants["BACKWARD"])
     constants = {a: None for a in kernel.arg_names if a in none} | constants
     kinds = {a: "constexpr" if a in constants else descriptors.get(a) or kind(name, a) for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*"}
@@ -878,17 +939,19 @@ def compile(name, constants, descriptors={}, **options):
     if name == "mlp_product":  # the compiler gives the place of a barrier that is never used to data, which it then spoils
         places = dict(re.findall(r"add\\.s32\\s+(%r\\d+), %r\\d+, (\\d+);", ptx))
         first = min(int(places[r]) for r in re.findall(r"mbarrier\\.init\\.shared::cta\\.b64 \\[(%r\\d+)\\]", ptx))
-        size, parts = (1, 3) if constants["A_SCALE"] else (2, 2)  # bytes of what comes in and of what leaves
+        size, parts = (1, 3) if constants["UNIT"] else (2, 2)  # bytes of what comes in and of what leaves
         tiles, ring = constants["BM"] * constants["K"], constants["STAGES"] * constants["BK"] * constants["BN"]
         assert first >= size * (tiles + ring) + parts * constants["BM"] * constants["BN"], (first, constants)
     print(name, len(ptx), "|".join(words))
 
 attention = dict(KV_HEADS=4, GROUP=2, D=64, BLOCK_N=64)
+compile("low_rows", dict(D=512, ROWS=4, STAGES=1), num_warps=4)
 for name, rows in (("attention_forward", 128), ("attention_dq", 64), ("attention_dkv", 64)):
     compile(name, attention | dict(BLOCK_M=rows))
 compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=4)
 for caps in (False, True):
-    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)
+    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, low=None, low_scales=None), num_warps=8)
+    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=16)
 compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
 for way in ("forward", "backward"):
     unit = dict(UNIT=0.0625) if way == "forward" else {}
@@ -908,20 +971,22 @@ for way in ("forward", "backward"):
     for name, constants in cases:
         rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
-for way in ("forward", "backward", "low"):
-    for K, N in ((512, 2048), (256, 1024))[:1 if sys.argv[2] == "few" else 2]:
-        backward, low = way == "backward", way == "low"
-        c = g.MLP_TILE | (g.LOW_RING if low else {})
-        part = [c["BM"], c["BN"] // 4]
-        blocks = dict(x=[c["BM"], c["BK"]], w=[c["BK"], c["BN"]] if backward else [c["BN"], c["BK"]], a=part, out=part)
-        types = {a: ("fp8e4nv", g.gl.float8e4nv) if low and a != "out" else ("bf16", g.gl.bfloat16) for a in blocks}
-        compile("mlp_product", c | dict(K=K, N=N, BACKWARD=backward, A_SCALE=g.A_SCALE if low else None),
-                {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
-                 f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
+for low in (False, True):
+    for backward in (False, True):
+        for K, N in ((512, 2048), (256, 1024))[:1 if sys.argv[2] == "few" else 2]:
+            c = g.MLP_TILE | (g.LOW_RING if low else {})
+            part, of_w = [c["BM"], c["BN"] // 4], [c["BK"], c["BN"]] if backward and not low else [c["BN"], c["BK"]]
+            blocks = dict(x=[c["BM"], c["BK"]], w=of_w, a=part, out=part, low=part)
+            types = {a: ("fp8e4nv", g.gl.float8e4nv) if low and a in "x w low" else ("bf16", g.gl.bfloat16) for a in blocks}
+            unit = (g.DP_UNIT if backward else g.A_UNIT) if low else None
+            compile("mlp_product", c | dict(K=K, N=N, BACKWARD=backward, UNIT=unit),
+                    {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
+                     f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
 BM, BN, BK, warps, stages = g.LOW_TILE.values()
-for add, K in ((True, 2048), (False, 2048), (True, 512)):
-    compile("low_product", dict(BM=BM, BN=BN, BK=BK, ADD=add, N=512, K=K), dict(x=f"tensordesc<fp8e4nv[{BM},{BK}]>",
-            w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"), num_warps=warps, num_stages=stages)
+for add, per_row, K in ((True, False, 2048), (False, False, 2048), (True, False, 512), (False, True, 2048), (False, True, 512)):
+    compile("low_product", dict(BM=BM, BN=BN, BK=BK, PER_ROW=per_row, ADD=add, N=512, K=K), dict(
+            x=f"tensordesc<fp8e4nv[{BM},{BK}]>", w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"),
+            num_warps=warps, num_stages=stages)
 """
 
 
@@ -941,11 +1006,11 @@ def test_kernels_compile_for_hopper_also_from_the_packed_script(packed, root, tm
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
     sizes = 1 if packed else 2
-    assert len(lines) == 6 + 3 * sizes + 2 * (7 if packed else 18)
+    assert len(lines) == 10 + 4 * sizes + 5 + 2 * (5 if packed else 16)
     products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "low_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * (2 * sizes) + [
-        f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * sizes + [
-        f"{low}|cp.async.bulk.tensor|{fits}"] * 3
+        f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * (2 * sizes) + [
+        f"{low}|cp.async.bulk.tensor|{fits}"] * 5
     every = set(re.findall(r"^def (\w+)_kernel\(", (root / "train_gpt.py").read_text(), flags=re.M)) - {"attention"}
     assert every == {line.split()[0] for line in lines}
