@@ -200,7 +200,8 @@ class Settings:
                              "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
                                     "stays taken until it ends")
-    fp8: bool = setting("Run", False, "products of training in 8-bit floats (E4M3), but for gradients of matrices; Hopper")
+    fp8: str = setting("Run", "auto", "1: training's products with weights in 8-bit floats (E4M3), but for those that make the "
+                       "weights' gradients; auto: where they run, on Hopper", choices=("auto", "0", "1"))
     rank: int = setting("Run", -1, "set by torchrun", low=-1)
     local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting("Run", 1, "set by torchrun", low=1)
@@ -755,6 +756,7 @@ class Runtime:
                 raise InputError(f"LOCAL_RANK: rank {settings.local_rank} has no GPU, the machine shows "
                                  f"{torch.cuda.device_count()}; lower --nproc_per_node")
             torch.cuda.set_device(device)
+            torch.set_num_threads(min(8, torch.get_num_threads()))  # one for each core of a large host gets in the others' way
         distributed = settings.world_size > 1
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -1574,8 +1576,10 @@ def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, lo
 
 
 @jit
-def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, low, low_scales, V: tl.constexpr,
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, low, low_scales, M, V: tl.constexpr,
                         BLOCK: tl.constexpr, CAPS: tl.constexpr):
+    # M is V / 8 but unknown to the compiler: were more than 8 numbers of 8 bits stored at once, the threads would lie otherwise
+    # than for the store in bf16, and all would be computed for both.
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
     x, dnll = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), tl.load(dnll + row)
@@ -1592,7 +1596,7 @@ def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dc
     if low is not None:
         scale = row_scale(tl.max(tl.where(at < V, tl.abs(dscore), 0.0), 0))
         tl.store(low_scales + row, scale)
-        tl.store(low + row * V + at, (dscore / scale).to(low.dtype.element_ty), mask=at < V)
+        tl.store(low + row * M * 8 + at, (dscore * (1.0 / scale)).to(low.dtype.element_ty), mask=at < V)
 
 
 class TwoValueNLL(torch.autograd.Function):
@@ -1617,7 +1621,7 @@ class TwoValueNLL(torch.autograd.Function):
         product, trained = ctx.saved_tensors[5:], any(ctx.needs_input_grad[1:3])
         dcaps, rows = lse.new_empty(len(scores), 2) if trained else lse, empty_rows(scores) if product else E4M3(None, None)
         nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, *rows[:2],
-                                          CAPS=trained, **ctx.block, num_warps=min(32, (8 if product else 4) * ctx.warps))
+                                          scores.size(1) // 8, CAPS=trained, **ctx.block, num_warps=min(32, 4 * ctx.warps))
         dcaps = dcaps.sum(0) if trained else (None, None)
         if not product:
             return scores, *dcaps, *[None] * 4
@@ -1786,13 +1790,13 @@ def apart(x: Tensor) -> tuple[Tensor, ...]:
     return x[:, None].repeat(1, 4)[:, 0].unbind()
 
 
-def require_fp8(s: Settings, runtime: Runtime) -> None:
-    """InputError where training's products cannot run in E4M3."""
-    x = torch.empty(0, s.model_dim, dtype=runtime.compute_dtype, device=runtime.device)
+def low_products_fit(s: Settings, dtype: torch.dtype) -> bool:
+    """Whether training's products can run in E4M3 here."""
+    if not torch.cuda.is_available():
+        return False
+    x = torch.empty(0, s.model_dim, dtype=dtype, device="cuda")
     fits = s.model_dim % 256 == s.kv_dim % 16 == s.vocab_size % 16 == 0
-    if not (fits and fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)):
-        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, the MLP's width a "
-                         "multiple of 256, and the keys' width and VOCAB_SIZE multiples of 16; set FP8=0")
+    return fits and fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)
 
 
 def low_unit(width: int) -> float:
@@ -1821,7 +1825,7 @@ def put_low_rows(low, scales, row, D: tl.constexpr, x, T):
     """Store the rows x (R, D) in E4M3, each with the scale by which its largest entry becomes 448; row (R, 1)."""
     scale = row_scale(tl.max(tl.abs(x), 1, keep_dims=True))
     tl.store(scales + row, scale, mask=row < T)
-    tl.store(low + row * D + tl.arange(0, D)[None, :], (x / scale).to(low.dtype.element_ty), mask=row < T)
+    tl.store(low + row * D + tl.arange(0, D)[None, :], (x * (1.0 / scale)).to(low.dtype.element_ty), mask=row < T)
 
 
 @jit
@@ -1848,7 +1852,7 @@ def empty_rows(x: Tensor) -> E4M3:
 
 
 class LowArgs(NamedTuple):
-    """What a product x W^T, x (T, d) and W (n, d), needs besides to run in E4M3, as its gradient at x then does too."""
+    """What a product x W^T, x (T, d) and W (n, d) in bf16, needs besides to run in E4M3, as its gradient at x then does too."""
 
     x: Tensor
     x_scale: Tensor  # ()
@@ -2153,9 +2157,10 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, low, 
             largest = tl.maximum(heads_largest(gx), tl.maximum(heads_largest(gy), heads_largest(gv)))
             scale = row_scale(largest)
             tl.store(low_scales + token, scale, mask=inside)
-            tl.store(low + at, (gx / scale).to(low.dtype.element_ty), mask=inside)
-            tl.store(low + kv_at, (gy / scale).to(low.dtype.element_ty), mask=inside)
-            tl.store(low + kv_at + KV_HEADS * D, (gv / scale).to(low.dtype.element_ty), mask=inside)
+            factor = 1.0 / scale
+            tl.store(low + at, (gx * factor).to(low.dtype.element_ty), mask=inside)
+            tl.store(low + kv_at, (gy * factor).to(low.dtype.element_ty), mask=inside)
+            tl.store(low + kv_at + KV_HEADS * D, (gv * factor).to(low.dtype.element_ty), mask=inside)
     tl.store(dgain + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(total, 0))
 
 
@@ -2541,7 +2546,7 @@ class LaneUpdate(torch.autograd.Function):
 
 MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
 LOW_RING = dict(BK=128, STAGES=6)  # instead, with x and w in 8 bits
-LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of the product after the activation in 8 bits
+LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of low_product
 A_UNIT = 4.0  # what 1 is for the activation in 8 bits, which ends at 1,792
 DP_UNIT = 2.0 ** 17  # likewise for the gradient before the activation, in units of the 8-bit product that it comes from
 
@@ -3024,7 +3029,7 @@ class GPT(nn.Module):
         s = self.settings = settings
         self.compute_dtype = compute_dtype
         self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
-        self.fp8 = s.fp8  # in passes with gradients
+        self.fp8 = s.fp8 == "1" or s.fp8 == "auto" and low_products_fit(s, compute_dtype)  # in passes with gradients
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
         def parameter(*shape):
@@ -3735,8 +3740,9 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     property of the model, and what calibration found.
     """
     s = settings
-    if s.fp8:
-        require_fp8(s, runtime)
+    if s.fp8 == "1" and not low_products_fit(s, runtime.compute_dtype):
+        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, the MLP's width a "
+                         "multiple of 256, and the keys' width and VOCAB_SIZE multiples of 16; set FP8=0")
     optimizer = Optimizer(model, s, runtime)
     passes = Passes(model, optimizer, s, runtime)
 
@@ -5744,7 +5750,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
     runtime.share(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,
-              micro_batches=s.accumulation, attention=model.attention_kernel if runtime.on_cuda else "reference")
+              micro_batches=s.accumulation, attention=model.attention_kernel if runtime.on_cuda else "reference",
+              fp8=model.fp8)
 
     def calibration(looping: bool, rehearsal: bool) -> Statistics | None:
         if s.optrot_enabled and not rehearsal and not s.prequant_only:

@@ -132,8 +132,8 @@ def main() -> None:
 
         lengths = (data.batch(0, 0, s.train_seq_len).segments.cu_seqlens.diff()).double()
         keys = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-        record = dict(machine=runtime.describe(), attention=model.attention_kernel, batch_tokens=s.train_batch_tokens,
-                      micro_batch_tokens=s.micro_batch_tokens, keys_per_query=round(keys, 1),
+        record = dict(machine=runtime.describe(), attention=model.attention_kernel, fp8=model.fp8, heads=s.num_heads,
+                      batch_tokens=s.train_batch_tokens, micro_batch_tokens=s.micro_batch_tokens, keys_per_query=round(keys, 1),
                       ceiling_tflops=round(ceiling() / 1e12), bandwidth_tbs=round(bandwidth() / 1e12, 2))
         if first:
             print(record)

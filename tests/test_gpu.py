@@ -76,7 +76,7 @@ def tiny():
 
 
 def with_fp8(s):
-    return dataclasses.replace(s, fp8=True, model_dim=256, num_heads=4, num_kv_heads=2)
+    return dataclasses.replace(s, fp8="1", model_dim=256, num_heads=4, num_kv_heads=2)
 
 
 def liven(model):
@@ -89,7 +89,7 @@ def liven(model):
 @pytest.mark.parametrize("looping, fp8", [(False, False), (True, False), (True, True)])
 def test_compiled_model_matches_float32_on_the_host(tiny, looping, fp8):
     tiny = with_fp8(tiny) if fp8 else tiny
-    host, device = g.GPT(dataclasses.replace(tiny, fp8=False)), compiled(tiny)
+    host, device = g.GPT(dataclasses.replace(tiny, fp8="0")), compiled(tiny)
     liven(host)
     device.load_state_dict(host.state_dict())
     tokens = torch.randint(2, 512, (1025,), generator=torch.Generator().manual_seed(1))
@@ -329,6 +329,24 @@ def test_steps_that_bring_their_product_in_8_bits_along(name, heads, T):
         assert apart is None or relative_error(within, apart.float()) < 0.02
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("K", [512, 2048, 8192])
+def test_long_sums_in_8_bits(K, per_row):
+    """The tensor cores cut off what lies 13 bits below a sum: no matter where terms have both signs, as in gradients. Sums that
+    only grow lose 0.5 % in 2,048 terms and 3.4 % in 8,192."""
+    x, w = torch.randn(1000, K, device="cuda") * torch.rand(1000, 1, device="cuda"), 0.02 * torch.randn(512, K, device="cuda")
+    x[:, :K // 2] += 0.5
+    w[:256, :K // 2] += 0.02  # the first half of the results only grows
+    [one], [w] = g.e4m3(x[None]), g.e4m3(w[None])
+    x = g.low_rows(x) if per_row else one
+    out = torch.empty(1000, 512, dtype=torch.bfloat16, device="cuda")
+    exact = x.values.double() * (x.scale[:, None] if per_row else x.scale) @ (w.values.double() * w.scale).T
+    error = g.low_product(x, w, out).double() - exact
+    growing, mixed = (float((error[:, part] * exact[:, part].sign()).mean() / exact[:, part].abs().mean())
+                      for part in (slice(256), slice(256, 512)))
+    assert abs(mixed) < 1e-3 and -0.05 < growing < 1e-3 and (K > 2048 or growing > -0.01)
+
+
 @pytest.mark.parametrize("T", [1, 130, 4096])
 def test_gradients_in_8_bits_have_a_scale_for_each_row(T):
     x = 1e-6 * torch.randn(T, 512, device="cuda").bfloat16() * 2.0 ** (6 * torch.randn(T, 1, device="cuda")).bfloat16()
@@ -342,6 +360,8 @@ def test_gradients_in_8_bits_have_a_scale_for_each_row(T):
 @pytest.mark.parametrize("slope", [0.3, 0.0])
 @pytest.mark.parametrize("T", [1, 127, 1000, 4096])
 def test_squared_mlp_in_8_bits(T, slope, d, hidden):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the MLP's own kernel runs on Hopper only")
     u, up, down, dy = (torch.randn(*shape, device="cuda").bfloat16() * size
                        for shape, size in (((T, d), 1), ((hidden, d), 0.04), ((d, hidden), 0.02), ((T, d), 1e-5)))
     dy *= 2.0 ** (3 * torch.randn(T, 1, device="cuda")).bfloat16()
@@ -353,7 +373,7 @@ def test_squared_mlp_in_8_bits(T, slope, d, hidden):
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         y = function(*leaves, slope, None, low)
         results.append((y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))))
-    assert torch.isfinite(results[0][1]).all()
+    assert torch.isfinite(results[0][1]).all() and relative_error(results[0][1], results[1][1]) > 2e-3
     for got, wanted, share in zip(*results, (0.04, 0.06, 0.06, 0.06)):
         assert relative_error(got, wanted) < share
     assert ((results[0][1].float() - results[1][1]).norm(dim=1) < 0.2 * results[1][1].norm(dim=1)).all()

@@ -814,11 +814,11 @@ def test_gradients_of_a_product_in_e4m3():
 
 
 @pytest.mark.parametrize("T", [1, 33])
-@pytest.mark.parametrize("name", ["qk_prep", "two_value_nll"])
-def test_steps_that_bring_their_product_in_8_bits_along(name, T, request):
+@pytest.mark.parametrize("name, rows", [("qk_prep", 128), ("two_value_nll", 128), ("two_value_nll", 96)])
+def test_steps_that_bring_their_product_in_8_bits_along(name, rows, T, request):
     """What comes of the product apart; interpreted, some numbers are halved on their way to E4M3."""
-    x, w = randn(T, 64, dtype=torch.bfloat16), randn(128, 64, seed=1, dtype=torch.bfloat16)
-    unit, targets = torch.tensor(2.0 ** -4), torch.randint(128, (T,), generator=generator())
+    x, w = randn(T, 64, dtype=torch.bfloat16), randn(rows, 64, seed=1, dtype=torch.bfloat16)
+    unit, targets = torch.tensor(2.0 ** -4), torch.randint(rows, (T,), generator=generator())
     args, turns = kernels.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *narrow(w)), randn(2, T, 1, 4)
     gain, cap = randn(4, seed=2), torch.tensor(20.0)
     calls = {"qk_prep": lambda f, x, gain, cap, *product: f(x, (turns[0], turns[1]), gain, 4, 2, 1, *product),
@@ -868,7 +868,9 @@ def test_gated_outputs_in_e4m3(exclusive, fused):
     assert fused == (ways("xsa_gate") - {"xsa_gate_backward"} if exclusive else set())
 
 
-@pytest.mark.parametrize("gate", [{}, dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1)], ids=["sparse", "dense"])
+@pytest.mark.parametrize("gate", [
+    {}, dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1),
+    dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1, ATTN_OUT_GATE_SRC="q")], ids=["sparse", "dense", "queries"])
 def test_which_passes_have_products_in_e4m3(gate, monkeypatch):
     products = []
     monkeypatch.setattr(kernels.LowProduct, "forward", lambda ctx, x, w, *_, keep=kernels.LowProduct.forward: (
@@ -881,7 +883,10 @@ def test_which_passes_have_products_in_e4m3(gate, monkeypatch):
     count = 2 * len(sum(model.orders[True], [])) + 1  # into and out of attention at each visit, and the head
     assert len(products) == count
     assert not torch.equal(low["losses"], exact["losses"])
-    assert_same(low, exact, 0.3)
+    assert_same(low, exact, 0.6 if "ATTN_OUT_GATE_SRC" in gate else 0.3)  # gates by queries make much of small differences
+    for low in (layer.low for layer in model.layers()):
+        torch.testing.assert_close(low.dp_unit, kernels.DP_UNIT * low.w_up.scale * low.w_down.scale)
+        assert low.a_unit == kernels.A_UNIT and low.attended_unit == kernels.ATTENDED_UNIT
     with torch.no_grad():
         model.token_losses(*packed_documents((5, 3)), True)
     losses_and_gradients(model.plain(), True)
@@ -951,7 +956,7 @@ for name, rows in (("attention_forward", 128), ("attention_dq", 64), ("attention
 compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=4)
 for caps in (False, True):
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, low=None, low_scales=None), num_warps=8)
-    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=16)
+    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)
 compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
 for way in ("forward", "backward"):
     unit = dict(UNIT=0.0625) if way == "forward" else {}

@@ -687,6 +687,26 @@ def test_training_in_8_bit_floats_is_refused_without_a_hopper_gpu(corpus, run_ma
     assert code == 2 and len(err.splitlines()) == 1 and "FP8: " in err and "set FP8=0" in err
 
 
+@pytest.mark.parametrize("fp8, capability, changes, runs", [
+    ("auto", 9, {}, True), ("auto", 8, {}, False), ("auto", 10, {}, False), ("0", 9, {}, False), ("1", 9, {}, True),
+    ("auto", 9, dict(model_dim=384), False), ("auto", 9, dict(mlp_mult=3.75), False), ("auto", 9, dict(vocab_size=8200), False)])
+def test_where_training_runs_in_8_bit_floats(fp8, capability, changes, runs, monkeypatch):
+    def empty(*shape, keep=torch.empty, **options):
+        if options.get("device") != "cuda":
+            return keep(*shape, **options)
+        return SimpleNamespace(is_cuda=True, shape=shape, **options)
+
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(g, "attention_kernel", lambda wanted: "torch")
+    monkeypatch.setattr(g.GPT, "init_weights", lambda model: None)
+    s = g.Settings(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2, fp8=fp8, **changes)
+    assert g.GPT(s, torch.bfloat16).fp8 == runs
+    assert g.GPT(s, torch.float32).fp8 == (fp8 == "1")
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"tokenizer": {"vocab_size": 256}}'])
 def test_broken_manifest_is_named(corpus, tmp_path, run_main, text):
     write_corpus(tmp_path / "data", 60, 4)
