@@ -26,6 +26,7 @@ import functools
 import glob
 import hashlib
 import importlib
+import importlib.metadata
 import itertools
 import json
 import lzma
@@ -47,7 +48,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -4530,19 +4531,38 @@ runpy.run_path(os.path.join(folder, "train_gpt.py"), {"PACKED_SCRIPT": here}, "_
 def packed_code() -> bytes:
     """The script that a submission ships: every evaluation file, minified and compressed, behind a loader.
 
-    Its length is what the code counts for. A packed script returns itself.
+    Its length is what the code counts for. A packed script returns itself. Minifying takes seconds: what came of the same files
+    is kept in ~/.cache/parameter_golf.
     """
     if PACKED_SCRIPT:
         with open(PACKED_SCRIPT, "rb") as file:
             return file.read()
     try:
-        import python_minifier
+        import python_minifier  # noqa: F401
     except ImportError:
         raise InputError("python-minifier: the size of the code is counted minified; pip install python-minifier") from None
     texts = {}
     for name in EVALUATION_FILES:
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
             texts[name] = file.read()
+    made_by = platform.python_version(), importlib.metadata.version("python-minifier"), brotli.version, LOADER
+    stamp = hashlib.sha256(json.dumps([texts, made_by]).encode()).hexdigest()
+    kept = os.path.join(os.path.expanduser("~"), ".cache", "parameter_golf", f"{stamp}.py")
+    if os.path.exists(kept):
+        with open(kept, "rb") as file:
+            return file.read()
+    packed = minified(texts)
+    with suppress(OSError):  # without a home to write to it takes the same seconds next time
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        write_atomically(kept, packed)
+    return packed
+
+
+def minified(texts: dict[str, str]) -> bytes:
+    """The files of that name and text as one packed script."""
+    import python_minifier
+    texts = dict(texts)
+    for name in texts:
         if name.endswith(".py"):
             kernels = re.findall(r"^@(?:gluon_)?jit\ndef \w+\((.*?)\):$", texts[name], flags=re.S | re.M)  # Triton needs their
             arguments = [word for line in kernels for word in re.findall(r"(\w+)\s*[,:]|(\w+)$", line) for word in word if word]

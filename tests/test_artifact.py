@@ -574,7 +574,7 @@ def test_nothing_in_an_artifact_is_code():
 # --- Fuzz
 
 BOMB_BYTES = 1 << 28
-FUZZ_COUNTS = dict(raw=7000, table=10000, text=3000, streams=6000, arrays=4000, bombs=60)
+FUZZ_COUNTS = dict(raw=5000, table=7000, text=2000, streams=4000, arrays=2500, bombs=60)
 VALUES = (
     0, 1, -1, 2, 3, 63, 64, 127, 128, 255, 65535, 1 << 24, (1 << 24) + 1, 1 << 31, 1 << 63, -(1 << 63), 10 ** 40, 0.0, 0.5,
     1.0, -1.5, 1e308, math.inf, -math.inf, math.nan, True, False, None, "", "0", "x", "int8", "float16", "float32", "int64",
@@ -1026,7 +1026,8 @@ def packed(tmp_path_factory):
 
 
 def test_packing_is_deterministic_and_complete(packed):
-    assert packed.script.read_bytes() == g.packed_code() == g.packed_code.__wrapped__()
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in g.EVALUATION_FILES}
+    assert packed.script.read_bytes() == g.packed_code() == g.minified(texts)
     assert tuple(packed.files) == g.EVALUATION_FILES
     for name in ("train_gpt.py", "online_ngram_tilt.py"):
         ours, theirs = (ast.parse(text) for text in ((ROOT / name).read_text(), packed.files[name]))
@@ -1037,6 +1038,20 @@ def test_packing_is_deterministic_and_complete(packed):
         assert names(ours) == names(theirs)
         assert len(packed.files[name]) < len((ROOT / name).read_text())
     assert packed.script.stat().st_size < 82_000
+
+
+def test_packed_code_is_kept_for_the_same_files_alone(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(g, "minified", lambda texts: (made.append(texts), b"packed %d" % len(made))[1])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert g.packed_code.__wrapped__() == g.packed_code.__wrapped__() == b"packed 1" and len(made) == 1
+    [kept] = (tmp_path / ".cache" / "parameter_golf").iterdir()
+    assert kept.read_bytes() == b"packed 1"
+    monkeypatch.setattr(g, "LOADER", "another")
+    assert g.packed_code.__wrapped__() == b"packed 2"
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))  # no folder can be made there
+    assert [g.packed_code.__wrapped__() for _ in range(2)] == [b"packed 3", b"packed 4"]
 
 
 def test_pack_code_says_how_many_bytes(tmp_path, capsys):
