@@ -961,12 +961,12 @@ compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
 for way in ("forward", "backward"):
     unit = dict(UNIT=0.0625) if way == "forward" else {}
     cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12) | unit)
-             for skip, lanes in ((0, False), (1, False), (2, False), (0, True), (2, True))]
+             for skip, lanes in ((0, False), (1, False), (2, True))]
     cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
     cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16) | unit)
               for gate, alpha in ((True, False), (False, True))]
     cases += [(f"add_norm_{way}", dict(D=512, MEAN=mean, SCALED=not mean) | (unit | dict(ADD=add) if unit else {}))
-              for add, mean in ((True, False), (False, False), (False, True))]
+              for add, mean in ((True, False), (False, True))]
     cases += [(f"lane_update_{way}", dict(D=512))]
     if sys.argv[2] == "few":  # one of each
         cases = [case for i, case in enumerate(cases) if case[0] not in [name for name, _ in cases[:i]]]
@@ -978,7 +978,7 @@ for way in ("forward", "backward"):
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
 for low in (False, True):
     for backward in (False, True):
-        for K, N in ((512, 2048), (256, 1024))[:1 if sys.argv[2] == "few" else 2]:
+        for K, N in ((512, 2048), (256, 1024))[:1 if sys.argv[2] == "few" or not low else 2]:
             c = g.MLP_TILE | (g.LOW_RING if low else {})
             part, of_w = [c["BM"], c["BN"] // 4], [c["BK"], c["BN"]] if backward and not low else [c["BN"], c["BK"]]
             blocks = dict(x=[c["BM"], c["BK"]], w=of_w, a=part, out=part, low=part)
@@ -988,7 +988,7 @@ for low in (False, True):
                     {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
                      f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
 BM, BN, BK, warps, stages = g.LOW_TILE.values()
-for add, per_row, K in ((True, False, 2048), (False, False, 2048), (True, False, 512), (False, True, 2048), (False, True, 512)):
+for add, per_row, K in ((True, False, 2048), (False, True, 2048), (False, True, 512)):
     compile("low_product", dict(BM=BM, BN=BN, BK=BK, PER_ROW=per_row, ADD=add, N=512, K=K), dict(
             x=f"tensordesc<fp8e4nv[{BM},{BK}]>", w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"),
             num_warps=warps, num_stages=stages)
@@ -1011,11 +1011,11 @@ def test_kernels_compile_for_hopper_also_from_the_packed_script(packed, root, tm
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
     sizes = 1 if packed else 2
-    assert len(lines) == 10 + 4 * sizes + 5 + 2 * (5 if packed else 16)
+    assert len(lines) == 12 + 2 * sizes + 3 + 2 * (5 if packed else 13)
     products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "low_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
-    assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * (2 * sizes) + [
+    assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [
         f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * (2 * sizes) + [
-        f"{low}|cp.async.bulk.tensor|{fits}"] * 5
+        f"{low}|cp.async.bulk.tensor|{fits}"] * 3
     every = set(re.findall(r"^def (\w+)_kernel\(", (root / "train_gpt.py").read_text(), flags=re.M)) - {"attention"}
     assert every == {line.split()[0] for line in lines}
