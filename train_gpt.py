@@ -3856,7 +3856,8 @@ def training_shapes(s: Settings) -> list[tuple[int, bool]]:
 
 
 def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo")  # seconds to import; where nothing asked for it, it has compiled nothing
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], show: Callable, s: Settings) -> None:

@@ -1,7 +1,10 @@
 """Tiny learnable data sets and a tiny model for the tests of train_gpt.py."""
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ VOCAB = 256
 
 TINY = dict(
     VOCAB_SIZE="256", NUM_LAYERS="5", MODEL_DIM="64", NUM_HEADS="4", NUM_KV_HEADS="2", MLP_MULT="2", XSA_LAST_N="5",
-    NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", ROPE_DIMS="8", TRAIN_BATCH_TOKENS="4096",
+    NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", ROPE_DIMS="8", TRAIN_BATCH_TOKENS="2048",
     GRAD_ACCUM_STEPS="2", TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256", VAL_BATCH_TOKENS="16384", ITERATIONS="20",
     MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="1", LR_WARMUP_STEPS="2", TRAIN_LOG_EVERY="1", EMA_DECAY="0.8",
     TIED_EMBED_INIT_STD="0.05", GRAD_CLIP_NORM="1.0", GPTQ_CALIBRATION_BATCHES="4", TTT_ENABLED="0")
@@ -83,7 +86,7 @@ def start(env: dict[str, str], *arguments: str, ranks: int = 1, script=ROOT / "t
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def launch(env: dict[str, str], *arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+def launch(env: dict[str, str], *arguments: str, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """`start` and wait for the end."""
     with start(env, *arguments, **options) as process:
         try:
@@ -91,6 +94,20 @@ def launch(env: dict[str, str], *arguments: str, timeout: float = 120, **options
         finally:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def main_here(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """The program in this process, which has imported already what takes a new one four seconds."""
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    handlers = [signal.getsignal(number) for number in numbers]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = g.main(list(arguments), env)
+        finally:
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
+    print(out.getvalue(), err.getvalue(), sep="\n")  # for whoever reads why a test failed
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def record(folder: Path, run_id: str = "tiny") -> dict:

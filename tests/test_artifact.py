@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import train_gpt as g
-from tests.synthetic import ROOT, changed, environment, events, launch, record, runtime, tiny, write_corpus
+from tests.synthetic import ROOT, changed, environment, events, launch, main_here, record, runtime, tiny, write_corpus
 
 torch.set_num_threads(1)
 
@@ -88,16 +88,6 @@ def small(tmp_path_factory, data):
     table, arrays = g.read_container(s.artifact_path, model, s)
     return SimpleNamespace(folder=folder, s=s, model=model, table=table, arrays=arrays, path=s.artifact_path,
                            bytes=Path(s.artifact_path).read_bytes())
-
-
-def main_here(place, *arguments, **changes) -> int:
-    """A run in this process; returns its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    try:
-        return g.main(list(arguments), environment(place, **changes))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def random_model(s: g.Settings, seed: int = 0) -> g.GPT:
@@ -293,10 +283,11 @@ def test_similarity_order_is_the_greedy_walk_with_ties_to_the_lowest_row(rows, c
     assert g.similarity_order(torch.from_numpy(codes)).tolist() == [naive_walk(layer) for layer in codes.tolist()]
 
 
-def test_without_lrzip_pergroup_ends_before_training(place, monkeypatch, capsys):
+def test_without_lrzip_pergroup_ends_before_training(place, monkeypatch):
     monkeypatch.setenv("PATH", str(place))
-    assert main_here(place, COMPRESSOR="pergroup", **RUN) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    result = main_here(environment(place, COMPRESSOR="pergroup", **RUN))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2
     assert line.startswith("train_gpt.py: COMPRESSOR: ") and "lrzip" in line
     failed = record(place)
     assert failed["status"] == "failed" and not events(failed, "step") and not list((place / "out").glob("*.ptz*"))
@@ -306,7 +297,7 @@ def test_without_lrzip_pergroup_ends_before_training(place, monkeypatch, capsys)
 
 def test_an_interruption_does_not_wait_for_lrzip(tmp_path, monkeypatch):
     started = tmp_path / "started"
-    for name, text in (("prlimit", f"echo $$ >> {started}; exec sleep 60"), ("lrzip", "")):
+    for name, text in (("prlimit", f"echo $$ >> {started}; exec sleep 600"), ("lrzip", "")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -319,7 +310,7 @@ def test_an_interruption_does_not_wait_for_lrzip(tmp_path, monkeypatch):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert time.perf_counter() - began < 20 and not g.PROGRAMS
+    assert time.perf_counter() - began < 120 and not g.PROGRAMS
     for process in started.read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
@@ -574,7 +565,7 @@ def test_nothing_in_an_artifact_is_code():
 # --- Fuzz
 
 BOMB_BYTES = 1 << 28
-FUZZ_COUNTS = dict(raw=5000, table=7000, text=2000, streams=4000, arrays=2500, bombs=60)
+FUZZ_COUNTS = dict(raw=9000, table=5000, text=2000, streams=2500, arrays=2000, bombs=60)
 VALUES = (
     0, 1, -1, 2, 3, 63, 64, 127, 128, 255, 65535, 1 << 24, (1 << 24) + 1, 1 << 31, 1 << 63, -(1 << 63), 10 ** 40, 0.0, 0.5,
     1.0, -1.5, 1e308, math.inf, -math.inf, math.nan, True, False, None, "", "0", "x", "int8", "float16", "float32", "int64",
@@ -1001,7 +992,9 @@ def test_a_run_whose_disk_is_full_fails_and_leaves_the_old_artifact(copy, capfd)
 
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) - 1000, len(old) - 1000))
-        return main_here(copy, QUANTIZE_ONLY=1, **RUN)
+        result = main_here(environment(copy, QUANTIZE_ONLY=1, **RUN))
+        print(result.stderr, file=sys.stderr, end="", flush=True)
+        return result.returncode
 
     assert in_child(work) == 2
     [line] = capfd.readouterr().err.splitlines()
@@ -1165,10 +1158,11 @@ def test_a_packed_script_packs_to_itself(packed, tmp_path):
 # --- Whole runs
 
 
-def test_over_the_cap_is_a_failed_record(place, monkeypatch, capsys):
+def test_over_the_cap_is_a_failed_record(place, monkeypatch):
     monkeypatch.setattr(g, "SIZE_CAP", 50_000)
-    assert main_here(place, **RUN | dict(ITERATIONS=1)) == 1
-    failed, [line] = record(place), capsys.readouterr().err.splitlines()
+    result = main_here(environment(place, **RUN | dict(ITERATIONS=1)))
+    failed, [line] = record(place), result.stderr.splitlines()
+    assert result.returncode == 1
     assert failed["status"] == "failed" and "OverCapError" in failed["events"][-1]["error"]
     results = failed["results"]
     total = results["size"]["total_bytes"]
@@ -1183,13 +1177,13 @@ def test_exactly_the_cap_is_too_much(copy, finished, monkeypatch):
     total = finished.record["results"]["size"]["total_bytes"]
     for number, (cap, code) in enumerate(((total, 1), (total + 1, 0))):
         monkeypatch.setattr(g, "SIZE_CAP", cap)
-        assert main_here(copy, TTT_EVAL_ONLY=1, RUN_ID=f"run{number}", **RUN) == code
+        assert main_here(environment(copy, TTT_EVAL_ONLY=1, RUN_ID=f"run{number}", **RUN)).returncode == code
 
 
 def test_quantizing_the_checkpoint_again_gives_the_same_bytes(copy, finished):
     old = (copy / "out" / "final_model.int6.ptz").read_bytes()
     (copy / "out" / "final_model.int6.ptz").unlink()
-    assert main_here(copy, QUANTIZE_ONLY=1, **RUN) == 0
+    assert main_here(environment(copy, QUANTIZE_ONLY=1, **RUN)).returncode == 0
     assert (copy / "out" / "final_model.int6.ptz").read_bytes() == old
     ours, theirs = record(copy)["results"], finished.record["results"]
     for stage in ("averaged", "quantized"):
@@ -1198,7 +1192,7 @@ def test_quantizing_the_checkpoint_again_gives_the_same_bytes(copy, finished):
 
 
 def test_evaluation_repeats_the_score_to_the_last_digit(copy, finished):
-    assert main_here(copy, TTT_EVAL_ONLY=1, **RUN) == 0
+    assert main_here(environment(copy, TTT_EVAL_ONLY=1, **RUN)).returncode == 0
     for figure in ("val_bpb", "val_loss", "targets", "bytes"):
         assert record(copy)["results"]["quantized"][figure] == finished.record["results"]["quantized"][figure]
 

@@ -8,7 +8,6 @@ import itertools
 import math
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt as g
-from tests.synthetic import BOS, ROOT, TINY, bytes_of, documents, events, record, runtime, write_data
+from tests.synthetic import BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, write_data
 
 torch.set_num_threads(1)
 PUBLISHED = ("pr1787", "pr2118", "pr2123", "pr2135", "pr2140")
@@ -211,7 +210,7 @@ class Laboratory:
 
     def __init__(self, folder):
         self.folder, self.results = folder, {}
-        write_data(folder / "data", np.concatenate(documents(300, 1, 900)), repeated(16, 2, 75))
+        write_data(folder / "data", np.concatenate(documents(300, 1, 900)), repeated(10, 2, 75))
         self.text = repeated(11, 3, 40)  # what `evaluation` scores
 
     def places(self, run_id: str, folder: str) -> dict[str, str]:
@@ -229,7 +228,6 @@ class Laboratory:
         environ = {f.name.upper(): g.setting_text(getattr(s, f.name)) for f in dataclasses.fields(s)
                    if getattr(s, f.name) != f.default}
         windows, calibrate, read, opened = [], g.calibrate, g.read_container, []
-        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
 
         def calibrating(model, some, *others):
             windows.append(len(some))
@@ -243,9 +241,7 @@ class Laboratory:
             patch.setattr(g, "packed_code", lambda: b"")  # takes longer than the rest
             patch.setattr(g, "calibrate", calibrating)
             patch.setattr(g, "read_container", reading)
-            code = g.main([], {name: "" if text == "(empty)" else text for name, text in environ.items()})
-        for number, handler in zip((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), handlers):
-            signal.signal(number, handler)
+            code = main_here({name: "" if text == "(empty)" else text for name, text in environ.items()}).returncode
         model = g.GPT(s)
         (table, arrays), (_, trained) = opened[-1], read(s.checkpoint_path, model, s)
         looping = g.install(model, table, arrays, s)

@@ -41,7 +41,7 @@ MATRICES = {"tok_emb": 9_000, "blocks.0.attn.c_q": 5_000, "blocks.1.attn.c_q": 5
 
 def make(folder: Path, run_id: str = "tiny", end: str = "finished", until: str = "", shift: float = 0.0, **settings) -> Path:
     """A record written by train_gpt's own RunLog. end: the last event; until: the last result; shift: added to every bpb."""
-    s = synthetic.tiny(folder, RUN_ID=run_id, ITERATIONS=40, **settings)
+    s = synthetic.tiny(folder, RUN_ID=run_id, ITERATIONS=40, TRAIN_BATCH_TOKENS=4096, **settings)
     with contextlib.redirect_stdout(io.StringIO()):
         log = g.RunLog(s, synthetic.runtime())
         log.event("code", sha256="0" * 64, packed_bytes=6_000)
@@ -429,7 +429,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
     assert "tiny: 2 recorded losses are not finite" in report.loss_section([run])[1]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_damaged_records_give_a_page(tmp_path, seed):
     """Values anywhere in a record are replaced or removed: a page comes out, or one line of bad input."""
     draw = random.Random(seed)

@@ -1,6 +1,7 @@
 """Seeds one after another, their statistics, and the folder that a record is copied from."""
 import fcntl
 import importlib.util
+import io
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -23,16 +26,20 @@ SEEDS = (42, 0, 7)
 
 
 def variables(place, **changes) -> dict[str, str]:
-    tiny = environment(place, ITERATIONS=4, OMP_NUM_THREADS=1, **changes)
+    tiny = environment(place, ITERATIONS=4, TRELLIS_ENABLED=0, OMP_NUM_THREADS=1, **changes)
     del tiny["ARTIFACT_DIR"], tiny["RUN_ID"]
     return tiny | {name: os.environ[name] for name in INHERITED if name in os.environ}
 
 
 def call(place, *arguments, **changes) -> SimpleNamespace:
-    """The program in a process of its own; FOLDER is place/runs."""
-    result = subprocess.run([sys.executable, str(ROOT / "bench" / "submission.py"), *map(str, arguments)], text=True,
-                            env=variables(place, **changes), capture_output=True, timeout=300)
-    return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
+    """The program in this process, what it runs in processes of their own; FOLDER is place/runs."""
+    with (mock.patch.dict(os.environ, variables(place, **changes), clear=True), redirect_stdout(io.StringIO()) as out,
+          redirect_stderr(io.StringIO()) as err):
+        try:
+            code = sub.main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +92,20 @@ def test_results_table_has_a_row_for_every_seed_mean_and_deviation(three):
     assert {len(row) for row in rows} == {9} and (three.runs / "results.md").read_text() in three.out
 
 
-def test_a_finished_seed_is_not_run_again(copied):
+@pytest.fixture
+def without_conclusion(monkeypatch):
+    """Folder, report and audit after the seeds are those of `three`."""
+    monkeypatch.setattr(sub, "conclude", lambda *_: 0)
+
+
+def test_a_finished_seed_is_not_run_again(copied, without_conclusion):
     before = {path: path.read_bytes() for path in copied.glob("runs/seed*/train*")}
     result = call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN)
     assert result.code == 0 and result.out.count("finished before") == 3
     assert before == {path: path.read_bytes() for path in copied.glob("runs/seed*/train*")}
 
 
-def test_an_unfinished_seed_is_run_again_and_its_first_attempt_kept(copied):
+def test_an_unfinished_seed_is_run_again_and_its_first_attempt_kept(copied, without_conclusion):
     path = copied / "runs" / "seed0" / "train_seed0.json"
     path.write_text(json.dumps(record(copied / "runs", 0) | dict(status="running")))
     result = call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN)
@@ -229,7 +242,7 @@ def test_the_folder_runs_on_its_own(copied):
     assert (copied / "runs" / "results.md").read_text() in (out / "README.md").read_text()
     shutil.copy(copied / "runs" / "seed42" / "final_model.int6.ptz", copied)
     elsewhere = shutil.move(out, copied / "moved")
-    scored = subprocess.run([sys.executable, "train_gpt.py"], cwd=elsewhere, text=True, capture_output=True, timeout=120,
+    scored = subprocess.run([sys.executable, "train_gpt.py"], cwd=elsewhere, text=True, capture_output=True, timeout=300,
                             env=variables(copied, TTT_EVAL_ONLY=1) | dict(ARTIFACT_DIR=str(copied), RUN_ID="again"))
     assert scored.returncode == 0, scored.stderr
     again = json.loads((copied / "again.json").read_text())
@@ -241,7 +254,7 @@ def test_the_folder_runs_on_its_own(copied):
     env, here = variables(copied), [sys.executable, "bench/submission.py"]
     shutil.copytree(copied / "runs", copied / "theirs")
     again = subprocess.run([*here, "seeds", str(copied / "theirs"), *map(str, SEEDS), "--", sys.executable, "train_gpt.py"],
-                           env=env, cwd=elsewhere, text=True, capture_output=True, timeout=200)
+                           env=env, cwd=elsewhere, text=True, capture_output=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("finished before") == 3, again.stderr
     compared = subprocess.run([sys.executable, "train_gpt.py", "--diff", "record", "pr2140"], cwd=elsewhere, env=env, text=True,
                               capture_output=True)

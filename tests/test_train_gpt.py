@@ -577,7 +577,7 @@ def test_reading_runs_across_shards_and_around_the_end(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_size):
     stream = np.concatenate(documents(60, 1)).astype(np.int64)
-    length = 4096 // 8
+    length = 2048 // 8
     for step in (0, 1, 3):
         inputs, targets = [], []
         for micro in range(8 // world_size):
@@ -588,7 +588,7 @@ def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_si
                 starts = {t for t in range(length) if batch.inputs[t] == BOS}
                 assert starts <= set(batch.segments.cu_seqlens.tolist())
                 assert np.diff(batch.segments.cu_seqlens).max() <= 256
-        at = np.arange(step * 4096, (step + 1) * 4096)
+        at = np.arange(step * 2048, (step + 1) * 2048)
         assert np.array_equal(np.concatenate(inputs), stream[at % len(stream)])
         assert np.array_equal(np.concatenate(targets), stream[(at + 1) % len(stream)])
 
@@ -611,7 +611,7 @@ def test_errors_of_the_reading_thread_arrive_where_the_batch_is_asked_for(tmp_pa
     stream = np.concatenate(documents(60, 1))
     write_data(tmp_path / "data", stream, documents(1, 2)[0])
     data = training_data(tmp_path)
-    stream[4500] = 256
+    stream[2500] = 256
     write_data(tmp_path / "data", stream, documents(1, 2)[0])
     batches = data.stream(256)
     next(batches), next(batches)

@@ -1,6 +1,7 @@
 """Whole runs of train_gpt.py on tiny data: as a program, on several ranks, stopped and broken."""
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 import train_gpt as g
-from tests.synthetic import INHERITED, ROOT, environment, events, launch, record, runtime, start, tiny, write_corpus
+from tests.synthetic import INHERITED, ROOT, environment, events, launch, main_here, record, runtime, start, tiny, write_corpus
 
 torch.set_num_threads(1)
 
@@ -71,7 +73,7 @@ def test_a_run_learns(finished):
         assert results[stage]["val_bpb"] < unigram - 0.15, stage
     losses = [event["train_loss"] for event in events(finished.record, "step")]
     assert len(losses) == 30 and losses[-1] < losses[0] - 0.5
-    assert results["training"]["steps"] == 30 and results["training"]["tokens"] == 30 * 4096
+    assert results["training"]["steps"] == 30 and results["training"]["tokens"] == 30 * 2048
 
 
 def test_log_and_record_agree(finished):
@@ -108,7 +110,7 @@ def test_nothing_but_log_record_and_artifact_is_left(finished):
 
 
 def test_evaluation_of_the_saved_artifact_repeats_the_score(finished):
-    result = launch(environment(finished.folder, ITERATIONS=30, TTT_EVAL_ONLY=1, RUN_ID="evaluation"))
+    result = main_here(environment(finished.folder, ITERATIONS=30, TTT_EVAL_ONLY=1, RUN_ID="evaluation"))
     assert result.returncode == 0, result.stderr
     again, first = (r["results"]["quantized"] for r in (record(finished.folder, "evaluation"), finished.record))
     assert (again["val_bpb"], again["val_loss"], again["targets"]) == (first["val_bpb"], first["val_loss"], first["targets"])
@@ -129,13 +131,21 @@ def test_what_is_no_training_changes_nothing(place, changes):
     assert bool(events(other, "val")) == ("VAL_LOSS_EVERY" in changes)
 
 
-def test_steps_leave_time_for_calibration(place):
-    result = run_here(place, MAX_WALLCLOCK_SECONDS=8, ITERATIONS=100000, GPTQ_CALIBRATION_BATCHES=16, GPTQ_RESERVE_SECONDS=0)
+@pytest.fixture
+def ticking(monkeypatch):
+    """Every look at the clock is 0.4 s after the last one, whatever the machine takes in between."""
+    ticks = itertools.count()
+    began = time.perf_counter()
+    monkeypatch.setattr(g, "time", SimpleNamespace(perf_counter=lambda: began + 0.4 * next(ticks)))
+
+
+def test_steps_leave_time_for_calibration(place, ticking):
+    result = run_here(place, MAX_WALLCLOCK_SECONDS=3, ITERATIONS=100000, GPTQ_CALIBRATION_BATCHES=16, GPTQ_RESERVE_SECONDS=0)
     [warmup], times = events(result, "warmup"), result["results"]["training"]
-    assert warmup["reserve_seconds"] > 0 and times["calibration_seconds"] > 0
-    assert times["seconds"] < 8 - warmup["reserve_seconds"] + 1  # the clock of a loaded machine may jump by a step
-    assert times["clock_seconds"] == pytest.approx(times["seconds"] + times["calibration_seconds"], abs=0.01)
-    assert times["within_cap"] == (times["clock_seconds"] <= 8) and times["cap_seconds"] == 8
+    assert warmup["reserve_seconds"] > 0.2 and times["calibration_seconds"] > 0
+    assert 1 < times["seconds"] <= 3 - warmup["reserve_seconds"] and times["steps"] > 3
+    assert times["clock_seconds"] == pytest.approx(times["seconds"] + times["calibration_seconds"], abs=0.002)
+    assert times["clock_seconds"] <= 3 == times["cap_seconds"] and times["within_cap"]
 
 
 def test_prequant_only_stops_before_the_artifact(place):
@@ -150,12 +160,12 @@ def test_without_averaging_the_raw_weights_are_kept(place):
     assert result["results"]["quantized"]["val_bpb"] == pytest.approx(result["results"]["raw"]["val_bpb"], abs=0.05)
 
 
-def test_a_time_cap_is_kept(place):
+def test_a_time_cap_is_kept(place, ticking):
     result = run_here(place, MAX_WALLCLOCK_SECONDS=4, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100000, PREQUANT_ONLY=1,
-                      TRAIN_LOG_EVERY=10)
+                      TRAIN_LOG_EVERY=5)
     training = result["results"]["training"]
-    assert 1 < training["seconds"] < 4 and training["steps"] > 3
-    assert training["looping_from"] is not None
+    assert 2.5 < training["seconds"] <= 3 and training["steps"] > 3
+    assert 1 < training["looping_from"] < training["steps"]
 
 
 # --- Broken runs
@@ -165,7 +175,7 @@ def test_broken_data_fails_with_one_line_and_a_record(tmp_path):
     write_corpus(tmp_path / "data", 40, 4)
     shard = tmp_path / "data" / "fineweb_train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-100])
-    result = launch(environment(tmp_path))
+    result = main_here(environment(tmp_path))
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
     assert str(shard) in line and "truncated" in line
@@ -191,7 +201,7 @@ def test_a_stopped_run_says_so_in_its_record(place, number, code):
                 process.send_signal(number)
                 break
         process.stdout.read()
-        assert process.wait(60) == code
+        assert process.wait(300) == code
         assert "Traceback" not in process.stderr.read()
     stopped = record(place)
     assert stopped["status"] == "failed" and len(events(stopped, "step")) >= 3
@@ -210,14 +220,14 @@ def test_a_killed_run_leaves_a_whole_record_and_no_artifact(place):
 
 
 def test_evaluation_without_an_artifact_says_what_to_do(place):
-    result = launch(environment(place, TTT_EVAL_ONLY=1))
+    result = main_here(environment(place, TTT_EVAL_ONLY=1))
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and "final_model.int6.ptz" in line and record(place)["status"] == "failed"
 
 
 @pytest.mark.parametrize("run_id", ["with/slash", "../outside"])
 def test_a_run_id_is_a_name_and_not_a_path(place, run_id):
-    result = launch(environment(place, RUN_ID=run_id, ITERATIONS=1, PREQUANT_ONLY=1))
+    result = main_here(environment(place, RUN_ID=run_id, ITERATIONS=1, PREQUANT_ONLY=1))
     assert result.returncode == 2 and result.stderr.startswith("train_gpt.py: RUN_ID") and len(result.stderr.splitlines()) == 1
     assert not (place / "outside.txt").exists()
 
@@ -229,16 +239,16 @@ GROWING = dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.6,256@1.0", SEQ_CHANGE_WARMUP_ST
 
 
 def test_context_grows_while_training(place):
-    result = run_here(place, ITERATIONS=10, TRAIN_LOG_EVERY=1, **GROWING)
+    common = dict(ITERATIONS=10, TRAIN_BATCH_TOKENS=1024, PREQUANT_ONLY=1)
+    result = run_here(place, **common, **GROWING)
     assert [(e["step"], e["tokens"]) for e in events(result, "context")] == [(3, 128), (7, 256)]
     [warm] = events(result, "warmup")
     assert warm["shapes"] == [[64, False], [128, False], [128, True], [256, True]]
-    short = run_here(place, ITERATIONS=10, TRAIN_LOG_EVERY=1, RUN_ID="short",
-                     **GROWING | dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.8,256@1.0"))
+    short = run_here(place, RUN_ID="short", **common, **GROWING | dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.8,256@1.0"))
     assert curve(result)[:7] == curve(short)[:7] and curve(result)[7] != curve(short)[7]
 
 
-@pytest.mark.parametrize("ranks, batch, micro_batches, more", [(2, 4096, 4, {}), (3, 3072, 6, GROWING)])
+@pytest.mark.parametrize("ranks, batch, micro_batches, more", [(2, 2048, 4, {}), (3, 1536, 6, GROWING)])
 def test_several_ranks_train_like_one(place, ranks, batch, micro_batches, more):
     """The step is the same tokens in the same micro-batches: only the order of the sums differs."""
     changes = dict(TRAIN_BATCH_TOKENS=batch, ITERATIONS=8, ENABLE_LOOPING_AT=0.5) | more
@@ -327,7 +337,7 @@ def test_rank_0_s_artifact_is_scored_whatever_lies_on_other_disks(place):
                                    GRAD_ACCUM_STEPS=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
                                    ARTIFACT_DIR=place / ("out", "elsewhere")[rank])) for rank in range(2)]
     for process in processes:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     results = record(place, "node0")["results"]
     assert results["quantized"]["val_bpb"] == pytest.approx(results["averaged"]["val_bpb"], abs=0.03)
@@ -342,14 +352,14 @@ def test_a_dead_rank_ends_the_launch(place):
         [victim] = [int(pid) for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(victim, signal.SIGKILL)
         launcher.stdout.read()
-        assert launcher.wait(60) != 0
+        assert launcher.wait(300) != 0
     assert record(place)["status"] == "failed"
 
 
 def test_a_diverged_run_names_its_step_and_leaves_the_old_artifact(place):
     (place / "out").mkdir()
     (place / "out" / "final_model.int6.ptz").write_bytes(b"old")
-    result = launch(environment(place, MATRIX_LR=1e30, TIED_EMBED_LR=1e30, ITERATIONS=6, TRAIN_LOG_EVERY=0))
+    result = main_here(environment(place, MATRIX_LR=1e30, TIED_EMBED_LR=1e30, ITERATIONS=6, TRAIN_LOG_EVERY=0))
     [line] = result.stderr.splitlines()
     assert result.returncode == 1 and "diverged: the loss of step 2 is" in line and "MATRIX_LR" in line
     stopped = record(place)
@@ -362,13 +372,13 @@ def test_a_second_run_in_the_folder_is_refused(place):
         for line in process.stdout:
             if line.startswith("step step:1 "):
                 break
-        second = launch(environment(place, RUN_ID="second", ITERATIONS=1))
+        second = main_here(environment(place, RUN_ID="second", ITERATIONS=1))
         process.terminate()
         process.stdout.read()
     [line] = second.stderr.splitlines()
     assert second.returncode == 2 and line.startswith("train_gpt.py: ARTIFACT_DIR: another run")
     assert not list((place / "out").glob("second*"))
-    assert launch(environment(place, RUN_ID="second", ITERATIONS=1, PREQUANT_ONLY=1)).returncode == 0, "it is free again"
+    assert main_here(environment(place, RUN_ID="second", ITERATIONS=1, PREQUANT_ONLY=1)).returncode == 0, "it is free again"
 
 
 def test_a_full_disk_fails_with_one_line_and_leaves_nothing_half_written(place):
