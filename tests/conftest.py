@@ -23,7 +23,7 @@ def corpus(root: Path) -> Path:
     return folder
 
 
-LONGEST = ("train_gpt_runs", "submission", "kernels", "recipes", "artifact", "ttt", "prepare_caseops_data", "report")
+LONGEST = ("kernels", "train_gpt_runs", "recipes", "ttt", "artifact", "submission", "report", "prepare_caseops_data")
 
 
 def pytest_collection_modifyitems(items):

@@ -210,7 +210,7 @@ class Laboratory:
 
     def __init__(self, folder):
         self.folder, self.results = folder, {}
-        write_data(folder / "data", np.concatenate(documents(300, 1, 900)), repeated(10, 2, 75))
+        write_data(folder / "data", np.concatenate(documents(300, 1, 900)), repeated(16, 2, 75))
         self.text = repeated(11, 3, 40)  # what `evaluation` scores
 
     def places(self, run_id: str, folder: str) -> dict[str, str]:
