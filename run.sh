@@ -17,6 +17,7 @@ usage() {
                         with FILE's, the submission folder, its audit and the report
 ./run.sh retest [RECIPE]            score the artifacts of these seeds again
 ./run.sh submission DIR [RECIPE]    write the folder that can be copied as a record
+./run.sh diff A B       what two recipes set differently: names, or files like recipes/*.env
 ./run.sh report [RUN...]            an HTML page of run records: files, or folders that hold them
 ./run.sh test [ARGS]    run the tests (ARGS go to pytest)
 ./run.sh setup          only make .venv and install
@@ -120,7 +121,10 @@ case ${1:-} in
     setup
     target=$(from_caller "${2:-packed/train_gpt.py}")
     mkdir -p "$(dirname "$target")"
-    exec "$PY" train_gpt.py --pack-code "$target" ;;
+    exec "$PY" tools/pack_submission.py "$target" ;;
+  diff)
+    setup; shift
+    exec "$PY" tools/diff_recipes.py "$@" ;;
   report)
     setup; shift
     runs=()
@@ -129,14 +133,14 @@ case ${1:-} in
       for run in logs runs/*; do if [[ -d $run ]]; then runs+=("$run"); fi; done
       ((${#runs[@]})) || fail "no logs/ and no runs/ yet; name run records or their folders"
     fi
-    exec "$PY" bench/report.py "${runs[@]}" ;;
+    exec "$PY" tools/report.py "${runs[@]}" ;;
   submission)
     [[ -n ${2:-} ]] || fail "name the folder to write; see ./run.sh help"
     known "${3:-record}"; setup; runs_of "${3:-record}"
-    exec "$PY" bench/submission.py folder "$base" "$(from_caller "$2")" ;;
+    exec "$PY" tools/submission.py folder "$base" "$(from_caller "$2")" ;;
   retest)
     known "${2:-record}"; setup; runs_of "${2:-record}"; prepare "${2:-record}"
-    exec "$PY" bench/submission.py retest "$base" -- "${launch[@]}" ;;
+    exec "$PY" tools/submission.py retest "$base" -- "${launch[@]}" ;;
 esac
 [[ -z ${1:-} ]] || known "$1"
 recipe=${1:-}
@@ -162,4 +166,4 @@ runs_of "$recipe"
 options=(${against[@]+"${against[@]}"})
 if [[ $recipe == record ]]; then options+=(--publish); fi
 if [[ $recipe == demo ]]; then prepare demo; else prepare "$recipe" --own; fi
-exec "$PY" bench/submission.py seeds "$base" "${seeds[@]}" ${options[@]+"${options[@]}"} -- "${launch[@]}"
+exec "$PY" tools/submission.py seeds "$base" "${seeds[@]}" ${options[@]+"${options[@]}"} -- "${launch[@]}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gpt_kernels as kernels
 import train_gpt as g
 from tests.synthetic import documents
 
@@ -34,14 +35,14 @@ def relative_error(got, expected):
 
 @pytest.mark.parametrize("kernel", ["torch", "fa4", "fa3"])
 def test_attention_matches_reference_forward_and_backward(kernel):
-    if kernel in g.FLASH_ATTENTION:
-        pytest.importorskip(g.FLASH_ATTENTION[kernel][0])
+    if kernel in kernels.FLASH_ATTENTION:
+        pytest.importorskip(kernels.FLASH_ATTENTION[kernel][0])
     segments = random_segments(3000, 512, seed=0)
     q, k, v, out_grad = (torch.randn(3000, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4, 8))
     results = []
     for name, dtype in ((kernel, torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out, _ = g.attention(*inputs, segments, name)
+        out, _ = kernels.attention(*inputs, segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2
@@ -50,7 +51,7 @@ def test_attention_matches_reference_forward_and_backward(kernel):
 @pytest.mark.parametrize("heads, kv_heads, peak, mean", [(8, 4, 1, 0), (4, 2, 1, 0), (4, 4, 1, 0), (4, 2, 4, 0), (4, 2, 1, 2)])
 def test_flash_attention_4_takes_its_sums_from_the_gate(heads, kv_heads, peak, mean):
     """Gradients through attention and gate are as close to float32 with them as without."""
-    pytest.importorskip(g.FLASH_ATTENTION["fa4"][0])
+    pytest.importorskip(kernels.FLASH_ATTENTION["fa4"][0])
     segments, D = random_segments(3000, 512, seed=0), 512 // heads
     inputs = [(factor * torch.randn(3000, n, D, device="cuda") + more).bfloat16()
               for n, factor, more in ((heads, peak, 0), (kv_heads, 1, 0), (kv_heads, 1, mean * torch.randn(D, device="cuda")))]
@@ -59,11 +60,11 @@ def test_flash_attention_4_takes_its_sums_from_the_gate(heads, kv_heads, peak, m
     draw, results = torch.randn(3000, 512, device="cuda"), []
     for name, dtype, told in (("reference", torch.float32, False), *(("fa4", torch.bfloat16, told) for told in (False, True))):
         q, k, v = leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y, lse = g.attention(q, k, v, segments, name)
+        y, lse = kernels.attention(q, k, v, segments, name)
         if name == "reference":
-            z = g.reference_xsa_gate(y, v, window.float(), weight, alpha, 0.5)
+            z = kernels.reference_xsa_gate(y, v, window.float(), weight, alpha, 0.5)
         else:
-            z = g.xsa_gate(y, v, window, weight, alpha, 0.5, None, lse if told else None)
+            z = kernels.xsa_gate(y, v, window, weight, alpha, 0.5, None, lse if told else None)
         results.append([z, *torch.autograd.grad(z, leaves, draw.to(dtype))])
     for expected, plain, got in zip(*results):
         assert relative_error(got, expected) < 1.1 * relative_error(plain, expected) + 1e-4
@@ -186,7 +187,7 @@ def test_cached_attention_matches_the_reference():
     keys, values = torch.randn(2, 16, 2560, 4, 64, device="cuda", dtype=torch.bfloat16)
     past = torch.randperm(16, device="cuda")[:11], torch.tensor(begins, device="cuda"), 2560
     results = []
-    for function, dtype in ((g.cached_attention, torch.bfloat16), (g.reference_cached_attention, torch.float32)):
+    for function, dtype in ((kernels.cached_attention, torch.bfloat16), (kernels.reference_cached_attention, torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         out = function(*inputs, cu, 512, keys.to(dtype), values.to(dtype), *past)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
@@ -218,25 +219,25 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
     weights = [0.04 * vector(2048, d).bfloat16(), 0.02 * vector(d, 2048).bfloat16()]
     targets = torch.randint(8192, (T,), device="cuda")
     return {
-        **{f"mix_norm {gated} {lanes}": (mixed(g.mix_norm, gated, lanes), mixed(g.reference_mix_norm, gated, lanes), mix)
+        **{f"mix_norm {gated} {lanes}": (mixed(kernels.mix_norm, gated, lanes), mixed(kernels.reference_mix_norm, gated, lanes), mix)
            for gated in (None, False, True) for lanes in (False, True)},
-        **{f"qk_prep {copies}": (lambda x, gain, c=copies: g.qk_prep(x, turns, gain, heads, kv_heads, c),
-                                 lambda x, gain, c=copies: g.reference_qk_prep(x, turns, gain, heads, kv_heads, c),
+        **{f"qk_prep {copies}": (lambda x, gain, c=copies: kernels.qk_prep(x, turns, gain, heads, kv_heads, c),
+                                 lambda x, gain, c=copies: kernels.reference_qk_prep(x, turns, gain, heads, kv_heads, c),
                                  [qkv, vector(heads)]) for copies in (1, 2)},
-        "xsa_gate": (cut(g.xsa_gate), cut(g.reference_xsa_gate),
+        "xsa_gate": (cut(kernels.xsa_gate), cut(kernels.reference_xsa_gate),
                      [rows(heads, size), qkv, rows(12), vector(heads, 12), vector(heads)]),
-        "add_norm": (lambda x, y: g.add_norm(x, y, scale), lambda x, y: g.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
-        "add_norm of a product": (lambda x, z, w: g.add_norm(1 * x, z, scale, None, w), lambda x, z, w: g.reference_add_norm(
+        "add_norm": (lambda x, y: kernels.add_norm(x, y, scale), lambda x, y: kernels.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
+        "add_norm of a product": (lambda x, z, w: kernels.add_norm(1 * x, z, scale, None, w), lambda x, z, w: kernels.reference_add_norm(
             x, F.linear(z, w), scale), [rows(d), rows(d), 0.04 * vector(d, d).bfloat16()]),
-        "norm": (lambda x: g.add_norm(x, None, scale), lambda x: g.reference_add_norm(x, None, scale), [rows(d)]),
-        "mean_norm": (g.mean_norm, lambda x, y: g.norm((x + y) / 2), [rows(d), rows(d)]),
-        "final norm": (g.mean_norm, g.norm, [rows(d)]),
-        "lane_update": (g.lane_update, g.reference_lane_update, [*(rows(d) for _ in range(4)), vector(2), vector(2, 2)]),
-        "squared_mlp": (lambda *x: g.squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
+        "norm": (lambda x: kernels.add_norm(x, None, scale), lambda x: kernels.reference_add_norm(x, None, scale), [rows(d)]),
+        "mean_norm": (kernels.mean_norm, lambda x, y: g.norm((x + y) / 2), [rows(d), rows(d)]),
+        "final norm": (kernels.mean_norm, g.norm, [rows(d)]),
+        "lane_update": (kernels.lane_update, kernels.reference_lane_update, [*(rows(d) for _ in range(4)), vector(2), vector(2, 2)]),
+        "squared_mlp": (lambda *x: kernels.squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights]),
-        "squared_mlp added": (lambda u, up, down, x: g.squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
+        "squared_mlp added": (lambda u, up, down, x: kernels.squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights, rows(d)]),
-        "two_value_nll": (lambda *x: g.two_value_nll(*x, targets), lambda *x: g.reference_two_value_nll(*x, targets, targets),
+        "two_value_nll": (lambda *x: kernels.two_value_nll(*x, targets), lambda *x: kernels.reference_two_value_nll(*x, targets, targets),
                           [8 * rows(8192), 29 + scale, 25 + scale]),
     }[name]
 
@@ -269,10 +270,10 @@ def test_normalized_rows_come_in_e4m3_too(name):
     low, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.tensor(0.7, device="cuda")
     if name.startswith("mix"):
         mix, one = torch.tensor([[1.0], [0.0]], device="cuda").expand(2, 512).contiguous(), torch.zeros(512, device="cuda")
-        u = g.mix_norm(x, y, g.Skip(skip, one, None) if "skip" in name else None, mix, scale, 12, low=low)[1]
+        u = kernels.mix_norm(x, y, g.Skip(skip, one, None) if "skip" in name else None, mix, scale, 12, low=low)[1]
     else:
-        u = g.add_norm(x, y if name == "add_norm" else None, scale, low)[1]
-    torch.testing.assert_close(low.float() * g.low_unit(512) * scale, u.float(), rtol=0.07, atol=2e-4)
+        u = kernels.add_norm(x, y if name == "add_norm" else None, scale, low)[1]
+    torch.testing.assert_close(low.float() * kernels.low_unit(512) * scale, u.float(), rtol=0.07, atol=2e-4)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 4), (4, 2)])
@@ -282,24 +283,24 @@ def test_gated_outputs_come_in_e4m3_too(heads, kv_heads):
     window, weight = torch.randn(1000, 12, device="cuda").bfloat16(), torch.randn(heads, 12, device="cuda")
     y[3] *= 1000  # beyond the range
     low = torch.empty(1000, 512, dtype=torch.float8_e4m3fn, device="cuda")
-    z = g.xsa_gate(y, v, window, weight, None, 0.5, low)
+    z = kernels.xsa_gate(y, v, window, weight, None, 0.5, low)
     assert z.abs().max() > 112
-    torch.testing.assert_close(low.float() * g.ATTENDED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
+    torch.testing.assert_close(low.float() * kernels.ATTENDED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
 
 
 @pytest.mark.parametrize("T", [1, 127, 4096])
 def test_product_in_e4m3(T):
     x, w, dy = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((T, 512), (1024, 512), (T, 1024)))
-    [w_low], unit = g.e4m3(w.float()[None]), torch.tensor(2.0 ** -4, device="cuda")
+    [w_low], unit = kernels.e4m3(w.float()[None]), torch.tensor(2.0 ** -4, device="cuda")
     low = (x / unit).to(torch.float8_e4m3fn)
     dy *= 2.0 ** (4 * torch.randn(T, 1, device="cuda")).bfloat16()
     x.requires_grad_(), w.requires_grad_()
-    y = g.LowProduct.apply(x, w, g.LowArgs(low, unit, *w_low))
+    y = kernels.LowProduct.apply(x, w, kernels.LowArgs(low, unit, *w_low))
     assert relative_error(y, low.float() * unit @ (w_low.values.float() * w_low.scale).T) < 0.01
     assert relative_error(y, x.float() @ w.float().T) < 0.05
     (dx, dw), exact = torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)
     assert relative_error(dw, exact[1]) < 1e-2
-    rows = g.low_rows(dy)
+    rows = kernels.low_rows(dy)
     wanted = rows.values.float() * rows.scale[:, None] @ (w_low.values.float() * w_low.scale)
     errors = [(dx.float() - y).norm(dim=1) / y.norm(dim=1) for y in (wanted, exact[0].float())]
     assert errors[0].max() < 0.01 and errors[1].max() < 0.08
@@ -311,16 +312,16 @@ def test_steps_that_bring_their_product_in_8_bits_along(name, heads, T):
     x = torch.randn(T, 512, device="cuda").bfloat16()
     w = 0.05 * torch.randn(1024 if heads else 8192, 512, device="cuda").bfloat16()
     unit, targets = torch.tensor(2.0 ** -4, device="cuda"), torch.randint(8192, (T,), device="cuda")
-    args = g.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *g.e4m3(w.float()[None])[0])
+    args = kernels.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *kernels.e4m3(w.float()[None])[0])
     turns, gain = torch.randn(2, T, 1, 8, device="cuda"), torch.randn(max(heads, 1), device="cuda")
     results = []
     for apart in (True, False):
         leaves = [a.detach().clone().requires_grad_() for a in (x, w, gain)]
-        first, product = (g.LowProduct.apply(*leaves[:2], args), ()) if apart else (leaves[0], (leaves[1], args))
+        first, product = (kernels.LowProduct.apply(*leaves[:2], args), ()) if apart else (leaves[0], (leaves[1], args))
         if heads:
-            out = g.qk_prep(first, tuple(turns), leaves[2], heads, heads // 2, 2, *product)
+            out = kernels.qk_prep(first, tuple(turns), leaves[2], heads, heads // 2, 2, *product)
         else:
-            out = g.two_value_nll(first, 30.0, 30.0, targets, None, *product)[:1]
+            out = kernels.two_value_nll(first, 30.0, 30.0, targets, None, *product)[:1]
         torch.manual_seed(T)
         out, draws = zip(*((y, torch.randn_like(y) * 1e-5) for y in out))
         results.append([*out, *torch.autograd.grad(out, leaves, draws, allow_unused=True)])
@@ -337,11 +338,11 @@ def test_long_sums_in_8_bits(K, per_row):
     x, w = torch.randn(1000, K, device="cuda") * torch.rand(1000, 1, device="cuda"), 0.02 * torch.randn(512, K, device="cuda")
     x[:, :K // 2] += 0.5
     w[:256, :K // 2] += 0.02  # the first half of the results only grows
-    [one], [w] = g.e4m3(x[None]), g.e4m3(w[None])
-    x = g.low_rows(x) if per_row else one
+    [one], [w] = kernels.e4m3(x[None]), kernels.e4m3(w[None])
+    x = kernels.low_rows(x) if per_row else one
     out = torch.empty(1000, 512, dtype=torch.bfloat16, device="cuda")
     exact = x.values.double() * (x.scale[:, None] if per_row else x.scale) @ (w.values.double() * w.scale).T
-    error = g.low_product(x, w, out).double() - exact
+    error = kernels.low_product(x, w, out).double() - exact
     growing, mixed = (float((error[:, part] * exact[:, part].sign()).mean() / exact[:, part].abs().mean())
                       for part in (slice(256), slice(256, 512)))
     assert abs(mixed) < 1e-3 and -0.05 < growing < 1e-3 and (K > 2048 or growing > -0.01)
@@ -351,7 +352,7 @@ def test_long_sums_in_8_bits(K, per_row):
 def test_gradients_in_8_bits_have_a_scale_for_each_row(T):
     x = 1e-6 * torch.randn(T, 512, device="cuda").bfloat16() * 2.0 ** (6 * torch.randn(T, 1, device="cuda")).bfloat16()
     x[1::2] = 0
-    rows, scales = g.low_rows(x), x.float().abs().amax(1).clamp(min=1e-30) / 448
+    rows, scales = kernels.low_rows(x), x.float().abs().amax(1).clamp(min=1e-30) / 448
     torch.testing.assert_close(rows.scale, scales, rtol=1e-6, atol=0)
     assert relative_error(rows.values.float(), (x.float() / scales[:, None]).to(torch.float8_e4m3fn).float()) < 1e-3
 
@@ -365,10 +366,10 @@ def test_squared_mlp_in_8_bits(T, slope, d, hidden):
     u, up, down, dy = (torch.randn(*shape, device="cuda").bfloat16() * size
                        for shape, size in (((T, d), 1), ((hidden, d), 0.04), ((d, hidden), 0.02), ((T, d), 1e-5)))
     dy *= 2.0 ** (3 * torch.randn(T, 1, device="cuda")).bfloat16()
-    lows = [g.e4m3(x.float()[None])[0] for x in (u, up, down)]
-    low = g.LowMLP(*lows, torch.tensor(g.A_UNIT, device="cuda"), g.DP_UNIT * lows[1].scale * lows[2].scale)
+    lows = [kernels.e4m3(x.float()[None])[0] for x in (u, up, down)]
+    low = kernels.LowMLP(*lows, torch.tensor(kernels.A_UNIT, device="cuda"), kernels.DP_UNIT * lows[1].scale * lows[2].scale)
     exact, results = [x.values.float() * x.scale for x in lows], []
-    for function, leaves in ((g.squared_mlp, (u, up, down)), (lambda u, up, down, slope, *_: F.linear(
+    for function, leaves in ((kernels.squared_mlp, (u, up, down)), (lambda u, up, down, slope, *_: F.linear(
             g.leaky_relu_squared(F.linear(u, up), slope), down), exact)):
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         y = function(*leaves, slope, None, low)
@@ -392,8 +393,8 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
 
     inputs, draw = [vary(T, d), 0.04 * vary(hidden, d), 0.02 * vary(d, hidden)], vary(T, d)
     if torch.cuda.get_device_capability()[0] == 9:
-        assert g.mlp_fusible(inputs[0], hidden)
-    found = passes([x.clone().requires_grad_() for x in inputs], g.squared_mlp)
+        assert kernels.mlp_fusible(inputs[0], hidden)
+    found = passes([x.clone().requires_grad_() for x in inputs], kernels.squared_mlp)
     expected = passes([x.float().requires_grad_() for x in inputs],
                       lambda u, up, down, slope: F.linear(g.leaky_relu_squared(F.linear(u, up), slope), down))
     for got, wanted in zip(found, expected):
@@ -402,9 +403,9 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         leaves = [torch.zeros_like(x).requires_grad_() for x in inputs]
-        passes(leaves, g.squared_mlp)
+        passes(leaves, kernels.squared_mlp)
     with torch.cuda.graph(graph, stream=stream):
-        recorded = passes(leaves, g.squared_mlp)
+        recorded = passes(leaves, kernels.squared_mlp)
     torch.cuda.current_stream().wait_stream(stream)
     for leaf, x in zip(leaves, inputs):
         leaf.detach().copy_(x)
@@ -417,10 +418,10 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
 def test_product_in_e4m3_that_adds_up_before_a_norm(T):
     shapes = (T, 512), (T, 512), (512, 512), (T, 512), (T, 512)
     x, z, w, *draws = (torch.randn(*shape, device="cuda").bfloat16() for shape in shapes)
-    [w_low], unit = g.e4m3(w.float()[None]), torch.tensor(g.ATTENDED_UNIT, device="cuda")
+    [w_low], unit = kernels.e4m3(w.float()[None]), torch.tensor(kernels.ATTENDED_UNIT, device="cuda")
     low, scale = (z / unit).to(torch.float8_e4m3fn), torch.tensor(0.3, device="cuda")
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = g.add_norm(1 * x, z, scale, None, w, g.LowArgs(low, unit, *w_low))
+    found = kernels.add_norm(1 * x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
     total = (x.detach().float() + low.float() @ w_low.values.float().T * unit * w_low.scale).requires_grad_()
     exact = total, scale * F.rms_norm(total, (512,), eps=1.1920929e-7)
     dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
@@ -450,18 +451,18 @@ def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
     T, d, hidden = 16384, 512, 2048
     u, w_up = (torch.randn(n, d, device="cuda").bfloat16() for n in (T, hidden))
     a, bits = torch.empty(T, hidden, device="cuda").bfloat16(), torch.empty(hidden // 32, T, dtype=torch.int32, device="cuda")
-    g.mlp_product(u, w_up, a, bits, 0.3)
-    low = [g.e4m3(x[None])[0] for x in (u, w_up)]
-    operands = low if kind == "low" else (g.low_rows(u), low[1]) if kind == "low backward" else (u, w_up)
+    kernels.mlp_product(u, w_up, a, bits, 0.3)
+    low = [kernels.e4m3(x[None])[0] for x in (u, w_up)]
+    operands = low if kind == "low" else (kernels.low_rows(u), low[1]) if kind == "low backward" else (u, w_up)
 
     def product():
         lows = [torch.empty_like(a, dtype=torch.float8_e4m3fn)] * ("low" in kind)
         if "backward" in kind:
             out = torch.empty_like(a)
-            g.mlp_product(operands[0], operands[1] if lows else w_up.T.contiguous(), a, bits, 0.3, out, *lows)
+            kernels.mlp_product(operands[0], operands[1] if lows else w_up.T.contiguous(), a, bits, 0.3, out, *lows)
             return out, *lows
         found = torch.empty_like(a), torch.empty_like(bits)
-        g.mlp_product(*operands, *found, 0.3, None, *lows)
+        kernels.mlp_product(*operands, *found, 0.3, None, *lows)
         return *found, *lows
 
     expected, end = [x.view(torch.uint8) for x in product()], time.time() + 6
@@ -479,7 +480,7 @@ def test_losses_of_target_and_hint_match_float64():
     scores, ids = 8 * torch.randn(300, 8192, device="cuda"), torch.randint(8192, (2, 300), device="cuda")
     caps = torch.tensor([30.0, 28.0], device="cuda")
     results = []
-    for function, x in ((g.two_value_nll, scores), (g.reference_two_value_nll, scores.double())):
+    for function, x in ((kernels.two_value_nll, scores), (kernels.reference_two_value_nll, scores.double())):
         x.requires_grad_()
         nll, log_q = function(x, *caps, *ids)
         results.append([nll, log_q, *torch.autograd.grad(nll.sum(), x)])
@@ -493,8 +494,8 @@ def test_adamw_of_slots_matches_the_reference():
     count, rate = torch.arange(1.0, 10).cuda(), torch.rand(9).cuda() / 100
     for some, beta1 in ((None, 0.0), (mean, 0.9)):
         ours, theirs = ([None if x is None else x.clone() for x in (p, p.bfloat16(), square, some)] for _ in range(2))
-        g.triton_adamw_rows(*ours, slots, on, grad, count, rate, 2.0, beta1, 0.99)
-        g.reference_adamw_rows(*theirs, slots, on, grad, count, rate, 2.0, beta1, 0.99)
+        kernels.triton_adamw_rows(*ours, slots, on, grad, count, rate, 2.0, beta1, 0.99)
+        kernels.reference_adamw_rows(*theirs, slots, on, grad, count, rate, 2.0, beta1, 0.99)
         assert all(a is None or relative_error(a, b) < 1e-4 for a, b in zip(ours, theirs))
 
 
@@ -504,7 +505,7 @@ def test_grouped_product_matches_the_reference(inner, outer):
     wide = 0.05 * torch.randn(6, 2 * inner * outer, device="cuda", dtype=torch.bfloat16)  # as the adapters lie in memory
     x, out_grad = (torch.randn(649, n, device="cuda", dtype=torch.bfloat16) for n in (inner, outer))
     results = []
-    for function, dtype in ((g.grouped_product, torch.bfloat16), (g.reference_grouped_product, torch.float32)):
+    for function, dtype in ((kernels.grouped_product, torch.bfloat16), (kernels.reference_grouped_product, torch.float32)):
         inputs = [x.to(dtype).requires_grad_(), wide[:, inner * outer:].unflatten(1, (outer, inner)).to(dtype).requires_grad_()]
         out = function(inputs[0], inputs[1].mT, ends)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])

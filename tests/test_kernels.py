@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_gpt as kernels
+import gpt_kernels as kernels
+import train_gpt as g
 from tests.synthetic import runtime
 from tests.test_quantization import calibration_text
 from tests.test_train_gpt import CONFIGURATIONS, packed_documents, random_model, reference_settings
 from tests.test_ttt import adapt, small, stream
+from tools import pack_submission
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled; see test_gpu.py")
@@ -229,7 +231,7 @@ def test_grouped_product(sizes, transposed, expanded):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
     """Its functions replaced by the reference and that one's derivative: results and gradients arrive where they belong."""
-    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+    segments = g.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
     bounds = dict(cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8)
 
     def forward(q, k, v, causal, return_lse, **given):
@@ -256,7 +258,7 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_flash_attention_4_is_spared_what_the_gate_knows(exclusive, dtype, fused, monkeypatch):
     """The sums of its output times its gradient, both as it sees them, come from xsa_gate; without that it makes them."""
-    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+    segments = g.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
     given, needed = [], []
 
     def forward(q, k, v, **_):
@@ -291,7 +293,7 @@ def test_flash_attention_4_is_spared_what_the_gate_knows(exclusive, dtype, fused
 
 @pytest.mark.parametrize("more", [False, True])
 def test_flash_attention_3_is_given_what_it_wants(more, monkeypatch):
-    segments = kernels.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
+    segments = g.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
 
     def function(q, k, v, **given):
         assert given == dict(cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8,
@@ -319,7 +321,7 @@ def test_attention_takes_the_best_kernel_that_there_is(there, capability, wanted
     if got:
         assert choose(wanted) == got
     else:
-        with pytest.raises(kernels.InputError, match=f"^ATTENTION: {wanted} does not load.*; (install|build).*auto or torch$"):
+        with pytest.raises(kernels.KernelError, match=f"^ATTENTION: {wanted} does not load.*; (install|build).*auto or torch$"):
             choose(wanted)
 
 
@@ -334,7 +336,7 @@ def test_attention_that_loads_but_does_not_run_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(kernels, "try_attention", fails)
     assert kernels.attention_kernel.__wrapped__("auto") == "torch"
-    with pytest.raises(kernels.InputError, match="^ATTENTION: fa4 does not load .*no kernel image"):
+    with pytest.raises(kernels.KernelError, match="^ATTENTION: fa4 does not load .*no kernel image"):
         kernels.attention_kernel.__wrapped__("fa4")
 
 
@@ -350,7 +352,8 @@ def fused(monkeypatch):
     """The fused kernels run on the CPU, three programs over tiles of four rows. Returns the names of those that ran."""
     ran, over_rows = set(), kernels.over_rows
     monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (4, 4, 1, 1)))
-    monkeypatch.setattr(kernels, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
+    for module in (kernels, g):
+        monkeypatch.setattr(module, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
     monkeypatch.setattr(kernels, "over_rows", lambda kernel, name, *a, **k: (ran.add(name), over_rows(kernel, name, *a, **k)))
     return ran
 
@@ -681,13 +684,14 @@ def test_the_gradient_of_two_value_nll_takes_the_place_of_the_scores(fused):
 def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
     """What the function returns with the fused kernels, the MLP's among them if asked for, and with the references."""
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "fusible", lambda *_: False)
+        for module in (kernels, g):
+            patch.setattr(module, "fusible", lambda *_: False)
         plain = function()
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (8, 4, 1, 1)))  # two programs for 13 tokens
         if mlp:
             patch.setattr(kernels, "mlp_product", plain_mlp_product)
-            patch.setattr(kernels, "squared_mlp", kernels.SquaredMLP.apply)
+            patch.setattr(g, "squared_mlp", kernels.SquaredMLP.apply)
         return function(), plain
 
 
@@ -765,7 +769,7 @@ def test_what_the_programs_leave_is_summed_once_for_a_stack(looping, trained, fu
 def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
     s = reference_settings(EVAL_SEQ_LEN=24, VAL_BATCH_TOKENS=4096)
     model, windows = random_model(s), calibration_text(s, 1)
-    ours, theirs = on_both_paths(lambda: kernels.calibrate(model, windows, True, s, runtime()), monkeypatch)
+    ours, theirs = on_both_paths(lambda: g.calibrate(model, windows, True, s, runtime()), monkeypatch)
     for field in ("hessian", "curvature"):
         assert_same(getattr(ours, field), getattr(theirs, field), 1e-4)
     assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
@@ -899,7 +903,7 @@ import subprocess
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import train_gpt as g
+import gpt_kernels as g
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -993,7 +997,7 @@ for add, per_row, K in ((True, False, 2048), (False, True, 512)):
 
 def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
     """The interpreter takes what the compiler refuses, such as the globals that a minifier makes of literals."""
-    [inside] = re.findall(r'b85decode\("([^"]+)"\)', kernels.packed_code().decode())
+    [inside] = re.findall(r'b85decode\("([^"]+)"\)', pack_submission.packed_code().decode())
     for name, text in json.loads(brotli.decompress(base64.b85decode(inside))).items():
         (tmp_path / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -1008,5 +1012,5 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [
         f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [
         f"{low}|cp.async.bulk.tensor|{fits}"] * 2
-    every = set(re.findall(r"^def (\w+)_kernel\(", (root / "train_gpt.py").read_text(), flags=re.M)) - {"attention"}
+    every = set(re.findall(r"^def (\w+)_kernel\(", (root / "gpt_kernels.py").read_text(), flags=re.M)) - {"attention"}
     assert every == {line.split()[0] for line in lines}

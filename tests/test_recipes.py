@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+import env_settings
 import train_gpt as g
 from tests.synthetic import BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, write_data
+from tools import diff_recipes
 
 torch.set_num_threads(1)
 PUBLISHED = ("pr1787", "pr2118", "pr2123", "pr2135", "pr2140")
@@ -90,12 +92,12 @@ def test_every_published_variable_is_a_setting_an_alias_or_refused():
     assert len(VARIABLES) == len(set(VARIABLES)) == 196
     fields = {f.name.upper() for f in dataclasses.fields(g.Settings)}
     for name in VARIABLES:
-        assert [name in fields, name in g.ALIASES, name in g.FIXED_SETTINGS].count(True) == 1, name
+        assert [name in fields, name in env_settings.ALIASES, name in env_settings.FIXED_SETTINGS].count(True) == 1, name
 
 
-@pytest.mark.parametrize("name", g.FIXED_SETTINGS)
+@pytest.mark.parametrize("name", env_settings.FIXED_SETTINGS)
 def test_what_is_no_setting_is_refused_with_its_reason(name):
-    accepted, why = g.FIXED_SETTINGS[name]
+    accepted, why = env_settings.FIXED_SETTINGS[name]
     assert len(why.split()) >= 3
     other = {"": "1", "0": "1", "1": "0", ">1": "0.5"}.get(accepted, "something")
     [line] = complaints({name: other})
@@ -133,11 +135,11 @@ def fixed_by_code(recipe: str) -> dict[str, str]:
 def test_published_command_parses(recipe):
     command, ours = command_of(recipe), settings_of(recipe)
     assert len(command) > 40 and "SEED" in command
-    refused = {name for name in command if name in g.FIXED_SETTINGS and not g.FIXED_SETTINGS[name][0]}
+    refused = {name for name in command if name in env_settings.FIXED_SETTINGS and not env_settings.FIXED_SETTINGS[name][0]}
     assert refused == REFUSED[recipe]
     assert {line.split(":")[0] for line in complaints(command)} == refused
     theirs = g.Settings.from_environment(fixed_by_code(recipe) | {k: v for k, v in command.items() if k not in refused})
-    named = {alias for name in command for alias in g.ALIASES.get(name, (name,))} - g.FIXED_SETTINGS.keys() - {"SEED"}
+    named = {alias for name in command for alias in env_settings.ALIASES.get(name, (name,))} - env_settings.FIXED_SETTINGS.keys() - {"SEED"}
     differing = {name for name in named if getattr(theirs, name.lower()) != getattr(ours, name.lower())}
     assert differing == NEVER_READ.get(recipe, set())
     told = header_of(recipe).split("train_gpt.py")[-1]
@@ -712,15 +714,15 @@ def test_readme_groups_settings_as_help_does():
     for f in dataclasses.fields(g.Settings):
         groups.setdefault(f.metadata["group"], []).append(f.name.upper())
     assert [(group, re.findall(r"`(\w+)`", names)) for group, names in rows] == list(groups.items())
-    titles = [line for line in g.settings_help().splitlines() if line in groups]
+    titles = [line for line in g.settings_help(g.Settings).splitlines() if line in groups]
     assert titles == list(groups)
 
 
-# --- --diff
+# --- tools/diff_recipes.py
 
 
 def test_diff_prints_what_two_recipes_differ_in(capsys):
-    assert g.main(["--diff", "pr2135", "pr2140"], {}) == 0
+    assert diff_recipes.main(["pr2135", "pr2140"]) == 0
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split() == ["pr2135", "pr2140"]
     one, other, expected = settings_of("pr2135"), settings_of("pr2140"), {}
@@ -738,8 +740,8 @@ def test_diff_prints_what_two_recipes_differ_in(capsys):
 
 
 def test_diff_of_a_recipe_with_itself_and_of_an_unknown_one(capsys):
-    assert g.main(["--diff", "pr2135", "pr2135"], {}) == 0 and "no difference" in capsys.readouterr().out
-    assert g.main(["--diff", "pr2135", "pr1"], {}) == 2
+    assert diff_recipes.main(["pr2135", "pr2135"]) == 0 and "no difference" in capsys.readouterr().out
+    assert diff_recipes.main(["pr2135", "pr1"]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "pr1.env" in err
 
@@ -748,7 +750,7 @@ def test_diff_of_a_recipe_with_itself_and_of_an_unknown_one(capsys):
                                            (b"MATRIX_LR=fast\n", "MATRIX_LR")])
 def test_a_file_that_is_no_recipe_is_named(content, word, tmp_path, capsys):
     (tmp_path / "mine.env").write_bytes(content)
-    assert g.main(["--diff", "record", str(tmp_path / "mine.env")], {}) == 2
+    assert diff_recipes.main(["record", str(tmp_path / "mine.env")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "mine.env: " in line and word in line
 

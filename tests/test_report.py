@@ -1,4 +1,4 @@
-"""Tests of bench/report.py: figures, shares and schedules equal the records', the page is sound HTML, a browser shows it."""
+"""Tests of tools/report.py: figures, shares and schedules equal the records', the page is sound HTML, a browser shows it."""
 import base64
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ import synthetic
 pytest.importorskip("matplotlib")
 
 import train_gpt as g  # noqa: E402
-from bench import report  # noqa: E402
+from tools import report  # noqa: E402
 
 RECORDS = Path(__file__).resolve().parent.parent / "bench" / "records"
 FIGURES = {  # results of a synthetic run

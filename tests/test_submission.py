@@ -17,7 +17,7 @@ import pytest
 
 from tests.synthetic import INHERITED, ROOT, environment, write_corpus
 
-spec = importlib.util.spec_from_file_location("submission", ROOT / "bench" / "submission.py")
+spec = importlib.util.spec_from_file_location("submission", ROOT / "tools" / "submission.py")
 sub = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sub)
 
@@ -48,7 +48,7 @@ def three(tmp_path_factory):
     place = tmp_path_factory.mktemp("seeds")
     write_corpus(place / "data", 300, 20)
     result = call(place, "seeds", place / "runs", *SEEDS, "--", *TRAIN)
-    assert result.code == 0, result.err
+    assert result.code == 0, result.out[-6000:] + result.err
     return SimpleNamespace(place=place, runs=place / "runs", out=result.out)
 
 
@@ -251,12 +251,12 @@ def test_the_folder_runs_on_its_own(copied):
     assert again["results"]["size"]["total_bytes"] == before["size"]["total_bytes"]
     helped = subprocess.run(["bash", "run.sh", "help"], cwd=elsewhere, text=True, capture_output=True)
     assert helped.returncode == 0 and "RECIPE" in helped.stdout
-    env, here = variables(copied), [sys.executable, "bench/submission.py"]
+    env, here = variables(copied), [sys.executable, "tools/submission.py"]
     shutil.copytree(copied / "runs", copied / "theirs")
     again = subprocess.run([*here, "seeds", str(copied / "theirs"), *map(str, SEEDS), "--", sys.executable, "train_gpt.py"],
                            env=env, cwd=elsewhere, text=True, capture_output=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("finished before") == 3, again.stderr
-    compared = subprocess.run([sys.executable, "train_gpt.py", "--diff", "record", "pr2140"], cwd=elsewhere, env=env, text=True,
+    compared = subprocess.run([sys.executable, "tools/diff_recipes.py", "record", "pr2140"], cwd=elsewhere, env=env, text=True,
                               capture_output=True)
     assert compared.returncode == 0 and "TRAIN_SEQ_SCHEDULE" in compared.stdout
 
@@ -284,6 +284,6 @@ def test_results_replace_what_stood_between_the_marks():
 
 @pytest.mark.parametrize("arguments, word", [(("summary", "nothing"), "seed"), (("seeds", "runs", "1", "1"), "twice")])
 def test_bad_input_is_one_line(tmp_path, arguments, word):
-    result = subprocess.run([sys.executable, str(ROOT / "bench" / "submission.py"), arguments[0], str(tmp_path / arguments[1]),
+    result = subprocess.run([sys.executable, str(ROOT / "tools" / "submission.py"), arguments[0], str(tmp_path / arguments[1]),
                              *arguments[2:]], text=True, capture_output=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and word in result.stderr

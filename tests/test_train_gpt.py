@@ -16,6 +16,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 import train_gpt as g
 from tests.synthetic import (BOS, ROOT, bytes_of, changed, documents, environment, runtime, tiny, write_corpus, write_data,
                              write_shard)
+from tools.pack_submission import EVALUATION_FILES
 
 torch.set_num_threads(1)  # the matrices are tiny
 fuzz = hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
@@ -1373,8 +1374,9 @@ def test_pauses_do_not_count(monkeypatch):
     assert clock.begin_step(3)[0] == pytest.approx(0.5)
 
 
-def test_nothing_is_unpickled():
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
+@pytest.mark.parametrize("name", [name for name in EVALUATION_FILES if name.endswith(".py")])
+def test_nothing_is_unpickled(name):
+    tree = ast.parse((ROOT / name).read_text())
     imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
                 for alias in ([node] if isinstance(node, ast.ImportFrom) else node.names) if getattr(alias, "name", None)}
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}

@@ -1,9 +1,9 @@
 """Seeds one after another, and what a record needs from their run records: statistics, submission.json, the folder.
 
-    python bench/submission.py seeds FOLDER SEED... [--against FILE] -- COMMAND...   what `./run.sh RECIPE SEED...` calls
-    python bench/submission.py retest FOLDER -- COMMAND...                           evaluate every finished seed again
-    python bench/submission.py summary FOLDER [--against FILE]                       submission.json and results.md
-    python bench/submission.py folder FOLDER OUT_DIR                                 a folder that can be copied as a record
+    python tools/submission.py seeds FOLDER SEED... [--against FILE] -- COMMAND...   what `./run.sh RECIPE SEED...` calls
+    python tools/submission.py retest FOLDER -- COMMAND...                           evaluate every finished seed again
+    python tools/submission.py summary FOLDER [--against FILE]                       submission.json and results.md
+    python tools/submission.py folder FOLDER OUT_DIR                                 a folder that can be copied as a record
 
 FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifact, and eval_seed<N>.* of a repeated evaluation.
 --against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same seeds on both sides the test is a
@@ -33,15 +33,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
 import verify_submission  # noqa: E402
+from tools.pack_submission import EVALUATION_FILES  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank", "ttt_eval_only",
          "train_log_every"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
-           "run.sh", "recipes", "tokenizers", "bench/submission.py", "bench/report.py")
+           "run.sh", "recipes", "tokenizers", "tools/submission.py", "tools/report.py",
+           "tools/pack_submission.py", "tools/diff_recipes.py")
 PICTURE = "bench/records/waterfall.png"  # of the README
-SOURCE = ("train_gpt.py", "online_ngram_state.c", "online_ngram_tilt.py")
 
 
 class InputError(Exception):
@@ -325,7 +326,7 @@ def build(folder: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".submission") as scratch:
         new = Path(scratch) / "new"
-        (new / "bench").mkdir(parents=True)
+        (new / "tools").mkdir(parents=True)
         (new / "source").mkdir()
         for name in SHIPPED:
             if (ROOT / name).is_dir():
@@ -333,9 +334,9 @@ def build(folder: Path, out: Path) -> None:
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, new / name)
         here = ROOT / "source" if (ROOT / "source").is_dir() else ROOT
-        for name in SOURCE:
+        for name in EVALUATION_FILES:
             shutil.copy(here / name, new / "source" / name)
-        packed = subprocess.run([sys.executable, str(here / "train_gpt.py"), "--pack-code", str(new / "train_gpt.py")],
+        packed = subprocess.run([sys.executable, str(ROOT / "tools" / "pack_submission.py"), str(new / "train_gpt.py")],
                                 capture_output=True, text=True)
         if packed.returncode:
             raise InputError(f"{here / 'train_gpt.py'}: it cannot be packed: {packed.stderr.strip()}")

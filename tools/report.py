@@ -1,6 +1,6 @@
 """One page about one run or several, from the records that train_gpt.py writes.
 
-    python bench/report.py [RECORD.json or FOLDER ...] [--out report]
+    python tools/report.py [RECORD.json or FOLDER ...] [--out report]
 
 Records are the JSON files that a run leaves (without arguments: those in logs/); of a folder, every *.json in it that is
 one, and those of the seeds that `run.sh RECIPE SEED...` left there. The folder given by --out receives report.html, which
