@@ -28,11 +28,17 @@ def setting(group, default, text, *, unit="", low=-math.inf, high=math.inf, abov
 # Variables of the published systems that are no settings here: the one value that is accepted, if any, and why no other.
 PEEKS = "its expert looks at the class of the token that it scores, which a decoder does not know"
 ADAPTER = "no published run switched these adapters on"
+DENSE_GATE = "no published run switched these gates on; use SPARSE_ATTN_GATE_ENABLED"
 FIXED_SETTINGS = {
     "TIE_EMBEDDINGS": ("1", "the output head is always the embedding; the untied head of earlier systems was never trained"),
     "EMBED_LR": ("", "it belonged to the untied embedding; use TIED_EMBED_LR"),
     "ROPE_YARN": ("0", "it scaled by the length of the packed buffer, not of the document"),
     "ROPE_TRAIN_SEQ_LEN": ("", "ignored by the systems that published it; positions count from the start of each segment"),
+    "QK_GAIN_INIT_SCHEDULE": ("", "no published run used it; use QK_GAIN_INIT"),
+    "PARALLEL_FINAL_LANE": ("mean", "no published run took another end of the two lanes"),
+    "SPARSE_ATTN_GATE_INIT_STD": ("0", "the gates always start at zero, as in every published run"),
+    "GATED_ATTN_ENABLED": ("0", DENSE_GATE), "GATED_ATTN_INIT_STD": ("0.01", DENSE_GATE),
+    "ATTN_OUT_GATE_ENABLED": ("0", DENSE_GATE), "ATTN_OUT_GATE_SRC": ("proj", DENSE_GATE),
     "FUSED_CE_ENABLED": ("1", "soft cap and cross entropy are always fused"),
     "CONTROL_TENSOR_NAME_PATTERNS": ("", "parameter groups follow from the model, not from name fragments"),
     "COMPILE_SHAPE_WARMUP": ("1", "every context length and state of looping is compiled before the clock starts"),

@@ -60,47 +60,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str,
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
         return FlashAttention4.apply(q, k, v, cu, longest, copies)
-    if kernel == "fa3":
-        return flash_attention_3(q, k, v, cu, longest), None
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0], None
 
 
-FLASH_ATTENTION = {  # in order of preference: the module, and where it comes from
-    "fa4": ("flash_attn.cute.interface", "install requirements-cuda.txt"),
-    "fa3": ("flash_attn_interface", "build it from the folder hopper of the flash-attention sources")}
+FLASH_ATTENTION_4 = "flash_attn.cute.interface"
 
 
 @functools.cache
 def attention_kernel(wanted: str) -> str:
     """The kernel that ATTENTION stands for on this machine; KernelError where the one that is asked for is not there."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    for kernel, (module, remedy) in FLASH_ATTENTION.items():
-        if wanted == kernel or wanted == "auto" and hopper:
-            try:
-                importlib.import_module(module)
-                warnings.filterwarnings("ignore", "Argument aux_data")  # fa4 at its first calls, about what is None
-                try_attention(kernel)
-                return kernel
-            except Exception as error:  # it fails in many ways where it does not fit
-                if wanted == kernel:
-                    raise KernelError(f"ATTENTION: {kernel} does not load ({type(error).__name__}: {error}); {remedy}, or "
-                                     "choose auto or torch") from None
+    if wanted == "fa4" or wanted == "auto" and hopper:
+        try:
+            importlib.import_module(FLASH_ATTENTION_4)
+            warnings.filterwarnings("ignore", "Argument aux_data")  # at its first calls, about what is None
+            try_flash_attention()
+            return "fa4"
+        except Exception as error:  # it fails in many ways where it does not fit
+            if wanted == "fa4":
+                raise KernelError(f"ATTENTION: fa4 does not load ({type(error).__name__}: {error}); install "
+                                  "requirements-cuda.txt, or choose auto or torch") from None
     return "torch" if wanted == "auto" else wanted
 
 
-def try_attention(kernel: str) -> None:
-    """Raises whatever it raises on this machine."""
+def try_flash_attention() -> None:
+    """Raises whatever FlashAttention 4 raises on this machine."""
     q = torch.zeros(128, 8, 64, dtype=torch.bfloat16, device="cuda")
     segments = Segments(torch.tensor([0, 128], dtype=torch.int32, device="cuda"), None, 2048)
-    attention(q, q[:, :4], q[:, :4], segments, kernel)
+    attention(q, q[:, :4], q[:, :4], segments, "fa4")
     torch.cuda.synchronize()
-
-
-def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """Shah et al. 2024, over packed segments, with its own derivative."""
-    function = importlib.import_module(FLASH_ATTENTION["fa3"][0]).flash_attn_varlen_func
-    out = function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
-    return out[0] if isinstance(out, tuple) else out  # its first versions return the log-sum-exps too
 
 
 class FlashAttention4(torch.autograd.Function):
@@ -112,7 +100,7 @@ class FlashAttention4(torch.autograd.Function):
 
     @staticmethod
     def library():
-        return importlib.import_module(FLASH_ATTENTION["fa4"][0])
+        return importlib.import_module(FLASH_ATTENTION_4)
 
     @staticmethod
     def forward(ctx, q, k, v, cu, longest, copies):
@@ -1065,13 +1053,10 @@ def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
         y = exclude_own_value(y, v, alpha)
     if weight is not None:
         y = (y * torch.sigmoid(scale * F.linear(window, weight.to(window.dtype)).float())[..., None]).to(y.dtype)
-    put_attended(low, y.flatten(1))
-    return y.flatten(1)
-
-
-def put_attended(low: Tensor | None, y: Tensor) -> None:
+    y = y.flatten(1)
     if low is not None:
         low.copy_((y.detach() / ATTENDED_UNIT).clamp(-448, 448))
+    return y
 
 
 @jit

@@ -61,7 +61,7 @@ from env_settings import READ_ONLY_WITH, TTT_MASKS, FromEnvironment, InputError,
 from gpt_kernels import (
     ATTENDED_UNIT, A_UNIT, DP_UNIT, E4M3, HAS_TRITON, FullProduct, KernelError, LowArgs, LowMLP, LowProduct, Segments, Skip, adamw_rows,
     add_norm, apart, attention, attention_kernel, cached_attention, cut, e4m3, fusible, grouped_product, lane_update,
-    leaky_relu_squared, low_products_fit, low_unit, mean_norm, mix_norm, norm, put_attended, qk_prep, ring_index,
+    leaky_relu_squared, low_products_fit, low_unit, mean_norm, mix_norm, norm, qk_prep, ring_index,
     rotary_tables, row_programs, squared_mlp, store, two_value_nll, xsa_gate)
 
 # ======================================================================================================================
@@ -108,8 +108,8 @@ class Settings(FromEnvironment):
     ttt_eval_only: bool = setting("Run", False, "1: no training; load the saved artifact and score it")
     quantize_only: bool = setting("Run", False, "1: no training; quantize the checkpoint that an earlier run saved")
     prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
-    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4 or 3, PyTorch's kernel or plain code; auto: "
-                             "the first of them that there is", choices=("auto", "fa4", "fa3", "torch", "reference"))
+    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: "
+                             "the first of them that there is", choices=("auto", "fa4", "torch", "reference"))
     recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
                                     "stays taken until it ends")
     fp8: str = setting("Run", "auto", "1: training's products with weights in 8-bit floats (E4M3), but for those that make the "
@@ -135,13 +135,10 @@ class Settings(FromEnvironment):
     rope_dims: int = setting("Model", 16, "leading dimensions of each head that are rotated; 0: all", low=0)
     ln_scale: bool = setting("Model", True, "1: scale a block's normalized inputs by 1/sqrt(block index + 1)")
     qk_gain_init: float = setting("Model", 5.0, "initial learned gain on each head's normalized queries", above=0)
-    qk_gain_init_schedule: str = setting("Model", "", "that gain block by block, comma separated; QK_GAIN_INIT for blocks "
-                                         "behind the list's end")
     num_loops: int = setting("Model", 2, "extra visits of blocks LOOP_START..LOOP_END; 0: no looping", low=0)
     loop_start: int = setting("Model", 3, "first looped block", low=0)
     loop_end: int = setting("Model", 5, "last looped block", low=0)
     parallel_start_layer: int = setting("Model", 8, "from this block on the decoder runs on two lanes; 0: never", low=0)
-    parallel_final_lane: str = setting("Model", "mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
 
     # --- Gates
     skip_gates_enabled: bool = setting("Gates", True, "1: blend U-Net skips by a learned gate; 0: add them")
@@ -150,13 +147,7 @@ class Settings(FromEnvironment):
                                        "documents with which #2135 was published")
     gate_window: int = setting("Gates", 12, "leading channels that drive the small gates", low=1)
     sparse_attn_gate_enabled: bool = setting("Gates", True, "1: head gate sigmoid(scale * W x) from GATE_WINDOW channels")
-    sparse_attn_gate_init_std: float = setting("Gates", 0.0, "standard deviation of its initial weights", low=0)
     sparse_attn_gate_scale: float = setting("Gates", 0.5, "the factor inside that sigmoid", above=0)
-    gated_attn_enabled: bool = setting("Gates", False, "1: head gate sigmoid(W x) from all channels")
-    gated_attn_init_std: float = setting("Gates", 0.01, "standard deviation of its initial weights", low=0)
-    attn_out_gate_enabled: bool = setting("Gates", False, "1: head gate 2 sigmoid(W x) from GATE_WINDOW channels")
-    attn_out_gate_src: str = setting("Gates", "proj", "its input: the block input or the raw query projection",
-                                     choices=("proj", "q"))
     gated_xsa: bool = setting("Gates", False, "1: scale XSA by a learned tanh(alpha) per head that starts at 0; 0: by 1")
 
     # --- Optimizer
@@ -372,8 +363,6 @@ class Settings(FromEnvironment):
                 f"MLP_MULT: {s.mlp_mult} x MODEL_DIM={s.model_dim} is not a whole width")
         require(s.gate_window <= s.model_dim, f"GATE_WINDOW: {s.gate_window} is above MODEL_DIM={s.model_dim}")
         require(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N: {s.xsa_last_n} is above NUM_LAYERS={s.num_layers}")
-        gates = [n for n in ("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled") if getattr(s, n)]
-        require(len(gates) <= 1, f"{' and '.join(g.upper() for g in gates)}: at most one head gate can be on")
         if s.num_loops:
             require(s.loop_start <= s.loop_end < s.num_layers,
                     f"LOOP_START, LOOP_END: {s.loop_start}..{s.loop_end} is not a range of {s.num_layers} blocks")
@@ -385,8 +374,6 @@ class Settings(FromEnvironment):
                 f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
         require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
                 f"{s.world_size} ranks x {s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)")
-        require(len(s.gains) <= s.num_layers and all(0 < gain < math.inf for gain in s.gains), "QK_GAIN_INIT_SCHEDULE: "
-                f"{s.qk_gain_init_schedule!r} is no list of at most NUM_LAYERS={s.num_layers} positive gains like 5.0,5.25")
         stages, caps = s.stages(s.train_seq_schedule), s.stages(s.midrun_cap_schedule)
         fine = all(length >= 1 and length == int(length) and end > 0 for length, end in stages or ())
         require(stages is not None and fine, f"TRAIN_SEQ_SCHEDULE: {s.train_seq_schedule!r} is no list like 1024@0.1,2048@1.0 "
@@ -411,7 +398,8 @@ class Settings(FromEnvironment):
                 "step; set STEP_RULE=sigma or unset it")
         require(not (s.lqer_enabled and s.lqer_weighted and s.lqer_gain_select),
                 "LQER_GAIN_SELECT: LQER_WEIGHTED=1 chooses by predicted loss; unset one of them")
-        require(gates or not s.gated_attn_quant_gate, "GATED_ATTN_QUANT_GATE: no head gate is on; unset it or turn one on")
+        require(s.sparse_attn_gate_enabled or not s.gated_attn_quant_gate,
+                "GATED_ATTN_QUANT_GATE: there is no head gate; unset it or set SPARSE_ATTN_GATE_ENABLED=1")
         require(not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits),
                 f"AWQ_LITE_BITS: {s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it")
         if s.lqer_enabled and s.lqer_asym_enabled:
@@ -453,7 +441,6 @@ class Settings(FromEnvironment):
     log_dir = property(lambda s: s.artifact_dir or "logs")
     artifact_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.int6.ptz"))
     checkpoint_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.fp32.ptz"))
-    gains = property(lambda s: [number(gain) for gain in s.qk_gain_init_schedule.split(",")] if s.qk_gain_init_schedule else [])
     ttt_slots = property(lambda s: 8 * s.ttt_batch_size)
     token_orders = property(lambda s: [s.token_order] + [k for k in map(int, re.findall(r"\d+", s.token_backoff)) if
                                                          k < s.token_order and s.ngram_boost == "learned"])
@@ -499,8 +486,7 @@ class Settings(FromEnvironment):
 
     def function_settings(self) -> dict:
         """The settings that change what function a set of weights computes; they travel in the artifact."""
-        free = {"tied_embed_init_std", "qk_gain_init", "qk_gain_init_schedule", "sparse_attn_gate_init_std",
-                "gated_attn_init_std"}
+        free = {"tied_embed_init_std", "qk_gain_init"}
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                   if f.metadata["group"] in ("Model", "Gates") and f.name not in free}
         return chosen | {"vocab_size": self.vocab_size}
@@ -997,7 +983,7 @@ class Layer(NamedTuple):
     input_scale: Tensor  # ()
     resid_mix: Tensor  # (2, d)
     q_gain: Tensor  # (heads,)
-    attn_gate: Tensor | None  # (heads, GATE_WINDOW), (heads, d) for the dense gate
+    attn_gate: Tensor | None  # (heads, GATE_WINDOW)
     xsa_alpha: Tensor | None  # (heads,)
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]; None before the first such block
     lane_resid: Tensor | None  # (2,)
@@ -1052,9 +1038,7 @@ class GPT(nn.Module):
         self.mlp_scale = parameter(n, d)
         self.resid_mix = parameter(n, 2, d)
         self.q_gain = parameter(n, heads)
-        gate_inputs = d if s.gated_attn_enabled else s.gate_window
-        has_gate = s.gated_attn_enabled or s.sparse_attn_gate_enabled or s.attn_out_gate_enabled
-        self.attn_gate = parameter(n, heads, gate_inputs) if has_gate else None
+        self.attn_gate = parameter(n, heads, s.gate_window) if s.sparse_attn_gate_enabled else None
         self.xsa_alpha = parameter(n, heads) if s.gated_xsa else None
         self.orders = {looping: visit_order(s, looping) for looping in (False, s.num_loops > 0)}
         skips = min(map(len, self.orders[s.num_loops > 0]))
@@ -1084,30 +1068,25 @@ class GPT(nn.Module):
         mlp_down_bank                           0
         attn_scale, mlp_scale, skip_weights     1
         resid_mix                               row 0 (the stream) 1, row 1 (the embedding) 0
-        q_gain                                  QK_GAIN_INIT_SCHEDULE, else QK_GAIN_INIT
-        attn_gate                               normal with its *_INIT_STD (0 for the published systems)
-        skip_gates, smear_*, xsa_alpha          0
+        q_gain                                  QK_GAIN_INIT
+        attn_gate, skip_gates, smear_*, xsa_alpha  0
         parallel_post_lambdas / _resid_lambdas  1 / 1.1
         softcap_pos, softcap_neg                LOGIT_SOFTCAP
         """
         s, n = self.settings, self.settings.num_layers
         draw = torch.Generator().manual_seed(s.seed)
-        constants = dict(mlp_down_bank=0, attn_scale=1, mlp_scale=1, skip_weights=1, skip_gates=0, smear_gate=0,
-                         smear_lambda=0, xsa_alpha=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
+        constants = dict(mlp_down_bank=0, attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, attn_gate=0, xsa_alpha=0,
+                         skip_weights=1, skip_gates=0, smear_gate=0, smear_lambda=0,
+                         parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
                          softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
         for name, value in constants.items():
             if getattr(self, name) is not None:
                 getattr(self, name).fill_(value)
-        self.q_gain.copy_(torch.tensor((s.gains + [s.qk_gain_init] * n)[:n])[:, None])
         self.tok_emb.normal_(0, s.tied_embed_init_std, generator=draw)
         for matrix in itertools.chain(self.qo_bank[:n], self.kv_bank, self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=draw)
         self.qo_bank[n:].zero_()
         self.resid_mix.copy_(torch.tensor([1.0, 0.0])[:, None])
-        if self.attn_gate is not None:
-            std = s.gated_attn_init_std if s.gated_attn_enabled else \
-                s.sparse_attn_gate_init_std if s.sparse_attn_gate_enabled else 0.0
-            self.attn_gate.normal_(0, std, generator=draw) if std > 0 else self.attn_gate.zero_()
 
     def banks(self) -> list[nn.Parameter]:
         """The stacks of matrices, (count, rows, columns) each."""
@@ -1149,7 +1128,7 @@ class GPT(nn.Module):
         query, key_value = queries.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
         out = (self.attn_scale[:, :, None] * outputs).to(dtype).unbind()
         up, down = self.mlp_up_bank.to(dtype).unbind(), (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
-        gate = gate * (s.sparse_attn_gate_enabled and s.xsa_last_n >= n)  # else plain formulas may read them
+        gate = gate * (s.xsa_last_n >= n)  # else plain formulas may read them
         lambdas = (cut(x, lanes, s.parallel_start_layer) for x in (self.parallel_post_lambdas, self.parallel_resid_lambdas))
         small = zip(self.input_scales.unbind(), cut(self.resid_mix, mix), cut(self.q_gain, gain), cut(self.attn_gate, gate),
                     cut(self.xsa_alpha, gate), *lambdas)
@@ -1187,8 +1166,7 @@ class GPT(nn.Module):
                 *lanes, x0 = self.two_lane_block(*(lanes or (x, None)), x0, skip, visited(i), segments, rope)
             else:
                 x, _, x0 = self.block(x, x0, skip, visited(i), segments, rope)
-        ends = {"mean": slice(2), "attn": slice(1), "mlp": slice(1, 2)}[s.parallel_final_lane]
-        return mean_norm(*(lanes[ends] if lanes else (x,)))
+        return mean_norm(*(lanes or (x,)))
 
     def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
@@ -1251,12 +1229,9 @@ class GPT(nn.Module):
 
         low: u in E4M3; then also what that product needs besides to run in E4M3, else None.
         """
-        s = self.settings
-        gated_by_q, product = s.attn_out_gate_enabled and s.attn_out_gate_src == "q", ()
+        s, product = self.settings, ()
         if low is None:
             qkv = w.product("qkv", u, w.w_qkv, u)
-        elif gated_by_q:
-            qkv = LowProduct.apply(u, w.w_qkv, LowArgs(low, w.low.unit, *w.low.w_qkv))
         else:  # the product and its gradient come with the next step
             qkv, product = u, (w.w_qkv, LowArgs(low, w.low.unit, *w.low.w_qkv))
         trains = qkv.is_cuda and qkv.requires_grad and w.context is None
@@ -1266,15 +1241,8 @@ class GPT(nn.Module):
             y, lse = attention(q, k, v, segments, self.attention_kernel, copies)
         else:
             y, lse = w.context(q, k, v), None
-        sparse = w.attn_gate if s.sparse_attn_gate_enabled else None
-        dense, low = w.attn_gate is not None and sparse is None, None if low is None else torch.empty_like(low)
-        y = xsa_gate(y, own if w.exclusive else None, window, sparse, w.xsa_alpha, s.sparse_attn_gate_scale,
-                     None if dense else low, lse)
-        if dense:
-            source = qkv if gated_by_q else u
-            gate = torch.sigmoid(F.linear(source[:, :w.attn_gate.size(-1)], w.attn_gate.to(source.dtype)).float())
-            y = (y.unflatten(1, (s.num_heads, -1)) * ((1 + s.attn_out_gate_enabled) * gate)[..., None]).to(u.dtype).flatten(1)
-            put_attended(low, y)
+        low = None if low is None else torch.empty_like(low)
+        y = xsa_gate(y, own if w.exclusive else None, window, w.attn_gate, w.xsa_alpha, s.sparse_attn_gate_scale, low, lse)
         return y, None if low is None else LowArgs(low, w.low.attended_unit, *w.low.w_out)
 
     def scores(self, hidden: Tensor) -> Tensor:

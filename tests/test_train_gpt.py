@@ -54,16 +54,16 @@ def problems(**environ) -> list[str]:
 
 def test_values_are_parsed_to_the_type_of_their_default():
     s = g.Settings.from_environment(dict(NUM_LAYERS="12", MATRIX_LR="0.5", GATED_XSA="1", LN_SCALE="0",
-                                         PARALLEL_FINAL_LANE="mlp", DATA_DIR="/d"))
+                                         STEP_RULE="sigma", DATA_DIR="/d"))
     assert (s.num_layers, s.matrix_lr, s.gated_xsa, s.ln_scale) == (12, 0.5, True, False)
-    assert (s.parallel_final_lane, s.data_dir, type(s.num_layers), type(s.matrix_lr)) == ("mlp", "/d", int, float)
+    assert (s.step_rule, s.data_dir, type(s.num_layers), type(s.matrix_lr)) == ("sigma", "/d", int, float)
 
 
 @pytest.mark.parametrize("name, value, part", [
     ("NUM_LAYERS", "eleven", "whole number"), ("NUM_LAYERS", "2.5", "whole number"), ("NUM_LAYERS", "0", ">= 1"),
     ("MATRIX_LR", "fast", "number"), ("MATRIX_LR", "-1", ">= 0"), ("MATRIX_LR", "nan", "range"),
     ("LOGIT_SOFTCAP", "0", "> 0"), ("GATED_XSA", "true", "neither 0 nor 1"), ("GATED_XSA", "", "neither 0 nor 1"),
-    ("PARALLEL_FINAL_LANE", "both", "mean, attn, mlp"), ("ATTN_OUT_GATE_SRC", "k", "proj, q"),
+    ("ATTENTION", "fa3", "auto, fa4, torch, reference"), ("STEP_RULE", "bits", "loss, sigma"),
     ("MUON_BACKEND_STEPS", "6", "<= 5"), ("VOCAB_SIZE", "65537", "<= 65536"), ("MIN_LR", "1.5", "<= 1"),
     ("BETA1", "1", "< 1"), ("BETA2", "1", "< 1"), ("MATRIX_LR", "inf", "range"), ("LOGIT_SOFTCAP", "inf", "range")])
 def test_values_outside_type_or_range_are_refused(name, value, part):
@@ -155,9 +155,7 @@ def test_variables_of_other_programs_are_left_alone():
 
 
 @pytest.mark.parametrize("environ, name", [
-    (dict(GATED_ATTN_ENABLED=1), "SPARSE_ATTN_GATE_ENABLED and GATED_ATTN_ENABLED"),
-    (dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1, ATTN_OUT_GATE_ENABLED=1),
-     "GATED_ATTN_ENABLED and ATTN_OUT_GATE_ENABLED"),
+    (dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_QUANT_GATE=1), "GATED_ATTN_QUANT_GATE"),
     (dict(PARALLEL_START_LAYER=5), "PARALLEL_START_LAYER"), (dict(PARALLEL_START_LAYER=11), "PARALLEL_START_LAYER"),
     (dict(LOOP_START=6), "LOOP_START, LOOP_END"), (dict(NUM_KV_HEADS=3), "NUM_KV_HEADS"),
     (dict(MODEL_DIM=510), "NUM_HEADS"), (dict(ROPE_DIMS=15), "ROPE_DIMS"), (dict(ROPE_DIMS=130), "ROPE_DIMS"),
@@ -290,14 +288,11 @@ REFERENCE_SIZES = dict(VOCAB_SIZE=40, NUM_LAYERS=6, MODEL_DIM=32, NUM_HEADS=4, N
                        ROPE_BASE=100, TRAIN_SEQ_LEN=64)
 CONFIGURATIONS = {
     "record": {},
-    "gated XSA and dense gate": dict(GATED_XSA=1, SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_ENABLED=1),
-    "gate of block input": dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1, ATTN_OUT_GATE_SRC="proj"),
-    "gate of raw query": dict(SPARSE_ATTN_GATE_ENABLED=0, ATTN_OUT_GATE_ENABLED=1, ATTN_OUT_GATE_SRC="q"),
+    "gated XSA": dict(GATED_XSA=1),
+    "no head gate": dict(SPARSE_ATTN_GATE_ENABLED=0),
     "no gates": dict(SPARSE_ATTN_GATE_ENABLED=0, SMEAR_GATE_ENABLED=0, SKIP_GATES_ENABLED=0, XSA_LAST_N=0),
     "added skips": dict(SKIP_GATES_ENABLED=0),
     "one lane": dict(PARALLEL_START_LAYER=0),
-    "attention lane": dict(PARALLEL_FINAL_LANE="attn"),
-    "MLP lane": dict(PARALLEL_FINAL_LANE="mlp"),
     "rotary on all dimensions": dict(ROPE_DIMS=0),
     "no layer scale": dict(LN_SCALE=0),
     "smear into BOS": dict(SMEAR_GATE_BOS_FIX=0),
@@ -362,12 +357,7 @@ def reference_losses(parameters: dict, s: g.Settings, ids, targets, lengths, loo
                 unit = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-12)
                 strength = torch.tanh(p.xsa_alpha[i, h]) if s.gated_xsa else 1.0
                 y = y - strength * (y * unit).sum(-1, keepdim=True) * unit
-            if s.attn_out_gate_enabled:
-                source = raw_q if s.attn_out_gate_src == "q" else u
-                y = y * 2 * torch.sigmoid(source[:, :s.gate_window] @ p.attn_gate[i, h])[:, None]
-            elif s.gated_attn_enabled:
-                y = y * torch.sigmoid(u @ p.attn_gate[i, h])[:, None]
-            elif s.sparse_attn_gate_enabled:
+            if s.sparse_attn_gate_enabled:
                 y = y * torch.sigmoid(s.sparse_attn_gate_scale * (u[:, :s.gate_window] @ p.attn_gate[i, h]))[:, None]
             outputs.append(y)
         return p.attn_scale[i] * (torch.cat(outputs, dim=1) @ p.qo_bank[n + i].T)
@@ -415,7 +405,7 @@ def reference_losses(parameters: dict, s: g.Settings, ids, targets, lengths, loo
             if row < 0:
                 stack.append(x)
         if lanes:
-            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[s.parallel_final_lane]
+            x = (lanes[0] + lanes[1]) / 2
         return rms(x)
 
     embedded = p.tok_emb[ids]
@@ -457,7 +447,7 @@ def test_model_equals_the_slow_reference_with_gradients(name, looping):
     losses = model.token_losses(ids, targets, segments, looping)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), slow, atol=1e-4, rtol=1e-4)
-    if name in ("record", "gated XSA and dense gate", "gate of raw query", "attention lane", "MLP lane") or "slope" in name:
+    if name in ("record", "gated XSA", "no head gate") or "slope" in name:
         assert_gradients_agree(model, losses, reference, slow)
 
 
