@@ -49,6 +49,12 @@ FIXED_SETTINGS = {
     "MIDRUN_CAP_LOG_UPDATES": ("1", "every change of that cap is logged"),
     "MATRIX_CLIP_SIGMAS": ("", "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS"),
     "LQER_GROUP_SIZE": ("", "ignored by the system that published it; use LQER_ASYM_GROUP"),
+    "GPTQ_CALIBRATION_MODE": ("random", "calibration windows begin anywhere; no published run began them at document starts"),
+    "OPTROT_ENABLED": ("0", "no published run rotated the values, and the published rotation changed the model"),
+    "LQER_SCOPE": ("all", "every matrix can be corrected; no published run narrowed that"),
+    "LQER_GAIN_SELECT": ("0", "the matrices with the largest errors are corrected; no published run chose otherwise"),
+    "LQER_ASYM_ENABLED": ("1", "the left factor has 2 bits, the right one 4; no published run used equal ones"),
+    "LQER_FACTOR_BITS": ("4", "it belonged to LQER_ASYM_ENABLED=0, which no published run used"),
     "PERGROUP_ROUNDTRIP_CHECK": ("1", "every artifact is read back and compared, whatever the compressor"),
     "TTT_EVAL_BATCHES": ("", "it reordered the documents; every document is scored, in the order that TTT_ORDER names"),
     "TTT_TRAIN_MIN_DOC_LEN": ("0", "whether a document is trained on may not depend on a length that is not known yet"),
@@ -72,7 +78,7 @@ TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "n
 
 # Settings that name their reader where the environment does not: (reader, its value).
 IMPLIED = {"TTT_SHORT_SCORE_FIRST_ENABLED": ("TTT_ORDER", "length"), **dict.fromkeys(
-    ("MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "SCALE_GRID", "AWQ_LITE_ENABLED"),
+    ("MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "AWQ_LITE_ENABLED", "LQER_ENABLED"),
     ("STEP_RULE", "sigma"))}
 
 # Settings that do something only with certain values of another; elsewhere they must keep their default.
@@ -82,7 +88,7 @@ READ_ONLY_WITH = {
     "val_doc_fraction": ("ttt_enabled", (True,)), "warmdown_frac": ("warmdown_iters", (0,)),
     "target_bytes": ("step_rule", ("loss",)),
     **{name: ("step_rule", ("sigma",)) for name in ("matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas",
-                                                    "embed_clip_sigmas", "scale_grid")},
+                                                    "embed_clip_sigmas")},
     "token_threshold": ("ngram_boost", ("fixed", "calibrated")), "token_boost": ("ngram_boost", ("fixed",)),
     "token_backoff": ("ngram_boost", ("learned",)),
 }

@@ -25,7 +25,6 @@ import glob
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import platform
@@ -215,38 +214,24 @@ class Settings(FromEnvironment):
     attn_clip_sigmas: float = setting("Artifact", 13.0, "clip of attention matrices, in deviations of the row", above=0)
     mlp_clip_sigmas: float = setting("Artifact", 11.5, "clip of MLP matrices, in deviations of the row", above=0)
     embed_clip_sigmas: float = setting("Artifact", 14.0, "clip of the embedding, in deviations of the row", above=0)
-    step_rule: str = setting("Artifact", "loss", "quantization steps: loss: every weight shall add the same predicted loss, "
-                             "sized to TARGET_BYTES; sigma: by the *_BITS and *_CLIP_SIGMAS, chosen by naming one of them",
+    step_rule: str = setting("Artifact", "loss", "how the matrices are quantized: loss: equal predicted loss per weight, "
+                             "scaled to fill TARGET_BYTES, on a trellis; sigma: by the *_BITS and *_CLIP_SIGMAS, as the "
+                             "published systems did, chosen by naming one of them",
                              choices=("loss", "sigma"))
     target_bytes: int = setting("Artifact", 15_998_000, "artifact and code together, for STEP_RULE=loss",
                                 unit="bytes", low=1, high=15_999_999)
-    trellis_enabled: bool = setting("Artifact", True, "1: trellis-coded quantization; 0: rounding to nearest")
-    scale_grid: str = setting("Artifact", "log", "row scales with STEP_RULE=sigma: a logarithmic grid or float16",
-                              choices=("log", "fp16"))
     gptq_calibration_batches: int = setting("Artifact", 32, "training text for the Hessians, over all ranks, in eighths of "
                                             "TRAIN_BATCH_TOKENS; 0: no Hessians, no error feedback", low=0)
-    gptq_calibration_mode: str = setting("Artifact", "random", "its windows begin anywhere or at document starts",
-                                         choices=("random", "doc_start"))
     gated_attn_quant_gate: bool = setting("Artifact", False, "1: head gates as int8 rows; 0: as float16")
-    optrot_enabled: bool = setting("Artifact", False, "1: Hadamard rotation of each head's values and the output "
-                                   "projection before quantization")
     awq_lite_enabled: bool = setting("Artifact", False, "1: some groups of columns get AWQ_LITE_BITS")
     awq_lite_bits: int = setting("Artifact", 8, "bits of those groups", unit="bits", low=2, high=8)
     awq_lite_group_top_k: int = setting("Artifact", 1, "how many groups at most, over all matrices", low=0)
     awq_lite_group_size: int = setting("Artifact", 64, "columns of a group", low=1)
-    awq_lite_weighted: bool = setting("Artifact", False, "1: choose by predicted loss per byte; 0: by input RMS x weight")
     lqer_enabled: bool = setting("Artifact", False, "1: low-rank correction of the matrices that need it most")
     lqer_rank: int = setting("Artifact", 4, "rank of a correction", low=1, high=64)
     lqer_top_k: int = setting("Artifact", 3, "how many matrices at most", low=0)
-    lqer_factor_bits: int = setting("Artifact", 4, "bits of both factors with LQER_ASYM_ENABLED=0", unit="bits", low=2,
-                                    high=8)
-    lqer_asym_enabled: bool = setting("Artifact", True, "1: left factor 2 bits, right 4; 0: both LQER_FACTOR_BITS")
     lqer_asym_group: int = setting("Artifact", 64, "values of the right factor that share a scale", low=1)
-    lqer_scope: str = setting("Artifact", "all", "which matrices", choices=("all", "mlp", "attn", "embed"))
-    lqer_gain_select: bool = setting("Artifact", False, "1: choose by the error that goes away; 0: by its size")
-    lqer_weighted: bool = setting("Artifact", False, "1: fit to and choose by predicted loss, only what pays for its bytes")
-    compressor: str = setting("Artifact", "entropy", "how the integers are coded",
-                              choices=("entropy", "pergroup", "brotli", "lzma"))
+    compressor: str = setting("Artifact", "entropy", "how the integers are coded", choices=("entropy", "pergroup", "brotli"))
 
     # --- Evaluation
     eval_seq_len: int = setting("Evaluation", 2560, "longest context of plain evaluation", unit="tokens", low=1)
@@ -396,21 +381,19 @@ class Settings(FromEnvironment):
                     f"only with {switch.upper()}={' or '.join(map(setting_text, read))}; set that or leave it unset")
         require(s.step_rule == "sigma" or not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own "
                 "step; set STEP_RULE=sigma or unset it")
-        require(not (s.lqer_enabled and s.lqer_weighted and s.lqer_gain_select),
-                "LQER_GAIN_SELECT: LQER_WEIGHTED=1 chooses by predicted loss; unset one of them")
+        require(s.step_rule == "sigma" or not s.lqer_enabled, "LQER_ENABLED: STEP_RULE=loss spends its bytes on finer steps "
+                "instead; set STEP_RULE=sigma or unset it")
         require(s.sparse_attn_gate_enabled or not s.gated_attn_quant_gate,
                 "GATED_ATTN_QUANT_GATE: there is no head gate; unset it or set SPARSE_ATTN_GATE_ENABLED=1")
         require(not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits),
                 f"AWQ_LITE_BITS: {s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it")
-        if s.lqer_enabled and s.lqer_asym_enabled:
+        if s.lqer_enabled:
             require(s.lqer_rank * s.model_dim % s.lqer_asym_group == 0 == s.lqer_rank * s.mlp_dim % s.lqer_asym_group,
                     f"LQER_ASYM_GROUP: {s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
         require(not s.lqer_enabled or s.lqer_rank <= s.kv_dim,
                 f"LQER_RANK: {s.lqer_rank} is above {s.kv_dim}, the rows of the key and value matrices")
         require(s.gptq_calibration_batches or not s.uses_curvature,
-                "GPTQ_CALIBRATION_BATCHES: STEP_RULE=loss, LQER_WEIGHTED and AWQ_LITE_WEIGHTED need calibration; raise it")
-        require(not s.optrot_enabled or s.head_dim & (s.head_dim - 1) == 0,
-                f"OPTROT_ENABLED: the head width {s.head_dim} is no power of two; unset it")
+                "GPTQ_CALIBRATION_BATCHES: STEP_RULE=loss needs calibration; raise it")
         require(not (s.ttt_eval_only and s.quantize_only), "QUANTIZE_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
         orders = [s.token_order, *map(int, re.findall(r"\d+", s.token_backoff))]
         falling = all(a > b > 1 for a, b in itertools.pairwise(orders)) or s.token_backoff == Settings.token_backoff
@@ -444,8 +427,7 @@ class Settings(FromEnvironment):
     ttt_slots = property(lambda s: 8 * s.ttt_batch_size)
     token_orders = property(lambda s: [s.token_order] + [k for k in map(int, re.findall(r"\d+", s.token_backoff)) if
                                                          k < s.token_order and s.ngram_boost == "learned"])
-    uses_curvature = property(lambda s: s.step_rule == "loss" or s.awq_lite_enabled and s.awq_lite_weighted
-                              or s.lqer_enabled and s.lqer_weighted)
+    uses_curvature = property(lambda s: s.step_rule == "loss")
 
     @property
     def accumulation(self) -> int:
@@ -1985,18 +1967,10 @@ def calibration_count(s: Settings) -> int:
 def calibration_windows(data: TrainingData, s: Settings, most: int | None = None) -> list[np.ndarray]:
     """The training tokens that calibration reads: windows of EVAL_SEQ_LEN + 1, the same for every number of ranks.
 
-    They begin anywhere (GPTQ_CALIBRATION_MODE=random) or at the first document start from there on (doc_start).
+    They begin anywhere in the training text.
     """
-    draw, windows = np.random.default_rng(0), []
-    for _ in range(min(calibration_count(s), most or calibration_count(s))):
-        at = int(draw.integers(data.total))
-        while s.gptq_calibration_mode == "doc_start":
-            starts = np.flatnonzero(data.read(at, 65536) == BOS_ID)
-            at += int(starts[0]) if len(starts) else 65536
-            if len(starts):
-                break
-        windows.append(data.read(at, s.eval_seq_len + 1))
-    return windows
+    draw, count = np.random.default_rng(0), min(calibration_count(s), most or calibration_count(s))
+    return [data.read(int(draw.integers(data.total)), s.eval_seq_len + 1) for _ in range(count)]
 
 
 def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings, runtime: Runtime) -> Statistics:
@@ -2055,22 +2029,6 @@ def summarize(seen: Observer, model: GPT, tokens: int, looping: bool, runtime: R
     hessian["head"] = (as_head * weight + as_input * share) / (weight + curvature["embed"].sum()).clamp(min=1e-30)
     curvature["head"] += curvature.pop("embed") / spread.clamp(min=1e-30)
     return Statistics(hessian, curvature, visits)
-
-
-def rotate_values(model: GPT) -> None:
-    """OptRot: turn each head's values by a Hadamard matrix and the output projection's columns back, in place.
-
-    Attention, XSA and the head gates commute with a rotation of a head's values, so the function stays the same; MLP
-    units cannot be turned so, because a nonlinearity stands between their two matrices.
-    """
-    s, n = model.settings, model.settings.num_layers
-    turn = torch.ones(1, 1, device=model.kv_bank.device)
-    while len(turn) < s.head_dim:
-        turn = torch.cat((torch.cat((turn, turn), 1), torch.cat((turn, -turn), 1))) / math.sqrt(2)
-    with torch.no_grad():
-        values, outputs = model.kv_bank[n:], model.qo_bank[n:]
-        values.copy_((turn @ values.unflatten(1, (-1, s.head_dim))).flatten(1, 2))
-        outputs.copy_((outputs.unflatten(2, (-1, s.head_dim)) @ turn.T).flatten(2, 3))
 
 
 def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
@@ -2260,7 +2218,7 @@ class Problem(NamedTuple):
 class Plan(NamedTuple):
     """How one role will be quantized. With STEP_RULE=loss the row scales still lack the common factor."""
 
-    row_scale: Tensor  # (layers, rows): float16, or int16 on the grid, or float32 octaves with STEP_RULE=loss
+    row_scale: Tensor  # (layers, rows): float16, or float32 octaves with STEP_RULE=loss
     row_limits: Tensor | None  # (2, layers, rows): fewest octaves, at which the codes fit int8, and most
     column_scale: Tensor | None
     fine: list
@@ -2308,14 +2266,10 @@ def planned(p: Problem, fine: list, s: Settings) -> Plan:
         limits = torch.stack(((reach / 120).clamp(min=tiny).log2(), deviation.clamp(min=tiny).log2() + 1))
         plan = Plan(row, limits, column, fine, order, factor)
     else:
-        row = (p.role.clip_sigmas * deviation / (2 ** (p.role.bits - 1) - 1)).clamp(min=tiny)
-        row = (row.log2() * SCALES_PER_OCTAVE).round().to(torch.int16) if s.scale_grid == "log" else row.half()
-        plan = Plan(row, None, None, fine, order, torch.empty(0))
-    if s.trellis_enabled:
-        plan = plan._replace(order=trellis_order(plan.column_scale, p.weight))
-    elif s.step_rule == "loss":
-        return plan
-    return plan._replace(factor=hessian_factor(p.hessian, plan.order))
+        row = (p.role.clip_sigmas * deviation / (2 ** (p.role.bits - 1) - 1)).clamp(min=tiny).half()
+        return Plan(row, None, None, fine, order, hessian_factor(p.hessian, order))
+    order = trellis_order(plan.column_scale, p.weight)
+    return plan._replace(order=order, factor=hessian_factor(p.hessian, order))
 
 
 def quantize_role(p: Problem, plan: Plan, s: Settings, octaves: float) -> Quantized:
@@ -2326,7 +2280,7 @@ def quantize_role(p: Problem, plan: Plan, s: Settings, octaves: float) -> Quanti
         row = (row * SCALES_PER_OCTAVE).round().to(torch.int16)
         largest = 127
     codes = torch.zeros_like(p.weight, dtype=torch.int8)
-    q = Quantized(codes, row, plan.column_scale, plan.fine, {}, s.trellis_enabled)
+    q = Quantized(codes, row, plan.column_scale, plan.fine, {}, s.step_rule == "loss")
     bound = torch.full_like(codes[:, :1], largest, dtype=torch.float32)
     for layer, first, count, _, finer in plan.fine:
         bound[layer, :, first:first + count] = finer
@@ -2336,33 +2290,20 @@ def quantize_role(p: Problem, plan: Plan, s: Settings, octaves: float) -> Quanti
 
 
 def choose_fine(problems: dict[str, Problem], s: Settings) -> dict[str, list]:
-    """AWQ-lite: the AWQ_LITE_GROUP_TOP_K groups of columns that are worth AWQ_LITE_BITS, per role, as in Quantized.fine.
+    """AWQ-lite: the AWQ_LITE_GROUP_TOP_K groups of columns that get AWQ_LITE_BITS, per role, as in Quantized.fine.
 
-    Unweighted, by input RMS x mean |weight|. Weighted, by predicted loss per byte, and only what saves more loss than the
-    same bytes would by making every step finer.
+    A column counts by its input's root mean square times its weights' mean magnitude.
     """
-    size, candidates, expected, count = s.awq_lite_group_size, [], 0.0, 0
+    size, candidates = s.awq_lite_group_size, []
     for name, p in problems.items():
         coarse, finer = (2 ** (bits - 1) - 1 for bits in (p.role.bits, s.awq_lite_bits))
-        layers, rows, columns = p.weight.shape
-        diagonal = p.hessian.diagonal(dim1=1, dim2=2)
-        if s.awq_lite_weighted:
-            plan = planned(p, [], s)
-            step = row_steps(plan.row_scale)
-            own = torch.empty_like(diagonal).scatter_(1, plan.order, plan.factor.diagonal(dim1=1, dim2=2).square())
-            loss = own * (p.curvature * step.square() / 24).sum(1, keepdim=True)  # of rounding, per column
-            expected, count = expected + float(loss.sum()), count + p.weight.numel()
-            score = loss * (1 - (coarse / finer) ** 2) / (rows * math.log2(finer / coarse) / 8) if finer > coarse else loss
-        else:
-            score = (diagonal / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)
+        saliency = (p.hessian.diagonal(dim1=1, dim2=2) / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)
         if finer > coarse:
-            groups = score[:, :columns // size * size].unflatten(1, (-1, size)).sum(2)
-            groups = groups / size if s.awq_lite_weighted else groups
+            groups = saliency[:, :saliency.size(1) // size * size].unflatten(1, (-1, size)).sum(2)
             candidates += [(value, name, [i, g * size, size, coarse, finer])
                            for i, row in enumerate(groups.tolist()) for g, value in enumerate(row)]
-    price = 16 * math.log(2) * expected / max(count, 1)  # nats per byte at the margin
     chosen = sorted(candidates, key=lambda c: -c[0])[:s.awq_lite_group_top_k]
-    return {name: [fine for value, role, fine in chosen if role == name and value > price] for name in problems}
+    return {name: [fine for value, role, fine in chosen if role == name and value > 0] for name in problems}
 
 
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -2377,59 +2318,31 @@ def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return vectors * sizes[..., None, :], right / sizes[..., None]
 
 
-def fit_low_rank(error: Tensor, hessian: Tensor, curvature: Tensor, s: Settings) -> LowRank:
-    """LQER (Zhang et al. 2024): `error` (rows, columns) as a product of two thin integer matrices.
+def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
+    """LQER (Zhang et al. 2024): the best approximation of `error` (rows, columns) by two thin integer matrices.
 
-    The fit minimizes the error's squared norm, or with LQER_WEIGHTED the predicted loss. LQER_ASYM_ENABLED: left -2..1 with
-    one scale, right -8..7 with a scale per LQER_ASYM_GROUP values; else a scale per row of each, +-(2^(bits-1) - 1).
+    The left one holds -2 .. 1 with one scale, the right one -8 .. 7 with a scale per LQER_ASYM_GROUP values.
     """
-    if s.lqer_weighted:
-        factor = hessian_factor(hessian[None], torch.arange(len(hessian), device=hessian.device)[None])[0]
-        height = curvature.clamp(min=1e-30).sqrt()[:, None]
-        left, right = top_singular(height * error @ factor, s.lqer_rank)
-        left, right = left / height, torch.linalg.solve_triangular(factor, right, upper=True, left=False)
-    else:
-        left, right = top_singular(error, s.lqer_rank)
+    left, right = top_singular(error, s.lqer_rank)
 
-    def integers(values, low, high, reach):  # one scale per row of `values`
-        scale = (values.abs().amax(1) / reach).clamp(min=torch.finfo(torch.float16).tiny).half()
+    def integers(values, low, high):  # one scale per row of `values`
+        scale = (values.abs().amax(1) / (high + 0.5)).clamp(min=torch.finfo(torch.float16).tiny).half()
         return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
 
-    if s.lqer_asym_enabled:
-        a, a_scale = integers(left.reshape(1, -1), -2, 1, 1.5)
-        b, b_scale = integers(right.reshape(-1, s.lqer_asym_group), -8, 7, 7.5)
-        return LowRank(a.view_as(left), a_scale, b.view_as(right), b_scale)
-    largest = 2 ** (s.lqer_factor_bits - 1) - 1
-    return LowRank(*integers(left, -largest, largest, largest), *integers(right, -largest, largest, largest))
+    a, a_scale = integers(left.reshape(1, -1), -2, 1)
+    b, b_scale = integers(right.reshape(-1, s.lqer_asym_group), -8, 7)
+    return LowRank(a.view_as(left), a_scale, b.view_as(right), b_scale)
 
 
 def choose_low_rank(problems: dict[str, Problem], quantized: dict[str, Quantized], s: Settings) -> None:
-    """Give the LQER_TOP_K matrices that need it most a correction, in place.
-
-    Unweighted, by the norm of their error, or with LQER_GAIN_SELECT by how much of it the correction takes away. Weighted,
-    by predicted loss saved per byte, and only where that beats making every step finer for the same bytes.
-    """
-    scopes = {"all": "", "mlp": "mlp", "attn": "attn", "embed": "tok_emb"}
-    candidates, expected, count = [], 0.0, 0
+    """Give the LQER_TOP_K matrices with the largest errors, by their norm, a correction, in place."""
+    candidates = []
     for name, p in problems.items():
-        error = (p.weight - dequantize(quantized[name])) * p.live
-        losses = p.loss(error)
-        expected, count = expected + float(losses.sum()), count + error.numel()
-        for layer, e in enumerate(error if name.startswith(scopes[s.lqer_scope]) else ()):
-            correction, value = None, float(e.norm())
-            if s.lqer_weighted or s.lqer_gain_select:
-                correction = fit_low_rank(e, p.hessian[layer], p.curvature[layer], s)
-                left = e - correction.product()
-                value -= float(left.norm())
-            if s.lqer_weighted:
-                saved = float(losses[layer] - p.loss(left[None], slice(layer, layer + 1)))
-                value = saved / sum(stored_bytes(part) for part in correction)
-            candidates.append((value, name, layer, e, correction))
-    price = 16 * math.log(2) * expected / count if s.lqer_weighted else 0.0  # nats per byte at the margin
-    for value, name, layer, e, correction in sorted(candidates, key=lambda c: -c[0])[:s.lqer_top_k]:
-        if value > price:
-            p = problems[name]
-            quantized[name].low_rank[layer] = correction or fit_low_rank(e, p.hessian[layer], p.curvature[layer], s)
+        errors = (p.weight - dequantize(quantized[name])) * p.live
+        candidates += [(float(error.norm()), name, layer, error) for layer, error in enumerate(errors)]
+    for norm, name, layer, error in sorted(candidates, key=lambda c: -c[0])[:s.lqer_top_k]:
+        if norm > 0:
+            quantized[name].low_rank[layer] = fit_low_rank(error, s)
 
 
 def stored_bytes(integers: Tensor) -> float:
@@ -2613,22 +2526,18 @@ def split(raw: bytes, specs: list) -> dict[str, np.ndarray]:
             for (name, dtype, shape), size, end in zip(specs, sizes, ends)}
 
 
-def inflate(packed: bytes, specs: list, method: str = "brotli") -> dict[str, np.ndarray]:
+def inflate(packed: bytes, specs: list) -> dict[str, np.ndarray]:
     """Undo `deflate`; never makes more bytes than the specs promise."""
     expected = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in specs)
     try:
-        if method == "brotli":
-            raw = brotli.Decompressor().process(packed, output_buffer_limit=expected + 1)
-        else:
-            raw = lzma.LZMADecompressor(memlimit=1 << 27).decompress(packed, max_length=expected + 1)
-    except (brotli.error, lzma.LZMAError):
+        raw = brotli.Decompressor().process(packed, output_buffer_limit=expected + 1)
+    except brotli.error:
         raise DamagedError from None
     return split(raw, specs)
 
 
-def deflate(arrays: dict[str, np.ndarray], method: str = "brotli") -> bytes:
-    raw = join(arrays)
-    return brotli.compress(raw, quality=11, lgwin=24) if method == "brotli" else lzma.compress(raw, preset=9)
+def deflate(arrays: dict[str, np.ndarray]) -> bytes:
+    return brotli.compress(join(arrays), quality=11, lgwin=24)
 
 
 def is_codes(name: str) -> bool:
@@ -2818,7 +2727,6 @@ PACKERS = {  # name: (arrays -> streams, (streams, specs) -> arrays)
     "entropy": (pack_entropy, unpack_entropy),
     "pergroup": (pack_pergroup, unpack_pergroup),
     "brotli": (lambda arrays: [deflate(arrays)], lambda streams, specs: inflate(streams[0], specs)),
-    "lzma": (lambda arrays: [deflate(arrays, "lzma")], lambda streams, specs: inflate(streams[0], specs, "lzma")),
     "none": (lambda arrays: [join(arrays)], lambda streams, specs: split(streams[0], specs)),
 }
 
@@ -2915,7 +2823,7 @@ def check_table(table: dict, model: GPT, s: Settings) -> None:
         whole(length, 0, 1 << 30)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if table["roles"] is None:  # a checkpoint
-        require(type(table["rotated"]) is bool and table["compressor"] == "none" and len(table["streams"]) == 1)
+        require(table["compressor"] == "none" and len(table["streams"]) == 1)
         require(promised == {name: ("float32", shape) for name, shape in parameters.items()})
         return
     roles = matrix_roles(s)
@@ -3672,8 +3580,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
     if first and s.compressor == "pergroup" and not s.prequant_only and not all(map(shutil.which, ("lrzip", "prlimit"))):
-        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose entropy, brotli "
-                         "or lzma")
+        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose entropy "
+                         "or brotli")
     if s.ttt_enabled and not s.prequant_only:
         check_machine(s, runtime)
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
@@ -3690,8 +3598,6 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
               fp8=model.fp8)
 
     def calibration(looping: bool, rehearsal: bool) -> Statistics | None:
-        if s.optrot_enabled and not rehearsal and not s.prequant_only:
-            rotate_values(model)
         if s.prequant_only or not s.gptq_calibration_batches:
             return None
         one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
@@ -3704,8 +3610,6 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
             looping = install(model, table, arrays, s)
             if (table["roles"] is None) != (path == s.checkpoint_path):
                 raise InputError(f"{path}: a checkpoint where an artifact belongs, or the reverse; train again")
-            if table["roles"] is None and table["rotated"]:
-                rotate_values(model)  # a Hadamard rotation undoes itself
         looping = bool(runtime.from_rank0([float(looping)])[0])
         runtime.share(model.parameters())
         return looping
@@ -3728,7 +3632,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         if first:
             if not s.quantize_only:
                 arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-                table = dict(function=s.function_settings(), looping=looping, roles=None, rotated=s.optrot_enabled)
+                table = dict(function=s.function_settings(), looping=looping, roles=None)
                 try:
                     write_container(s.checkpoint_path, table, arrays, "none")
                 except OSError as error:  # the artifact is what counts

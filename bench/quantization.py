@@ -17,25 +17,13 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import train_gpt as g  # noqa: E402
 
-SEEDS = dict(step_rule="sigma", trellis_enabled=False, scale_grid="fp16", awq_lite_enabled=False, lqer_enabled=False,
-             compressor="entropy", quantize_only=True)
-AWQ = dict(SEEDS, awq_lite_enabled=True)
-LQER = dict(SEEDS, lqer_enabled=True, lqer_rank=4, lqer_top_k=3, lqer_asym_group=32)
+PUBLISHED = dict(step_rule="sigma", awq_lite_enabled=False, lqer_enabled=False, compressor="entropy", quantize_only=True)
 METHODS = {
-    "rounding": dict(SEEDS, gptq_calibration_batches=0),
-    "GPTQ": SEEDS,
-    "GPTQ + AWQ-lite": AWQ,
-    "GPTQ + AWQ-lite, weighted": dict(AWQ, awq_lite_weighted=True, awq_lite_group_top_k=8),
-    "GPTQ + LQER asymmetric": LQER,
-    "GPTQ + LQER symmetric": dict(LQER, lqer_asym_enabled=False),
-    "GPTQ + LQER asym., weighted": dict(LQER, lqer_weighted=True, lqer_top_k=67),
-    "GPTQ + LQER sym., weighted": dict(LQER, lqer_asym_enabled=False, lqer_weighted=True, lqer_top_k=67),
-    "GPTQ, scales on a grid": dict(SEEDS, scale_grid="log"),
-    "GPTQ with trellis": dict(SEEDS, scale_grid="log", trellis_enabled=True),
-    "GPTQ, steps by loss": dict(SEEDS, scale_grid="log", step_rule="loss"),
-    "both: the default": dict(SEEDS, scale_grid="log", step_rule="loss", trellis_enabled=True),
-    "the default + LQER, weighted": dict(LQER, scale_grid="log", step_rule="loss", trellis_enabled=True, lqer_weighted=True,
-                                         lqer_top_k=67),
+    "rounding": dict(PUBLISHED, gptq_calibration_batches=0),
+    "GPTQ": PUBLISHED,
+    "GPTQ + AWQ-lite": dict(PUBLISHED, awq_lite_enabled=True),
+    "GPTQ + LQER": dict(PUBLISHED, lqer_enabled=True, lqer_rank=4, lqer_top_k=3, lqer_asym_group=32),
+    "by loss, on a trellis": dict(PUBLISHED, step_rule="loss"),
 }
 
 
@@ -61,7 +49,7 @@ def main() -> None:
         looping = g.install(model, *checkpoint, settings)
         before = validation.score(model, looping)["val_bpb"]
         windows, statistics, seconds = g.calibration_windows(data, settings), {}, {}
-        for name in ("GPTQ", "both: the default"):  # without and with gradients
+        for name in ("GPTQ", "by loss, on a trellis"):  # without and with gradients
             s = dataclasses.replace(settings, **METHODS[name])
             runtime.synchronize()
             began = time.perf_counter()

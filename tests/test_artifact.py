@@ -4,7 +4,6 @@ import base64
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -34,13 +33,11 @@ SMALL = dict(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, ROPE_DIMS=4, NUM_LAYERS=
              PARALLEL_START_LAYER=2, ITERATIONS=2, GPTQ_CALIBRATION_BATCHES=2, EVAL_SEQ_LEN=64)
 RUN = dict(ITERATIONS=4, GPTQ_CALIBRATION_BATCHES=4)
 FORMS = {"default": {},
-         "no trellis": dict(TRELLIS_ENABLED=0),
-         "sigma": dict(STEP_RULE="sigma"),
-         "sigma, float16, no trellis": dict(STEP_RULE="sigma", SCALE_GRID="fp16", TRELLIS_ENABLED=0),
-         "sigma, float16, int8 gates": dict(STEP_RULE="sigma", SCALE_GRID="fp16", GATED_ATTN_QUANT_GATE=1),
-         "awq and lqer": dict(STEP_RULE="sigma", AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=8, AWQ_LITE_GROUP_TOP_K=3,
-                              LQER_ENABLED=1, LQER_RANK=2, LQER_ASYM_GROUP=8, TRELLIS_ENABLED=0),
-         "symmetric lqer, int8 gates": dict(LQER_ENABLED=1, LQER_ASYM_ENABLED=0, LQER_TOP_K=4, GATED_ATTN_QUANT_GATE=1)}
+         "int8 gates": dict(GATED_ATTN_QUANT_GATE=1),
+         "published": dict(STEP_RULE="sigma"),
+         "published, int8 gates": dict(STEP_RULE="sigma", GATED_ATTN_QUANT_GATE=1),
+         "published, awq and lqer": dict(AWQ_LITE_ENABLED=1, AWQ_LITE_GROUP_SIZE=8, AWQ_LITE_GROUP_TOP_K=3, LQER_ENABLED=1,
+                                         LQER_RANK=2, LQER_ASYM_GROUP=8, LQER_TOP_K=4)}
 PACKERS = [pytest.param(name, marks=pytest.mark.skipif(name == "pergroup" and not shutil.which("lrzip"),
                                                        reason="needs the program lrzip")) for name in g.PACKERS]
 
@@ -156,7 +153,7 @@ def test_every_array_and_weight_comes_back_exactly(forms, tmp_path, form, packer
     assert any(q.fine for q in made.quantized.values()) == ("awq" in form)
     assert any(q.low_rank for q in made.quantized.values()) == ("lqer" in form)
     assert ("attn_gate.codes_by_row" in made.arrays) == ("gates" in form)
-    assert made.arrays["mlp.fc.row_scale"].dtype == ("float16" if "float16" in form else "int16")
+    assert made.arrays["mlp.fc.row_scale"].dtype == ("float16" if "published" in form else "int16")
     s = changed(made.s, compressor=packer)
     assert g.write_container(path, made.table, made.arrays, packer) == os.path.getsize(path)
     loaded = g.GPT(s)
@@ -371,7 +368,7 @@ def test_every_setting_of_model_and_gates_travels():
 
 def test_settings_of_training_and_saving_do_not_refuse(small):
     s = tiny(small.folder, **SMALL | dict(SEED=5, MATRIX_LR=0.1, QK_GAIN_INIT=2, ITERATIONS=7, VAL_BATCH_TOKENS=8192,
-                                          COMPRESSOR="lzma", STEP_RULE="sigma", MATRIX_BITS=5, GPTQ_CALIBRATION_BATCHES=0))
+                                          COMPRESSOR="brotli", STEP_RULE="sigma", MATRIX_BITS=5, GPTQ_CALIBRATION_BATCHES=0))
     assert_same(g.read_container(small.path, g.GPT(s), s)[1], small.arrays)
 
 
@@ -414,7 +411,7 @@ def test_pergroup_from_a_stranger_needs_consent(small, tmp_path):
 
 def checkpoint(s, model, path) -> tuple[dict, dict]:
     arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    table = dict(function=s.function_settings(), looping=False, roles=None, rotated=False)
+    table = dict(function=s.function_settings(), looping=False, roles=None)
     g.write_container(str(path), table, arrays, "none")
     return table, arrays
 
@@ -462,7 +459,7 @@ def accepted(path, table, cases, model, s) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("form", ["default", "awq and lqer", "symmetric lqer, int8 gates"])
+@pytest.mark.parametrize("form", ["default", "int8 gates", "published, awq and lqer"])
 def test_arrays_that_the_model_does_not_have_are_refused(forms, tmp_path, form):
     made, path = forms[form], tmp_path / "a.ptz"
     # A file without column scales is a form of its own; so is one scale for all rows of a left factor.
@@ -504,7 +501,7 @@ def test_a_strangers_words_reach_the_terminal_in_one_short_line(small, tmp_path)
 
 def test_no_more_fine_groups_than_columns(forms, tmp_path):
     """Each costs time at loading, and a megabyte of table holds many."""
-    made, path = forms["awq and lqer"], tmp_path / "a.ptz"
+    made, path = forms["published, awq and lqer"], tmp_path / "a.ptz"
     roles = json.loads(json.dumps(made.table["roles"]))
     roles["mlp.fc"]["fine"] = [[0, 0, made.s.model_dim, 127, 1]] * 60_000
     g.write_container(str(path), made.table | dict(roles=roles), made.arrays, "none")
@@ -512,7 +509,7 @@ def test_no_more_fine_groups_than_columns(forms, tmp_path):
 
 
 def test_overlapping_fine_groups_are_refused(forms, tmp_path):
-    made, path = forms["awq and lqer"], tmp_path / "a.ptz"
+    made, path = forms["published, awq and lqer"], tmp_path / "a.ptz"
     roles = json.loads(json.dumps(made.table["roles"]))
     roles["mlp.fc"]["fine"] = [[0, 0, 2, 127, 1], [0, 1, 2, 127, 1]]
     g.write_container(str(path), made.table | dict(roles=roles), made.arrays, "none")
@@ -529,7 +526,7 @@ def test_float_row_scales_beside_column_scales_are_refused(forms, tmp_path):
 def test_a_checkpoint_without_its_stream_is_refused(forms, tmp_path):
     made, path = next(iter(forms.values())), tmp_path / "a.ptz"
     arrays = [[name, "float32", list(p.shape)] for name, p in made.model.named_parameters()]
-    table = dict(function=made.s.function_settings(), looping=True, roles=None, rotated=False, compressor="none",
+    table = dict(function=made.s.function_settings(), looping=True, roles=None, compressor="none",
                  arrays=arrays, streams=[])
     path.write_bytes(rebuilt(table, b""))
     assert refusal(path, made.model, made.s) == one_line(path)
@@ -539,7 +536,7 @@ def test_looping_without_loops_is_refused(tmp_path):
     s, path = tiny(**SMALL | dict(NUM_LOOPS=0)), tmp_path / "a.ptz"
     model = random_model(s)
     arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    g.write_container(str(path), dict(function=s.function_settings(), looping=True, roles=None, rotated=False), arrays, "none")
+    g.write_container(str(path), dict(function=s.function_settings(), looping=True, roles=None), arrays, "none")
     assert refusal(path, model, s) == one_line(path)
 
 
@@ -590,11 +587,9 @@ class Mutations:
         cuts = list(itertools.accumulate(self.table["streams"], initial=0))
         self.streams = [self.payload[a:b] for a, b in zip(cuts, cuts[1:])]
         self.inner = [self.streams[0]] + [brotli.decompress(stream) for stream in self.streams[1:]]
-        small, large = brotli.Compressor(quality=1), lzma.LZMACompressor(preset=0)
+        small = brotli.Compressor(quality=1)
         blocks = [bytes(1 << 20)] * (BOMB_BYTES >> 20)  # piece by piece: the memory of this process is measured
         self.brotli_bomb = b"".join(map(small.process, blocks)) + small.finish()
-        self.lzma_bomb = b"".join(map(large.compress, blocks)) + large.flush()
-        self.dictionaries = [bytes.fromhex(f"5d000000{size}ffffffffffffffff") + bytes(40) for size in ("60", "38", "ff")]
 
     def scramble(self, r: random.Random, data: bytes) -> bytes:
         """Flip, cut, insert, swap, repeat or overwrite some bytes."""
@@ -756,9 +751,8 @@ class Mutations:
                                              r.randrange(130), r.randrange(130)] for _ in range(r.choice((1, 5)))]
         table["roles"][role]["trellis"] = r.random() < 0.5
         table["arrays"] = specs_of(arrays)
-        method = r.choice(("none", "brotli", "lzma", "none", "brotli"))
-        stream = dict(none=g.join, brotli=lambda a: brotli.compress(g.join(a), quality=1),
-                      lzma=lambda a: lzma.compress(g.join(a), preset=0))[method](arrays)
+        method = r.choice(("none", "brotli"))
+        stream = dict(none=g.join, brotli=lambda a: brotli.compress(g.join(a), quality=1))[method](arrays)
         if r.random() < 0.3:
             stream = self.scramble(r, stream)
         if r.random() < 0.1:
@@ -766,16 +760,15 @@ class Mutations:
         return rebuilt(table | dict(compressor=method, streams=[len(stream)]), stream)
 
     def with_bomb(self, r):
-        """Streams and tables that swell to 256 MiB, and LZMA that asks for dictionaries up to 4 GiB."""
-        kind = r.randrange(6)
+        """Streams and tables that swell to 256 MiB."""
+        kind = r.randrange(4)
         if kind == 0:
             return signed(self.brotli_bomb, self.payload)
         if kind < 3:
             streams = list(self.streams)
             streams[kind] = self.brotli_bomb
             return self.joined(streams)
-        stream = (self.brotli_bomb, self.lzma_bomb, r.choice(self.dictionaries))[kind - 3]
-        return self.joined([stream], compressor="brotli" if kind == 3 else "lzma")
+        return self.joined([self.brotli_bomb], compressor="brotli")
 
 
 KINDS = dict(raw=Mutations.damaged, table=Mutations.with_table, text=Mutations.with_text, streams=Mutations.with_streams,

@@ -588,7 +588,7 @@ FEATURES = {
     "row-normalized Muon": Feature("training", lambda s: s.muon_row_normalize, off(MUON_ROW_NORMALIZE=0)),
     "GPTQ": stored(lambda s: s.gptq_calibration_batches > 0 and f"{s.gptq_calibration_batches} batches",
                    codes_make_good_of_each_other),
-    "quantization steps": stored(lambda s: "loss, trellis" if s.step_rule == "loss" and s.trellis_enabled else
+    "quantization steps": stored(lambda s: "loss, trellis" if s.step_rule == "loss" else
                     f"{s.matrix_bits}/{s.embed_bits} bits", steps_by_hand),
     "int8 gates": stored(lambda s: s.gated_attn_quant_gate, gates_are_int8),
     "LQER": stored(lambda s: s.lqer_enabled and f"top {s.lqer_top_k}, rank {s.lqer_rank}, {s.lqer_asym_group}",
@@ -664,7 +664,7 @@ def test_what_is_off_on_both_sides_makes_no_difference(stage, changes, lab):
 
 
 WITHOUT = dict(GPTQ_CALIBRATION_BATCHES=0, MATRIX_BITS=5, GATED_ATTN_QUANT_GATE=0, LQER_ENABLED=0, AWQ_LITE_ENABLED=0,
-               COMPRESSOR="lzma")
+               COMPRESSOR="brotli")
 
 
 @pytest.mark.parametrize("feature", [name for name, f in FEATURES.items() if f.stage == "artifact"])

@@ -26,7 +26,7 @@ SEEDS = (42, 0, 7)
 
 
 def variables(place, **changes) -> dict[str, str]:
-    tiny = environment(place, ITERATIONS=4, TRELLIS_ENABLED=0, OMP_NUM_THREADS=1, **changes)
+    tiny = environment(place, ITERATIONS=4, STEP_RULE="sigma", OMP_NUM_THREADS=1, **changes)
     del tiny["ARTIFACT_DIR"], tiny["RUN_ID"]
     return tiny | {name: os.environ[name] for name in INHERITED if name in os.environ}
 
