@@ -41,7 +41,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -2391,7 +2390,7 @@ def quantize(problems: dict[str, Problem], s: Settings, wanted: float,
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 2
 ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, payload bytes, SHA-256 of table and payload
 SIZE_CAP = 16_000_000
-CLASS_PARTS, LOCATION_PARTS = (".row_class", ".column_class"), (".location_left", ".location_right")
+CLASS_PARTS = (".row_class", ".column_class")
 SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24  # classes of COMPRESSOR=entropy; the offset is that of spread 1
 PERGROUP_SORTED = ("tok_emb.codes", "attn.c_q.codes", "mlp.fc.codes")
 PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # set by the loader of a packed script: its own path
@@ -2431,57 +2430,9 @@ def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
     return tuple((0.5 * f.log2() * SPREADS_PER_OCTAVE).round().to(torch.int16) for f in (row, column))
 
 
-class CodeModel(NamedTuple):
-    """What the entropy coder assumes of a stack of codes: every one has a spread and a location.
-
-    Spread: row factor x column factor. Location, for a stack of one matrix (the embedding, whose columns have means and
-    whose rows resemble each other): spread x (mean of the column + a product of rank 2). All of it is stored, in integers,
-    and evaluated in integers, so that every machine sees the same model.
-    """
-
-    row: Tensor  # (layers, rows) int16, classes of spread_classes
-    column: Tensor  # (layers, columns) int16
-    left: Tensor | None = None  # (1, rows, rank) int8, in 1/4
-    right: Tensor | None = None  # (1, 1 + rank, columns) int8, in 1/16, the means first
-
-    def classes(self) -> Tensor:
-        """The class (layers, rows, columns) of every code, uint8 below SPREADS."""
-        return (self.row[:, :, None] + self.column[:, None] + SPREAD_OFFSET).clamp(0, SPREADS - 1).to(torch.uint8)
-
-    def locations(self, classes: Tensor) -> Tensor | int:
-        """The location of every code, rounded, int16."""
-        if self.left is None:
-            return 0
-        right = self.right.float()
-        product = self.left.float() @ right[:, 1:] + 4 * right[:, :1]  # exact: whole numbers below 2^24
-        spread = torch.tensor([round(2 ** (10 + (k - SPREAD_OFFSET) / SPREADS_PER_OCTAVE)) for k in range(SPREADS)],
-                              device=classes.device)
-        return (product.long() * spread[classes.int()] + (1 << 15) >> 16).clamp(-127, 127).short()
-
-
-def location_rank(shape) -> int:
-    return min(2, *shape[1:]) if shape[0] == 1 else 0
-
-
-def fit_code_model(codes: Tensor) -> CodeModel:
-    """The model of the codes (layers, rows, columns), int8."""
-    row, column = spread_classes(codes)
-    if len(codes) > 1:
-        return CodeModel(row, column)
-    for final in (False, True):  # first a rough location, about which the spreads can be taken
-        spread = torch.exp2((row[:, :, None] + column[:, None]) / SPREADS_PER_OCTAVE)
-        mean = (codes / spread).mean(1, keepdim=True)
-        left, right = top_singular(codes / spread - mean, location_rank(codes.shape))
-        if not final:
-            row, column = spread_classes(codes - spread * (mean + left @ right))
-    size = left.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
-    left, right = 4 * left / size, 16 * torch.cat((mean, right * size.mT), 1)
-    return CodeModel(row, column, *(factor.round().clamp(-127, 127).to(torch.int8) for factor in (left, right)))
-
-
-def wrapped(values: Tensor) -> Tensor:
-    """Values modulo 256, in -128 .. 127, int8."""
-    return ((values + 128 & 255) - 128).to(torch.int8)
+def class_of_codes(row: Tensor, column: Tensor) -> Tensor:
+    """The class (layers, rows, columns) of every code, uint8 below SPREADS, from those of its row and column."""
+    return (row[:, :, None] + column[:, None] + SPREAD_OFFSET).clamp(0, SPREADS - 1).to(torch.uint8)
 
 
 def code_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
@@ -2493,10 +2444,8 @@ def code_bits(codes: list[Tensor]) -> list[Tensor]:
     """What each matrix costs with COMPRESSOR=entropy, in bits: one tensor (layers,) for each stack of codes."""
     histograms = []
     for stack in codes:
-        model = fit_code_model(stack)
-        classes = model.classes()
-        symbols = wrapped(stack.short() - model.locations(classes))
-        histograms.append(torch.stack([code_histogram(*pair) for pair in zip(symbols, classes)]))
+        classes = class_of_codes(*spread_classes(stack))
+        histograms.append(torch.stack([code_histogram(*pair) for pair in zip(stack, classes)]))
     total = sum(h.sum(0) for h in histograms).double()
     length = -(total / total.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30).log2()
     return [(h * length).sum((1, 2)) for h in histograms]
@@ -2568,31 +2517,25 @@ def scale_classes(name: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray,
     return -(row >> (SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1)), -column.astype(np.int16)
 
 
-def stored_model(name: str, side: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> CodeModel:
-    """The model of the codes `name` from what is stored of it."""
+def stored_classes(name: str, side: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> Tensor:
+    """The class of every code of `name` from what is stored."""
     known = scale_classes(name, arrays)
-    spreads = [torch.from_numpy(side[name + part] + offset) for part, offset in zip(CLASS_PARTS, known)]
-    return CodeModel(*spreads, *(torch.from_numpy(side[name + part]) for part in LOCATION_PARTS if name + part in side))
+    return class_of_codes(*(torch.from_numpy(side[name + part] + offset) for part, offset in zip(CLASS_PARTS, known)))
 
 
 def pack_entropy(arrays: dict[str, np.ndarray]) -> list[bytes]:
     """Asymmetric numeral systems (Duda 2009) over the codes, class by class; brotli over the rest and the models."""
-    side, symbols, kinds, counts = {}, [], [], 0
+    side, kinds, counts = {}, [], 0
     for name, array in code_arrays(arrays):
-        fitted = fit_code_model(torch.from_numpy(array))
+        fitted = spread_classes(torch.from_numpy(array))
         for part, spread, known in zip(CLASS_PARTS, fitted, scale_classes(name, arrays)):
             side[name + part] = (spread.numpy() - known).astype(np.int8)
-        for part, factor in zip(LOCATION_PARTS, fitted[2:]):
-            if factor is not None:
-                side[name + part] = factor.numpy()
-        model = stored_model(name, side, arrays)
-        classes = model.classes()
+        classes = stored_classes(name, side, arrays)
         kinds.append(classes.numpy().ravel())
-        shifted = wrapped(torch.from_numpy(array).short() - model.locations(classes))
-        symbols.append(shifted.numpy().ravel())
-        counts = counts + code_histogram(shifted, classes).numpy()
+        counts = counts + code_histogram(torch.from_numpy(array), classes).numpy()
     side["table"] = np.ceil(counts / counts.sum(1, keepdims=True).clip(min=1) * 65535).astype(np.uint16)
-    ordered = np.concatenate(symbols)[np.argsort(np.concatenate(kinds), kind="stable")]
+    symbols = np.concatenate([array.ravel() for _, array in code_arrays(arrays)])
+    ordered = symbols[np.argsort(np.concatenate(kinds), kind="stable")]
     coder, end = constriction.stream.stack.AnsCoder(), len(ordered)
     for spread, (lowest, model) in reversed(entropy_models(side["table"]).items()):
         start = end - int(counts[spread].sum())
@@ -2609,14 +2552,10 @@ def unpack_entropy(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
     rest = [spec for spec in specs if not is_codes(spec[0])]
     side = []
     for name, _, (layers, rows, columns) in coded:
-        rank = location_rank((layers, rows, columns))
-        shapes = [(layers, rows), (layers, columns)] + [(1, rows, rank), (1, 1 + rank, columns)] * (layers == 1)
-        side += [(name + part, "int8", shape) for part, shape in zip(CLASS_PARTS + LOCATION_PARTS, shapes)]
+        side += [(name + part, "int8", shape) for part, shape in zip(CLASS_PARTS, ((layers, rows), (layers, columns)))]
     arrays = inflate(streams[1], [spec for spec in rest if spec[1][0] == "f"]) | inflate(
         streams[2], [spec for spec in rest if spec[1][0] != "f"] + side + [("table", "uint16", (SPREADS, 256))])
-    stored = {name: stored_model(name, arrays, arrays) for name, _, _ in coded}
-    classes = {name: model.classes() for name, model in stored.items()}
-    merged = np.concatenate([kinds.numpy().ravel() for kinds in classes.values()])
+    merged = np.concatenate([stored_classes(name, arrays, arrays).numpy().ravel() for name, _, _ in coded])
     counts, models = np.bincount(merged, minlength=SPREADS), entropy_models(arrays.pop("table"))
     if len(streams[0]) % 4 or set(np.flatnonzero(counts)) != set(models):
         raise DamagedError
@@ -2629,8 +2568,7 @@ def unpack_entropy(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
     symbols[np.argsort(merged, kind="stable")] = ordered
     start = 0
     for name, _, shape in coded:
-        shifted = torch.from_numpy(symbols[start:start + math.prod(shape)]).view(tuple(shape))
-        arrays[name] = wrapped(shifted.short() + stored[name].locations(classes[name])).numpy()
+        arrays[name] = symbols[start:start + math.prod(shape)].reshape(shape)
         start += math.prod(shape)
     return {name: arrays[name] for name, _, _ in specs}
 
@@ -2649,42 +2587,19 @@ def similarity_order(codes: Tensor) -> Tensor:
     return order
 
 
-PROGRAMS: set[subprocess.Popen] = set()  # that run now
-
-
 def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
     """Run the program lrzip over `data`; the result may have at most `limit` bytes."""
     with tempfile.TemporaryDirectory() as folder:
         source, result = os.path.join(folder, "in.lrz"), os.path.join(folder, "out")
         with open(source, "wb") as file:
             file.write(data)
+        command = ["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source]
         try:
-            command = ["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source]
-            with subprocess.Popen(command, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)) as program:
-                PROGRAMS.add(program)
-                try:
-                    code = program.wait(600)
-                finally:
-                    PROGRAMS.discard(program)
-                    program.kill()
-            if code:
-                raise OSError(f"exit code {code}")
+            subprocess.run(command, check=True, timeout=600, capture_output=True, stdin=subprocess.DEVNULL)
             with open(result, "rb") as file:
                 return file.read()
-        except (subprocess.TimeoutExpired, OSError) as error:
+        except (subprocess.SubprocessError, OSError) as error:
             raise RuntimeError(f"lrzip {' '.join(arguments)} failed: {error}") from None
-
-
-def side_by_side(function, *arguments) -> list:
-    """Results of `function`, each call in a thread; an interruption ends the programs that run in them."""
-    with ThreadPoolExecutor() as pool:
-        try:
-            return list(pool.map(function, *arguments))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for program in list(PROGRAMS):
-                program.kill()
-            raise
 
 
 def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
@@ -2698,7 +2613,7 @@ def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
                 codes = np.take_along_axis(codes, order[..., None], 1)
                 rest[name + ".order"] = order.astype(np.uint16)
             texts.append(codes.transpose(0, 2, 1).tobytes())
-    return [*side_by_side(lambda plane: lrzip(plane, "-z", "-L", "9"), texts), deflate(rest)]
+    return [*(lrzip(text, "-z", "-L", "9") for text in texts), deflate(rest)]
 
 
 def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
@@ -2706,7 +2621,7 @@ def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
     orders = [(name + ".order", "uint16", shape[:2]) for name, _, shape in coded if name in PERGROUP_SORTED]
     rest = inflate(streams[-1], [spec for spec in specs if not is_codes(spec[0])] + orders)
     try:
-        texts = side_by_side(lambda spec, stream: lrzip(stream, "-d", limit=math.prod(spec[2])), coded, streams)
+        texts = [lrzip(stream, "-d", limit=math.prod(shape)) for (_, _, shape), stream in zip(coded, streams)]
     except RuntimeError:
         raise DamagedError from None
     for (name, _, shape), raw in zip(coded, texts):

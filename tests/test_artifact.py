@@ -308,7 +308,7 @@ def test_an_interruption_does_not_wait_for_lrzip(tmp_path, monkeypatch):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert time.perf_counter() - began < 120 and not g.PROGRAMS
+    assert time.perf_counter() - began < 120
     for process in started.read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
