@@ -46,7 +46,12 @@ FIXED_SETTINGS = {
     "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the schedules say which of them occur together"),
     "DYNAMO_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
     "DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
-    "MIDRUN_CAP_LOG_UPDATES": ("1", "every change of that cap is logged"),
+    "MUON_HUBER_WD": ("0", "no published run used it"),
+    "MUON_HUBER_DELTA": ("0.1", "no published run used it"),
+    "WARMDOWN_ITERS": ("0", "no published run used it; use WARMDOWN_FRAC"),
+    "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock", "no published run used another; stages follow progress"),
+    "MIDRUN_CAP_SCHEDULE": ("", "no published run used it"),
+    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no such cap"),
     "MATRIX_CLIP_SIGMAS": ("", "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS"),
     "LQER_GROUP_SIZE": ("", "ignored by the system that published it; use LQER_ASYM_GROUP"),
     "GPTQ_CALIBRATION_MODE": ("random", "calibration windows begin anywhere; no published run began them at document starts"),
@@ -83,9 +88,9 @@ IMPLIED = {"TTT_SHORT_SCORE_FIRST_ENABLED": ("TTT_ORDER", "length"), **dict.from
 
 # Settings that do something only with certain values of another; elsewhere they must keep their default.
 READ_ONLY_WITH = {
-    "muon_huber_delta": ("muon_huber_wd", (True,)), "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
+    "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
     "skylight_norm_beta2": ("skylight_norm_ema", (True,)), "skylight_norm_eps": ("skylight_norm_ema", (True,)),
-    "val_doc_fraction": ("ttt_enabled", (True,)), "warmdown_frac": ("warmdown_iters", (0,)),
+    "val_doc_fraction": ("ttt_enabled", (True,)),
     "target_bytes": ("step_rule", ("loss",)),
     **{name: ("step_rule", ("sigma",)) for name in ("matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas",
                                                     "embed_clip_sigmas")},

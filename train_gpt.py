@@ -158,8 +158,6 @@ class Settings(FromEnvironment):
     muon_backend_steps: int = setting("Optimizer", 5, "Newton-Schulz iterations", low=1, high=5)
     muon_row_normalize: bool = setting("Optimizer", True, "1: unit rows before Newton-Schulz")
     muon_wd: float = setting("Optimizer", 0.095, "decoupled weight decay of the banks", low=0)
-    muon_huber_wd: bool = setting("Optimizer", False, "1: that decay stops growing with weights above MUON_HUBER_DELTA")
-    muon_huber_delta: float = setting("Optimizer", 0.1, "that magnitude", above=0)
     skylight_norm_ema: bool = setting("Optimizer", False, "1: rows of Muon's update are evened out by the running mean of "
                                       "their squares, the matrix's norm kept (NorMuon)")
     skylight_norm_beta2: float = setting("Optimizer", 0.95, "coefficient of that mean", low=0, below=1)
@@ -171,10 +169,9 @@ class Settings(FromEnvironment):
     beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, below=1)
     adam_eps: float = setting("Optimizer", 1e-8, "AdamW epsilon", above=0)
     adam_wd: float = setting("Optimizer", 0.02, "weight decay of vectors, scalars and gates", low=0)
-    adam_wd_mode: str = setting("Optimizer", "active", "what that decay does: active: pulls toward zero what has received "
-                                "gradient; init: pulls all toward the initial value; zero: pulls all toward zero, also what "
-                                "idles until looping starts, as the published systems did",
-                                choices=("active", "init", "zero"))
+    adam_wd_mode: str = setting("Optimizer", "active", "what that decay pulls toward zero: active: what has received "
+                                "gradient; zero: all, also what idles until looping starts, as the published systems did",
+                                choices=("active", "zero"))
     embed_wd: float = setting("Optimizer", 0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting("Optimizer", 0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
     ema_decay: float = setting("Optimizer", 0.9965, "decay per step of the weight average that is kept; 0: the last "
@@ -185,21 +182,13 @@ class Settings(FromEnvironment):
                                  low=1)
     train_seq_schedule: str = setting("Schedule", "", "that length in stages: comma-separated length@end, each until the "
                                       "progress `end`, the longest equal to TRAIN_SEQ_LEN; empty: one length")
-    train_seq_schedule_mode: str = setting("Schedule", "wallclock", "what the stages follow: progress, or step / ITERATIONS",
-                                           choices=("wallclock", "step"))
     seq_change_warmup_steps: int = setting("Schedule", 0, "steps over which learning rates rise again after each change of "
                                            "length", unit="steps", low=0)
     warmup_steps: int = setting("Schedule", 3, "throw-away steps that compile everything before the clock starts",
                                 unit="steps", low=0)
-    lr_warmup_steps: int = setting("Schedule", 0, "steps over which every learning rate rises linearly; 0: full rate "
-                                   "from the first step", unit="steps", low=0)
     warmdown_frac: float = setting("Schedule", 0.85, "last fraction of progress over which learning rates fall", low=0,
                                    high=1)
-    warmdown_iters: int = setting("Schedule", 0, "above 0: they fall over this many last steps instead, as far as the mean "
-                                  "step so far can tell", unit="steps", low=0)
     min_lr: float = setting("Schedule", 0.1, "floor of the learning-rate multiplier", low=0, high=1)
-    midrun_cap_schedule: str = setting("Schedule", "", "comma-separated factor@start: from the progress `start` on learning "
-                                       "rates are multiplied by `factor`, at most 1; empty: never")
     enable_looping_at: float = setting("Schedule", 0.35, "progress at which looping starts", low=0, high=1)
     muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, below=1)
     muon_momentum_warmup_steps: int = setting("Schedule", 1500, "steps until MUON_MOMENTUM is reached", unit="steps",
@@ -358,17 +347,14 @@ class Settings(FromEnvironment):
                 f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
         require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
                 f"{s.world_size} ranks x {s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)")
-        stages, caps = s.stages(s.train_seq_schedule), s.stages(s.midrun_cap_schedule)
+        stages = s.stages(s.train_seq_schedule)
         fine = all(length >= 1 and length == int(length) and end > 0 for length, end in stages or ())
         require(stages is not None and fine, f"TRAIN_SEQ_SCHEDULE: {s.train_seq_schedule!r} is no list like 1024@0.1,2048@1.0 "
                 "of whole lengths, each with an end of its own in (0, 1]")
         require(not stages or not fine or max(stages)[0] == s.train_seq_len, f"TRAIN_SEQ_LEN: {s.train_seq_len} is not the "
                 f"longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
-        require(stages or stages is None or not s.seq_change_warmup_steps and s.train_seq_schedule_mode == "wallclock",
-                "SEQ_CHANGE_WARMUP_STEPS, TRAIN_SEQ_SCHEDULE_MODE: they are read only with TRAIN_SEQ_SCHEDULE; set that or "
-                "leave them unset")
-        require(caps is not None and all(0 < cap <= 1 for cap, _ in caps), f"MIDRUN_CAP_SCHEDULE: {s.midrun_cap_schedule!r} is "
-                "no list like 0.5@0.3,1.0@0.6 of factors in (0, 1], each with a start of its own in [0, 1]")
+        require(stages or stages is None or not s.seq_change_warmup_steps,
+                "SEQ_CHANGE_WARMUP_STEPS: it is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset")
         require(s.max_wallclock_seconds == 0 or s.max_wallclock_seconds > s.gptq_reserve_seconds,
                 f"GPTQ_RESERVE_SECONDS: {s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS="
                 f"{s.max_wallclock_seconds}")
@@ -447,11 +433,10 @@ class Settings(FromEnvironment):
         sound = len({point for _, point in pairs}) == len(pairs) and all(v > 0 and 0 <= point <= 1 for v, point in pairs)
         return sorted(pairs, key=lambda pair: pair[1]) if sound else None
 
-    def context_at(self, progress: float, step: int) -> int:
-        """The length at which documents are cut in this step."""
-        share = min(1.0, step / self.iterations) if self.train_seq_schedule_mode == "step" else progress
+    def context_at(self, progress: float) -> int:
+        """The length at which documents are cut at this progress."""
         stages = self.stages(self.train_seq_schedule) or [(self.train_seq_len, 1.0)]
-        return int(next((length for length, end in stages if share <= end), stages[-1][0]))
+        return int(next((length for length, end in stages if progress <= end), stages[-1][0]))
 
     def first_chunk(self, length: int) -> int:
         """The size of a document's first chunk; its `length`, in targets, counts with TTT_SHORT_SCORE_FIRST_ENABLED alone."""
@@ -1277,25 +1262,14 @@ POLAR_EXPRESS = (  # (a, b, c) of iteration i: X <- a X + (b G + c G G) X with G
 )
 
 
-def learning_rate_multiplier(progress: float, steps_left: float, step: int, changed: int, s: Settings) -> float:
-    """What every learning rate is multiplied by in `step`: rises in steps, then 1, then a linear fall to MIN_LR.
+def learning_rate_multiplier(progress: float, step: int, changed: int, s: Settings) -> float:
+    """What every learning rate is multiplied by in `step`: 1, then a linear fall to MIN_LR over the last WARMDOWN_FRAC.
 
-    changed: the step in which the context length last changed, 0 if never. The fall is in progress (WARMDOWN_FRAC) or in
-    steps that are left (WARMDOWN_ITERS).
+    changed: the step in which the context length last changed, 0 if never; from it on the rate rises again.
     """
-    rise = min(1.0, (step + 1) / max(1, s.lr_warmup_steps))
-    if changed:
-        rise *= min(1.0, (step - changed + 1) / max(1, s.seq_change_warmup_steps))
-    if s.warmdown_iters:
-        fall = steps_left / s.warmdown_iters
-    else:
-        fall = (1 - progress) / s.warmdown_frac if s.warmdown_frac else 1.0
-    return rise * midrun_cap(progress, s) * min(1.0, max(fall, s.min_lr))
-
-
-def midrun_cap(progress: float, s: Settings) -> float:
-    """The factor of MIDRUN_CAP_SCHEDULE."""
-    return next((cap for cap, start in reversed(s.stages(s.midrun_cap_schedule)) if progress >= start), 1.0)
+    rise = min(1.0, (step - changed + 1) / max(1, s.seq_change_warmup_steps)) if changed else 1.0
+    fall = (1 - progress) / s.warmdown_frac if s.warmdown_frac else 1.0
+    return rise * min(1.0, max(fall, s.min_lr))
 
 
 def muon_momentum(step: int, s: Settings) -> float:
@@ -1342,14 +1316,14 @@ def skylight(update: Tensor, weight: Tensor, square: Tensor, hyper: Tensor, even
     return (result * floor.clamp(min=1.0)).to(update.dtype)
 
 
-def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, decay: float, bound: float) -> None:
-    """Decoupled decay, of at most `bound` of each weight, and update; `scale` sqrt(max(1, rows / columns)) evens out shapes."""
-    weight.sub_(hyper[0] * (decay * weight.clamp(-bound, bound) + scale * update))
+def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, decay: float) -> None:
+    """Decoupled decay and update; `scale` sqrt(max(1, rows / columns)) evens out shapes."""
+    weight.sub_(hyper[0] * (decay * weight + scale * update))
 
 
 def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, clip: Tensor, hyper: Tensor, decay: float,
-                anchor: Tensor | float, spare_idle: bool, beta1: float, beta2: float, eps: float) -> None:
-    """AdamW (Loshchilov & Hutter 2019) with decay toward `anchor`; hyper = (lr, 1 - beta1^t, 1 - beta2^t).
+                spare_idle: bool, beta1: float, beta2: float, eps: float) -> None:
+    """AdamW (Loshchilov & Hutter 2019); hyper = (lr, 1 - beta1^t, 1 - beta2^t).
 
     spare_idle: no decay where no gradient has ever arrived.
     """
@@ -1357,7 +1331,7 @@ def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, 
     mean.lerp_(gradient, 1 - beta1)
     square.lerp_(gradient.square(), 1 - beta2)
     step = (mean / hyper[1]) / ((square / hyper[2]).sqrt() + eps)
-    pull = decay * (weight - anchor)
+    pull = decay * weight
     weight.sub_(hyper[0] * (step + (pull * (square > 0) if spare_idle else pull)))
 
 
@@ -1417,7 +1391,6 @@ class FlatGroup(NamedTuple):
     run: slice
     lr: float
     decay: float
-    anchor: Tensor | float  # what decay pulls toward
     spare_idle: bool  # whether decay leaves out what has never received gradient
 
 
@@ -1466,8 +1439,7 @@ class Optimizer:
                 offset += -(-p.numel() // 16) * 16
             if parameters:
                 run = slice(start, offset)
-                anchor = self.flat[run].clone() if mode == "init" else 0.0
-                self.flat_groups.append(FlatGroup(run, lr, decay, anchor, mode == "active"))
+                self.flat_groups.append(FlatGroup(run, lr, decay, mode == "active"))
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
 
     def add_loss(self, loss: Tensor) -> None:
@@ -1511,8 +1483,7 @@ class Optimizer:
         for group in self.groups:
             group.wait()
             for bank, update in zip(group.banks, group.slots):
-                self.apply_muon(bank, update, hyper, math.sqrt(max(1, bank.size(1) / bank.size(2))), s.muon_wd,
-                                s.muon_huber_delta if s.muon_huber_wd else math.inf)
+                self.apply_muon(bank, update, hyper, math.sqrt(max(1, bank.size(1) / bank.size(2))), s.muon_wd)
         figures = torch.stack((self.flat_grad[-1], gradient_norm))
         self.flat_grad.zero_()
         return figures
@@ -1581,20 +1552,19 @@ class TrainingClock:
         recent = self.completed[-2:]
         return recent[-1] - recent[0] if len(recent) == 2 else recent[0] if recent else 0.0
 
-    def begin_step(self, step: int) -> tuple[float, float, bool]:
-        """At the start of this step: progress in [0, 1], steps that are left at the mean pace so far, whether to stop here."""
+    def begin_step(self, step: int) -> tuple[float, bool]:
+        """At the start of this step: progress in [0, 1], and whether to stop here."""
         self.observe(step - self.lag)
         s = self.settings
         if s.max_wallclock_seconds:
             start = self.completed[-1] + (self.lag - 1) * self.step_seconds() if self.completed else self.elapsed()
             progress = start / self.budget
-            left = (self.budget - start) * len(self.completed) / self.completed[-1] if self.completed else math.inf
             stop = start + self.step_seconds() > self.budget
         else:
-            progress, left, stop = step / s.iterations, s.iterations - step, False
-        progress, left, stop = self.runtime.from_rank0([progress, left, float(stop)])
+            progress, stop = step / s.iterations, False
+        progress, stop = self.runtime.from_rank0([progress, float(stop)])
         self.progress = min(1.0, max(self.progress, progress))  # estimates may step back, schedules must not
-        return self.progress, left, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
+        return self.progress, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
 
     def end_step(self, step: int) -> None:
         if self.runtime.on_cuda:
@@ -1710,7 +1680,7 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
 
     reserve = warm_up(take_step, passes, data, calibration, s, runtime, log)
     average = WeightAverage(optimizer.weights, s.ema_decay)
-    context, changed, cap = s.context_at(0.0, 0), 0, 1.0
+    context, changed = s.context_at(0.0), 0
     batches, looping, looping_from = data.stream(context), False, None
     host_figures: dict[int, Tensor] = {}
     graphs_before = compiled_graphs()
@@ -1718,7 +1688,7 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     length = (clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps")
     with progress_bar(*length, "training", runtime) as show:
         for step in itertools.count():
-            progress, steps_left, stop = clock.begin_step(step)
+            progress, stop = clock.begin_step(step)
             log_steps(log, clock, host_figures, show, s)
             if stop:
                 break
@@ -1730,15 +1700,12 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
             if not looping and s.num_loops and progress >= s.enable_looping_at:
                 looping, looping_from = True, step
                 log.event("looping", step=step, progress=round(progress, 4))
-            if s.context_at(progress, step) != context:
-                context, changed = s.context_at(progress, step), step
+            if s.context_at(progress) != context:
+                context, changed = s.context_at(progress), step
                 batches.close()
                 batches = data.stream(context, step)
                 log.event("context", step=step, progress=round(progress, 4), tokens=context)
-            if midrun_cap(progress, s) != cap:
-                cap = midrun_cap(progress, s)
-                log.event("midrun_cap", step=step, progress=round(progress, 4), factor=cap)
-            multiplier = learning_rate_multiplier(progress, steps_left, step, changed, s)
+            multiplier = learning_rate_multiplier(progress, step, changed, s)
             figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
             average.update()
             host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
@@ -1804,9 +1771,10 @@ def training_shapes(s: Settings) -> list[tuple[int, bool]]:
     loop_at = s.enable_looping_at if s.num_loops else 1.0
     shapes, begin, stages = [], 0.0, s.stages(s.train_seq_schedule) or [(s.train_seq_len, 1.0)]
     for length, end in [*stages[:-1], (stages[-1][0], 1.0)]:  # the last goes on to the end
-        apart = s.train_seq_schedule_mode == "step"  # stages then follow another clock than looping
-        shapes += [(int(length), False)] * (apart or begin <= loop_at) + [(int(length), True)] * (
-            s.loops_at_end and (apart or end >= loop_at))
+        if begin <= loop_at:
+            shapes.append((int(length), False))
+        if s.loops_at_end and end >= loop_at:
+            shapes.append((int(length), True))
         begin = end
     return list(dict.fromkeys(shapes))
 

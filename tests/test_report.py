@@ -256,16 +256,15 @@ def test_bytes_with_a_saving_coder_and_unknown_names(tmp_path):
 
 
 def test_schedule_of_an_untimed_run_is_that_of_training(tmp_path):
-    schedules = dict(TRAIN_SEQ_LEN=256, TRAIN_SEQ_SCHEDULE="128@0.5,256@1.0", SEQ_CHANGE_WARMUP_STEPS=4, LR_WARMUP_STEPS=3,
-                     MIDRUN_CAP_SCHEDULE="0.5@0.25,1.0@0.75")
+    schedules = dict(TRAIN_SEQ_LEN=256, TRAIN_SEQ_SCHEDULE="128@0.5,256@1.0", SEQ_CHANGE_WARMUP_STEPS=4)
     event, s = dict(event="context", step=21, progress=0.525, tokens=256), synthetic.tiny(tmp_path, ITERATIONS=40, **schedules)
     path = change(make(tmp_path, **schedules), "grown", lambda record: record["events"].append(event))
     found = report.schedule(runs_of(path)[0])
     assert len(found.progress) == 40 and np.flatnonzero(found.recorded).tolist() == [0, 1, 2, 3, 4, 9, 19, 29, 39]
     for step, progress in enumerate(np.arange(40) / 40):
         changed = 21 if step >= 21 else 0
-        assert found.progress[step] == progress and found.context[step] == s.context_at(progress, step) == (128, 256)[step > 20]
-        assert found.multiplier[step] == g.learning_rate_multiplier(progress, 40 - step, step, changed, s)
+        assert found.progress[step] == progress and found.context[step] == s.context_at(progress) == (128, 256)[step > 20]
+        assert found.multiplier[step] == g.learning_rate_multiplier(progress, step, changed, s)
 
 
 def test_schedule_of_a_timed_run_changes_where_the_record_says():
@@ -279,13 +278,13 @@ def test_schedule_of_a_timed_run_changes_where_the_record_says():
     assert found.multiplier[62] == pytest.approx(1 / 32) and found.multiplier[61] == 1
 
 
-def test_schedule_in_steps_left(tmp_path):
-    path = make(tmp_path, WARMDOWN_ITERS=20, MIN_LR=0, LR_WARMUP_STEPS=0)
-    assert report.schedule(runs_of(path)[0]).multiplier.tolist() == [min(1, (40 - step) / 20) for step in range(40)]
+def test_schedule_under_a_cap_follows_the_clock(tmp_path):
+    path = make(tmp_path, WARMDOWN_FRAC=0.5, MIN_LR=0)
+    assert report.schedule(runs_of(path)[0]).multiplier == pytest.approx([min(1, (40 - step) / 20) for step in range(40)])
     timed = change(path, "timed", lambda record: record["settings"].update(max_wallclock_seconds=20.5))
     found = report.schedule(runs_of(timed)[0])  # half a second a step: 41 steps in all
     assert np.allclose(found.progress, np.arange(40) / 41, atol=0.01) and found.multiplier[0] == 1
-    assert np.allclose(found.multiplier[25:], (41 - np.arange(25, 40)) / 20, atol=0.05)
+    assert np.allclose(found.multiplier[25:], (41 - np.arange(25, 40)) / 20.5, atol=0.03)
 
 
 @pytest.mark.parametrize("edit, why", [
@@ -293,6 +292,7 @@ def test_schedule_in_steps_left(tmp_path):
     (lambda record: record["settings"].update(iterations="many"), "settings of another version"),
     (lambda record: record["settings"].update(train_seq_schedule=7), "settings of another version"),
     (lambda record: record["settings"].update(train_seq_schedule="often"), "settings of another version"),
+    (lambda record: record["settings"].update(lr_warmup_steps=10), "settings of another version"),
     (lambda record: record["settings"].update(max_wallclock_seconds=1.0, gptq_reserve_seconds=2.0)
      or record["events"].remove(next(e for e in record["events"] if e["event"] == "warmup")), "no time to train"),
     (lambda record: record.update(events=[]), "no steps")])

@@ -235,7 +235,7 @@ def test_a_run_id_is_a_name_and_not_a_path(place, run_id):
 # --- Several ranks
 
 
-GROWING = dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.6,256@1.0", SEQ_CHANGE_WARMUP_STEPS=2, SKYLIGHT_MUON=1, WARMDOWN_ITERS=3)
+GROWING = dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.6,256@1.0", SEQ_CHANGE_WARMUP_STEPS=2, SKYLIGHT_MUON=1)
 
 
 def test_context_grows_while_training(place):

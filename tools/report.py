@@ -45,6 +45,7 @@ ROLES = {"tok_emb": "embedding", "attn.c_q": "attention q", "attn.c_k": "attenti
 CLASSES = {"embedding": "#f4a259", "attention q": "#c6dbef", "attention k": "#9ac5e8", "attention v": "#6ea6d6",
            "attention out": "#3b75af", "MLP up": "#8fce9b", "MLP down": "#2f8f5b", "other matrices": "#e6b8d4",
            "rest": "#d9d9d9", "code": "#595959"}
+GONE = dict(lr_warmup_steps=0, warmdown_iters=0, midrun_cap_schedule="", train_seq_schedule_mode="wallclock")  # in older records
 NEEDED = "max_wallclock_seconds", "iterations", "warmdown_frac", "min_lr", "train_seq_len"  # settings that schedules follow
 OWN = "seed", "run_id", "artifact_dir", "rank", "local_rank"  # settings in which the runs of one experiment may differ
 
@@ -239,7 +240,8 @@ def schedule(run: Run) -> Schedule | str:
         import train_gpt
     except ImportError as error:
         return f"train_gpt.py needs {error.name}"
-    if any(finite(run.settings.get(name)) is None for name in NEEDED):
+    if (any(finite(run.settings.get(name)) is None for name in NEEDED)
+            or any(run.settings.get(name, value) != value for name, value in GONE.items())):
         return "settings of another version"
     known = {field.name: type(field.default) for field in train_gpt.dataclasses.fields(train_gpt.Settings)}
     given = {name: value for name, value in run.settings.items() if name in known}
@@ -249,7 +251,7 @@ def schedule(run: Run) -> Schedule | str:
     s = train_gpt.Settings(**given)
     steps = run.events("step", "step", "seconds")
     last = int(max([run.figure("training", "steps") or 0, *(event["step"] for event in steps)]))
-    if not steps or s.iterations < 1 or None in (s.stages(s.train_seq_schedule), s.stages(s.midrun_cap_schedule)):
+    if not steps or s.iterations < 1 or s.stages(s.train_seq_schedule) is None:
         return "no steps" if not steps else "settings of another version"
     reserve = next((event["reserve_seconds"] for event in run.events("warmup", "reserve_seconds")), s.gptq_reserve_seconds)
     budget = s.max_wallclock_seconds - reserve
@@ -263,7 +265,7 @@ def schedule(run: Run) -> Schedule | str:
         points[event["step"] - 1] = max(0.0, event["seconds"] - length) / budget
     if timed and run.figure("training", "seconds"):
         points[last] = run.figure("training", "seconds") / budget
-    changes = {kind: run.events(kind, "step", "progress") for kind in ("looping", "context", "midrun_cap")}
+    changes = {kind: run.events(kind, "step", "progress") for kind in ("looping", "context")}
     points |= {event["step"]: event["progress"] for event in itertools.chain(*changes.values()) if timed}
     at = np.unique(np.concatenate((np.linspace(0, last - 1, min(last, 5000)).round().astype(int),
                                    [event["step"] - 1 for event in steps]))).astype(int)
@@ -275,9 +277,8 @@ def schedule(run: Run) -> Schedule | str:
     multiplier, context = [], []
     for step, p in zip(at.tolist(), progress.tolist()):
         changed = max([event["step"] for event in changes["context"] if event["step"] <= step], default=0)
-        left = s.iterations - step if not timed else (1 - p) * step / p if p else float("inf")
-        multiplier.append(train_gpt.learning_rate_multiplier(p, left, step, changed, s))
-        context.append(s.context_at(p, step))
+        multiplier.append(train_gpt.learning_rate_multiplier(p, step, changed, s))
+        context.append(s.context_at(p))
     recorded = np.isin(at, [event["step"] - 1 for event in steps])
     return Schedule(progress, np.array(multiplier), np.array(context), recorded)
 
