@@ -46,21 +46,19 @@ class Segments(NamedTuple):
     previous: Tensor | None = None  # (T,) the token before each in its document, where that is not the left neighbour
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str,
-              copies: int = 1) -> tuple[Tensor, Tensor | None]:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str, copies: int = 1) -> Tensor:
     """Causal attention inside each segment; q (T, heads, D), k and v (T, kv_heads, D), result like q.
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
     1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference. Key and value
-    heads may come `copies` times in a row; a forward pass that need not read all of them is told so. Beside the result: what
-    xsa_gate may take as `lse`, or None.
+    heads may come `copies` times in a row; a forward pass that need not read all of them is told so.
     """
     if not q.is_cuda or kernel == "reference":
-        return reference_attention(q, k, v, segments), None
+        return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
         return FlashAttention4.apply(q, k, v, cu, longest, copies)
-    return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0], None
+    return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
 
 
 FLASH_ATTENTION_4 = "flash_attn.cute.interface"
@@ -92,11 +90,7 @@ def try_flash_attention() -> None:
 
 
 class FlashAttention4(torch.autograd.Function):
-    """Dao et al. 2026, over packed segments; the output (T, heads, D) and the log-sum-exps lse (heads, T) of the scores.
-
-    The backward pass needs, per query and head, the sum of the output times its gradient, less the gradient of lse. Whoever
-    knows that sum gives its negative as the gradient of lse; then the sum is not made again, nor the output read for it.
-    """
+    """Dao et al. 2026, over packed segments; the output (T, heads, D)."""
 
     @staticmethod
     def library():
@@ -107,17 +101,14 @@ class FlashAttention4(torch.autograd.Function):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
         once, forward = slice(None, None, copies), FlashAttention4.library()._flash_attn_fwd
         out, lse = forward(q, k[:, once], v[:, once], **ctx.bounds, causal=True, return_lse=True)[:2]
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
+        return out
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        if dlse is not None:
-            out = out.new_zeros(out.size(-1)).expand_as(out)
         backward = FlashAttention4.library()._flash_attn_bwd
-        gradients = backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds, dlse=dlse)
+        gradients = backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)
         return *gradients[:3], None, None, None
 
 
@@ -526,9 +517,7 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 
 # --- Fused steps of a block -------------------------------------------------------------------------------------------
 # Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
-# rows and written once. The bf16 results are rounded where the plain formulas round them, but for products that add up.
-# Trained vectors may come spread: expanded to a row for each program of the backward pass, whose gradient are those sums. So
-# autograd adds up, in a fixed order, what the visits of all layers have left of a stack of vectors, and not at each visit.
+# rows, written once and then added up. The bf16 results are rounded where the plain formulas round them.
 
 TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
     "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (8, 8, 1, 3), "qk_prep_forward": (4, 4, 8, 1),
@@ -560,23 +549,14 @@ def row_programs(name: str, x: Tensor) -> int:
     return min(-(-len(x) // TILES[name][0]), TILES[name][2] * multiprocessors(x.device))
 
 
-def spread(name: str, x: Tensor, *vectors: tuple[Tensor | None, int]) -> list[Tensor | None]:
-    """Each (vector, its dimensions) spread for the step `name` on the rows of x; as it is if it is None or comes spread."""
-    count = row_programs(name + "_backward", x)
-    return [v if v is None or v.dim() > dims else v.expand(count, *v.shape) for v, dims in vectors]
-
-
-def cut(stack: Tensor | None, programs: int = 0, first: int = 0):
-    """The vectors of a stack, spread for that many programs if not 0, None before the `first`; of no stack None without end."""
-    if stack is None:
-        return itertools.repeat(None)
-    used = stack[first:] if first else stack  # one that is cut and not used would cost a gradient of zeros
-    return [None] * first + list(used.expand(programs, *used.shape).unbind(1) if programs else used.unbind())
-
-
-def shares(name: str, x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
-    """Room for what each program of the kernel `name` adds to the gradients of these vectors."""
+def partial_sums(name: str, x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    """One row of partial gradient for each program of the kernel `name`, for each of these vectors."""
     return [None if v is None else v.new_empty(row_programs(name, x), *v.shape) for v in vectors]
+
+
+def totals(partial: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """The vectors' gradients, where they are needed."""
+    return [p.sum(0) if wanted else None for p, wanted in zip(partial, needed)]
 
 
 def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
@@ -732,8 +712,7 @@ def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tenso
     if not fusible(x, x.size(1)):
         return reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low)
     left, weight, gate = skip if skip is not None else (None, None, None)
-    vectors = spread("mix_norm", x, (weight, 1), (gate, 1), (mix, 2))
-    out, u, head, *same = MixNorm.apply(x, x0, left, *vectors, scale, window, lanes, low)
+    out, u, head, *same = MixNorm.apply(x, x0, left, weight, gate, mix, scale, window, lanes, low)
     x, x0 = (new if old.requires_grad else old for old, new in zip((x, x0), same))
     return x if lanes and skip is None else out, u, head, x, x0
 
@@ -855,7 +834,6 @@ def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, 
 class MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes, low=None):
-        weight, gate, mix = (None if v is None else v[0] for v in (weight, gate, mix))
         ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
         ctx.set_materialize_grads(False)
         ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
@@ -869,11 +847,11 @@ class MixNorm(torch.autograd.Function):
     def backward(ctx, *gradients):  # at all five, None where nothing comes; something always reaches u
         x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
         dx, dx0, dskip = (None if like is None else torch.empty_like(x) for like in (x, x0, skip))
-        own = shares("mix_norm_backward", x, weight, gate, mix)
+        partial = partial_sums("mix_norm_backward", x, weight, gate, mix)
         gradients = (None if g is None else g.contiguous() for g in gradients)
-        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, *own,
+        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, *partial,
                   **ctx.kind)
-        return dx, dx0, dskip, *own, *[None] * 4
+        return dx, dx0, dskip, *totals(partial, ctx.needs_input_grad[3:6]), *[None] * 4
 
 
 def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int, copies: int = 1,
@@ -888,7 +866,7 @@ def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, 
     width = (qkv if weight is None else weight.T).size(1)
     if not fusible(qkv, heads, kv_heads, width // (heads + 2 * kv_heads), rope[0].size(-1)):
         return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies, weight, low_args)
-    return QKPrep.apply(qkv, *rope, *spread("qk_prep", qkv, (gain, 1)), heads, kv_heads, copies, weight, low_args)
+    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads, copies, weight, low_args)
 
 
 def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1, weight=None, low_args=None):
@@ -1008,7 +986,7 @@ def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, low, 
 class QKPrep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies, weight=None, low_args=None):
-        gain, product = gain[0], () if weight is None else (qkv, *low_args[3:])
+        product = () if weight is None else (qkv, *low_args[3:])
         qkv = qkv if weight is None else low_args.product()
         ctx.save_for_backward(qkv, cos, sin, gain, *product)
         D = qkv.size(1) // (heads + 2 * kv_heads)
@@ -1023,10 +1001,11 @@ class QKPrep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         qkv, cos, sin, gain, *product = ctx.saved_tensors
-        dqkv, [dgain] = torch.empty_like(qkv), shares("qk_prep_backward", qkv, gain)
+        dqkv, partial = torch.empty_like(qkv), partial_sums("qk_prep_backward", qkv, gain)
         rows = empty_rows(qkv) if product else E4M3(None, None)
         over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
-                  dqkv, *rows[:2], dgain, **ctx.kind)
+                  dqkv, *rows[:2], *partial, **ctx.kind)
+        [dgain] = totals(partial, ctx.needs_input_grad[3:4])
         if not product:
             return dqkv, None, None, dgain, *[None] * 5
         x, w_scale, w_turned = product
@@ -1035,17 +1014,16 @@ class QKPrep(torch.autograd.Function):
 
 
 def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
-             scale: float, low: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+             scale: float, low: Tensor | None = None) -> Tensor:
     """Attention output y (T, heads, D) without its component along the own value v (T, kv_heads, D), gated; (T, heads D).
 
     v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
     the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t). low (T, heads D),
-    if given, receives the result in E4M3, in units of ATTENDED_UNIT. lse (heads, T): of FlashAttention4, whose convention for
-    its gradient is followed where that costs nothing.
+    if given, receives the result in E4M3, in units of ATTENDED_UNIT.
     """
     if v is None or not fusible(y, *y.shape[1:], v.size(1)):
         return reference_xsa_gate(y, v, window, weight, alpha, scale, low)
-    return XSAGate.apply(y, v, window, *spread("xsa_gate", y, (weight, 2), (alpha, 1)), scale, low, lse)
+    return XSAGate.apply(y, v, window, weight, alpha, scale, low)
 
 
 def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
@@ -1108,7 +1086,7 @@ def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, low, T, v_str
 
 
 @jit
-def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dlse, dv, dwindow, dweight, dalpha, T, v_stride, scale,
+def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
                              GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
                              D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
                              STAGES: tl.constexpr):
@@ -1141,10 +1119,7 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dlse, d
             along *= gate
         if ALPHA:
             da -= component * along * (1.0 - share * share)
-        rest = (g - share * along * direction).to(dy.dtype.element_ty)
-        tl.store(dy + at, rest, mask=inside)
-        if dlse is not None:  # of dy as it is rounded: that is what attention multiplies with the values
-            tl.store(dlse + head * T + token, -tl.sum(out * rest.to(tl.float32), 3, keep_dims=True), mask=inside)
+        tl.store(dy + at, (g - share * along * direction).to(dy.dtype.element_ty), mask=inside)
         turn = tl.sum(share * component * g + share * along * out, 2, keep_dims=True)  # less: gradient at the direction
         twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
         turn = inverse * (tl.where(free, twice, 0.0) * direction - turn)
@@ -1158,9 +1133,8 @@ def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dlse, d
 
 class XSAGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, v, window, weight, alpha, scale, low=None, lse=None):
+    def forward(ctx, y, v, window, weight, alpha, scale, low=None):
         assert v.stride()[1:] == (v.size(2), 1)
-        weight, alpha = (None if x is None else x[0] for x in (weight, alpha))
         y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
         gates = None if weight is None else y.new_empty(y.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(y, v, window, weight, alpha, gates)
@@ -1176,84 +1150,62 @@ class XSAGate(torch.autograd.Function):
     def backward(ctx, dz):
         y, v, window, weight, alpha, gates = ctx.saved_tensors
         dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
-        dlse = y.new_empty(y.shape[1::-1], dtype=torch.float32) if ctx.needs_input_grad[7] else None
         dwindow = None if weight is None else torch.empty_like(window)
-        own = shares("xsa_gate_backward", y, weight, alpha)
+        partial = partial_sums("xsa_gate_backward", y, weight, alpha)
         over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy,
-                  dlse, dv, dwindow, *own, loose=v, **ctx.kind)
-        return dy, dv, dwindow, *own, None, None, dlse
+                  dv, dwindow, *partial, loose=v, **ctx.kind)
+        return dy, dv, dwindow, *totals(partial, ctx.needs_input_grad[3:5]), None, None
 
 
 def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
              low_args: LowArgs | None = None) -> tuple[Tensor, Tensor]:
     """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
 
-    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n), and may be written over x, which nothing else may need
-    then. The backward pass does without x + y, which may be written over, but not without a gradient at the norm.
+    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n). The backward pass does without x + y, which may be
+    written over, but not without a gradient at the norm.
     """
-    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, False, low, weight, low_args)
+    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, low, weight, low_args)
 
 
-def mean_norm(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """RMSNorm of x (T, d), with y of (x + y) / 2."""
-    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, None, y is not None)[1]
-
-
-def reference_add_norm(x, y, scale, mean=False, low=None, weight=None, low_args=None):
+def reference_add_norm(x, y, scale, low=None, weight=None, low_args=None):
     if weight is not None:
         y = F.linear(y, weight) if low_args is None else LowProduct.apply(y, weight, low_args)
-    x = x if y is None else (x.float() + y.float()) / 2 if mean else x + y
+    x = x if y is None else x + y
     normal = norm(x)
     if low is not None:
         low.copy_(normal.detach() / low_unit(x.size(1)))
-    return x, (normal if scale is None else scale * normal).to(x.dtype if y is None else y.dtype)
+    return x, (scale * normal).to(x.dtype)
 
 
 @jit
-def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
-                            SCALED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    column, factor = tl.arange(0, D)[None, :], 1.0
-    if SCALED:
-        factor = tl.load(scale)
+def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr,
+                            ROWS: tl.constexpr, STAGES: tl.constexpr):
+    column, factor = tl.arange(0, D)[None, :], tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD or MEAN:
-            total += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            total = rounded(total, out)
+            total = rounded(total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32), out)
             tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-        if MEAN:
-            total *= 0.5
         r = inverse_rms(total, D)
         put_low(low, at, r * total, UNIT, inside)
         tl.store(u + at, (factor * r * total).to(u.dtype.element_ty), mask=inside)
-        if not MEAN:
-            tl.store(inverse + row, r, mask=row < T)
+        tl.store(inverse + row, r, mask=row < T)
 
 
 @jit
-def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, low, low_scales, T, D: tl.constexpr, MEAN: tl.constexpr,
-                             SCALED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    column, factor = tl.arange(0, D)[None, :], 1.0
-    if SCALED:
-        factor = tl.load(scale)
+def add_norm_backward_kernel(dout, du, u, scale, inverse, dx, low, low_scales, T, D: tl.constexpr, ROWS: tl.constexpr,
+                             STAGES: tl.constexpr):
+    column, factor = tl.arange(0, D)[None, :], tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile_rows(block, T, ROWS)[:, None]
         at, inside = row * D + column, (row < T) & (column < D)
-        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        normal = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) / factor
         g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
-        if MEAN:
-            total = 0.5 * (total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32))
-            g = norm_gradient(total, g, D)
-        else:  # x is the scaled norm
-            total /= factor
-            g = tl.load(inverse + row, mask=row < T, other=0.0) * (g - total * (tl.sum(total * g, 1, keep_dims=True) / D))
+        g = tl.load(inverse + row, mask=row < T, other=0.0) * (g - normal * (tl.sum(normal * g, 1, keep_dims=True) / D))
         if dout is not None:
             g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        if MEAN:
-            g *= 0.5
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
         if low is not None:
             put_low_rows(low, low_scales, row, D, g, T)
@@ -1261,36 +1213,30 @@ def add_norm_backward_kernel(dout, du, x, y, scale, inverse, dx, low, low_scales
 
 class AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, mean, low=None, weight=None, low_args=None):
+    def forward(ctx, x, y, scale, low=None, weight=None, low_args=None):
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.mean, ctx.two = dict(D=x.size(1), MEAN=mean, SCALED=scale is not None), mean, y is not None
+        ctx.added, factor = y is not None, y if weight is not None else None
         if weight is not None:
-            ctx.mark_dirty(x)
-            if low_args is None:
-                x.addmm_(y, weight.T)
-            else:
-                low_product(E4M3(*low_args[:2]), E4M3(*low_args[2:4]), x, True)
-        add = ctx.two and not mean and weight is None
-        out, u = torch.empty_like(x) if add else x, torch.empty_like(x)
-        inverse = None if mean else x.new_empty(len(x), dtype=torch.float32)
-        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, None if weight is not None else y, scale, out, u, inverse,
-                  low, ADD=add, UNIT=low_unit(x.size(1)), **ctx.kind)
-        ctx.save_for_backward(x if mean else u, y if mean or weight is not None else None, scale, inverse, weight,
-                              *((None, None) if low_args is None else low_args[3:]))
+            y = F.linear(y, weight) if low_args is None else low_args.product()
+        out, u = x if y is None else torch.empty_like(x), torch.empty_like(x)
+        inverse = x.new_empty(len(x), dtype=torch.float32)
+        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, low, D=x.size(1),
+                  ADD=y is not None, UNIT=low_unit(x.size(1)))
+        ctx.save_for_backward(u, factor, scale, inverse, weight, *((None, None) if low_args is None else low_args[3:]))
         return out, u
 
     @staticmethod
     def backward(ctx, dout, du):
-        x, y, scale, inverse, weight, w_scale, w_turned = ctx.saved_tensors
-        dx, rows = torch.empty_like(x), E4M3(None, None) if w_turned is None else empty_rows(x)
+        u, y, scale, inverse, weight, w_scale, w_turned = ctx.saved_tensors
+        dx, rows = torch.empty_like(u), E4M3(None, None) if w_turned is None else empty_rows(u)
         dout = None if dout is None else dout.contiguous()
-        over_rows(add_norm_backward_kernel, "add_norm_backward", x, dout, du.contiguous(), x, y if ctx.mean else None, scale,
-                  inverse, dx, *rows[:2], **ctx.kind)
+        over_rows(add_norm_backward_kernel, "add_norm_backward", u, dout, du.contiguous(), u, scale, inverse, dx, *rows[:2],
+                  D=u.size(1))
         if weight is not None:
             dw = dx.T @ y  # before what is needed next
             dy = dx @ weight if w_turned is None else low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(y))
-            return dx, dy, None, None, None, dw, None
-        return dx, dx if ctx.two else None, *[None] * 5
+            return dx, dy, None, None, dw, None
+        return dx, dx if ctx.added else None, *[None] * 4
 
 
 def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tensor, resid: Tensor,
@@ -1301,7 +1247,7 @@ def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tenso
     """
     if not fusible(lane0, lane0.size(1)):
         return reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post)
-    return LaneUpdate.apply(lane0, lane1, from_attn, from_mlp, *spread("lane_update", lane0, (resid, 1), (post, 2)))
+    return LaneUpdate.apply(lane0, lane1, from_attn, from_mlp, resid, post)
 
 
 def reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post):
@@ -1361,7 +1307,6 @@ def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, po
 class LaneUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lane0, lane1, from_attn, from_mlp, resid, post):
-        resid, post = resid[0], post[0]
         ctx.save_for_backward(lane0, lane1, from_attn, from_mlp, resid, post)
         new = torch.empty_like(lane0), torch.empty_like(lane0)
         over_rows(lane_update_forward_kernel, "lane_update_forward", lane0, lane0, lane1, from_attn, from_mlp, resid, post,
@@ -1372,10 +1317,10 @@ class LaneUpdate(torch.autograd.Function):
     def backward(ctx, dnew0, dnew1):
         lane0, *_, resid, post = ctx.saved_tensors
         gradients = [torch.empty_like(lane0) for _ in range(4)]
-        gradients += shares("lane_update_backward", lane0, resid, post)
+        partial = partial_sums("lane_update_backward", lane0, resid, post)
         over_rows(lane_update_backward_kernel, "lane_update_backward", lane0, dnew0.contiguous(), dnew1.contiguous(),
-                  *ctx.saved_tensors, *gradients, D=lane0.size(1))
-        return tuple(gradients)
+                  *ctx.saved_tensors, *gradients, *partial, D=lane0.size(1))
+        return *gradients, *totals(partial, ctx.needs_input_grad[4:])
 
 
 # --- MLP --------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,9 +58,9 @@ import online_ngram_tilt as ngram
 from env_settings import READ_ONLY_WITH, TTT_MASKS, FromEnvironment, InputError, number, setting, setting_text, settings_help
 from gpt_kernels import (
     ATTENDED_UNIT, A_UNIT, DP_UNIT, E4M3, HAS_TRITON, FullProduct, KernelError, LowArgs, LowMLP, LowProduct, Segments, Skip, adamw_rows,
-    add_norm, apart, attention, attention_kernel, cached_attention, cut, e4m3, fusible, grouped_product, lane_update,
-    leaky_relu_squared, low_products_fit, low_unit, mean_norm, mix_norm, norm, qk_prep, ring_index,
-    rotary_tables, row_programs, squared_mlp, store, two_value_nll, xsa_gate)
+    add_norm, apart, attention, attention_kernel, cached_attention, e4m3, grouped_product, lane_update,
+    leaky_relu_squared, low_products_fit, low_unit, mix_norm, norm, qk_prep, ring_index,
+    rotary_tables, squared_mlp, store, two_value_nll, xsa_gate)
 
 # ======================================================================================================================
 # 1. Settings
@@ -937,10 +937,7 @@ class Low(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32.
-
-    The vectors from resid_mix on may come spread, with a row for each program.
-    """
+    """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32."""
 
     w_qkv: Tensor  # ((heads + 2 kv_heads) D, d)
     w_out: Tensor  # (d, d), its rows multiplied by attn_scale
@@ -951,7 +948,7 @@ class Layer(NamedTuple):
     q_gain: Tensor  # (heads,)
     attn_gate: Tensor | None  # (heads, GATE_WINDOW)
     xsa_alpha: Tensor | None  # (heads,)
-    lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]; None before the first such block
+    lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
     low: Low | None = None
@@ -962,6 +959,11 @@ class Layer(NamedTuple):
         """y = x W^T at one of the sites qkv, out, up, down; u is the normalized input of this attention or MLP."""
         y = F.linear(x, weight)
         return y if self.adapter is None else self.adapter(site, x, y, u)
+
+
+def cut(stack: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """The vectors of a stack, or that many times None."""
+    return [None] * count if stack is None else stack.unbind()
 
 
 class Rider:
@@ -982,7 +984,7 @@ class GPT(nn.Module):
     tensors, instead of hundreds. Parameters are float32 masters; matrix products run in `compute_dtype`.
     """
 
-    PARTS = ("layers", "embed")  # what torch.compile makes of the rest would read the activations more than once
+    PARTS = ("layers", "embed", "final_norm")  # what torch.compile makes of the rest would read activations more than once
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1076,28 +1078,19 @@ class GPT(nn.Module):
         plain.__dict__["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
         return plain
 
-    def programs(self, x: Tensor) -> list[int]:
-        """For how many programs the vectors of mix_norm, qk_prep, xsa_gate and lane_update are spread in a pass; 0: not."""
-        s = self.settings
-        wanted = torch.is_grad_enabled() and self.resid_mix.requires_grad and fusible(
-            x, s.model_dim, s.num_heads, s.num_kv_heads, s.rotary_dims // 2)
-        return [row_programs(name + "_backward", x) * wanted for name in ("mix_norm", "qk_prep", "xsa_gate", "lane_update")]
-
-    def layers(self, mix: int = 0, gain: int = 0, gate: int = 0, lanes: int = 0) -> list[Layer]:
+    def layers(self) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass; unbind gathers a bank's gradient in one stack.
 
-        The arguments are those of programs(). The residual scales are multiplied into the output matrices, where they cost
-        nothing per token.
+        The residual scales are multiplied into the output matrices, where they cost nothing per token.
         """
         s, n, dtype = self.settings, self.settings.num_layers, self.compute_dtype
         queries, outputs = self.qo_bank.split(n)
         query, key_value = queries.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
         out = (self.attn_scale[:, :, None] * outputs).to(dtype).unbind()
         up, down = self.mlp_up_bank.to(dtype).unbind(), (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
-        gate = gate * (s.xsa_last_n >= n)  # else plain formulas may read them
-        lambdas = (cut(x, lanes, s.parallel_start_layer) for x in (self.parallel_post_lambdas, self.parallel_resid_lambdas))
-        small = zip(self.input_scales.unbind(), cut(self.resid_mix, mix), cut(self.q_gain, gain), cut(self.attn_gate, gate),
-                    cut(self.xsa_alpha, gate), *lambdas)
+        small = zip(*(cut(stack, n) for stack in (
+            self.input_scales, self.resid_mix, self.q_gain, self.attn_gate, self.xsa_alpha, self.parallel_post_lambdas,
+            self.parallel_resid_lambdas)))
         low = [None] * n
         if self.fp8 and torch.is_grad_enabled():
             stacks = (torch.cat((queries, *self.kv_bank.split(n)), 1), self.attn_scale[:, :, None] * outputs,
@@ -1114,8 +1107,7 @@ class GPT(nn.Module):
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
         x0 = x = self.embed(ids, segments.positions, segments.previous, rider)
-        programs, entered, lanes, visits = self.programs(x), [], None, itertools.count()
-        layers = self.layers(*programs)
+        entered, lanes, layers, visits = [], None, self.layers(), itertools.count()
 
         def visited(i: int) -> Layer:
             return layers[i] if rider is None else layers[i]._replace(**rider.block(next(visits), i))
@@ -1125,14 +1117,18 @@ class GPT(nn.Module):
             x, before, x0 = self.block(x, x0, None, visited(i), segments, rope)
             entered.append(before)
         skips = [*entered[1:], x]
-        vectors = list(zip(*(cut(stack, programs[0]) for stack in (self.skip_weights, self.skip_gates))))[:len(skips)]
+        vectors = list(zip(self.skip_weights.unbind(), cut(self.skip_gates, len(self.skip_weights))))[:len(skips)]
         for i, own in itertools.zip_longest(decoder, vectors):
             skip = Skip(skips.pop(), *own) if own is not None else None
             if s.parallel_start_layer and i >= s.parallel_start_layer:
                 *lanes, x0 = self.two_lane_block(*(lanes or (x, None)), x0, skip, visited(i), segments, rope)
             else:
                 x, _, x0 = self.block(x, x0, skip, visited(i), segments, rope)
-        return mean_norm(*(lanes or (x,)))
+        return self.final_norm(*(lanes or (x,)))
+
+    def final_norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """RMSNorm of x (T, d), with y of the mean of both."""
+        return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
 
     def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
@@ -1204,11 +1200,11 @@ class GPT(nn.Module):
         copies = s.num_heads // s.num_kv_heads if trains else 1
         q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies, *product)
         if w.context is None:
-            y, lse = attention(q, k, v, segments, self.attention_kernel, copies)
+            y = attention(q, k, v, segments, self.attention_kernel, copies)
         else:
-            y, lse = w.context(q, k, v), None
+            y = w.context(q, k, v)
         low = None if low is None else torch.empty_like(low)
-        y = xsa_gate(y, own if w.exclusive else None, window, w.attn_gate, w.xsa_alpha, s.sparse_attn_gate_scale, low, lse)
+        y = xsa_gate(y, own if w.exclusive else None, window, w.attn_gate, w.xsa_alpha, s.sparse_attn_gate_scale, low)
         return y, None if low is None else LowArgs(low, w.low.attended_unit, *w.low.w_out)
 
     def scores(self, hidden: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def work(s: g.Settings, looping: bool, keys: float) -> dict[str, tuple[float, fl
     d, kv, tokens, order = s.model_dim, s.kv_dim, s.train_batch_tokens, sum(g.visit_order(s, looping), [])
     visits, skips = len(order), min(map(len, g.visit_order(s, looping)))
     lanes = sum(i >= s.parallel_start_layer for i in g.visit_order(s, looping)[1]) if s.parallel_start_layer else 0
-    entry, qk, gate, norm = 10 * d, 5 * d + 8 * kv, 5 * d + 3 * kv, 6 * d  # both products add to the stream themselves
+    entry, qk, gate, norm = 10 * d, 5 * d + 8 * kv, 5 * d + 3 * kv, 8 * d  # the MLP's product adds to the stream itself
     in_lanes = 6 * d + 16 * d  # norm without a sum, and the update of both lanes
     elementwise = visits * (entry + qk + gate) + skips * 3 * d + (visits - lanes) * norm + lanes * in_lanes
     return {"attention": (3.5 * 4 * d * keys * visits * tokens, 0), "MLP": (3 * 4 * d * s.mlp_dim * visits * tokens, 0),

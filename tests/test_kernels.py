@@ -12,7 +12,6 @@ import brotli
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt_kernels as kernels
 import train_gpt as g
@@ -238,8 +237,8 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
         assert causal and return_lse and given == bounds and k.size(1) == v.size(1) == 2 and k.stride(2) == 1
         return kernels.reference_attention(q, k, v, segments), torch.ones(4, 10), "more"
 
-    def backward(q, k, v, out, dout, lse, scale, causal, dlse, **given):
-        assert dout.is_contiguous() and causal and given == bounds and scale == 0.25 and dlse is None
+    def backward(q, k, v, out, dout, lse, scale, causal, **given):
+        assert dout.is_contiguous() and causal and given == bounds and scale == 0.25
         torch.testing.assert_close(out, kernels.reference_attention(q, k, v, segments))
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -249,46 +248,9 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
     def copied(function):
         return lambda q, k, v: function(q, *(x.repeat_interleave(copies, 1) for x in (k, v)))
 
-    compare(copied(lambda *qkv: kernels.FlashAttention4.apply(*qkv, segments.cu_seqlens, segments.max_seqlen, copies)[0]),
+    compare(copied(lambda *qkv: kernels.FlashAttention4.apply(*qkv, segments.cu_seqlens, segments.max_seqlen, copies)),
             copied(lambda *qkv: kernels.reference_attention(*qkv, segments)),
             [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_flash_attention_4_is_spared_what_the_gate_knows(exclusive, dtype, fused, monkeypatch):
-    """The sums of its output times its gradient, both as it sees them, come from xsa_gate; without that it makes them."""
-    segments = g.make_segments(torch.tensor([0, 3, 10], dtype=torch.int32).numpy(), 8)
-    given, needed = [], []
-
-    def forward(q, k, v, **_):
-        needed.append(kernels.reference_attention(q, k, v, segments))
-        return needed[0], torch.ones(4, 10)
-
-    def backward(q, k, v, out, dout, lse, *_, dlse, **__):
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            received, expected = ((y.float() * dout.float()).sum(2).T for y in (out, needed[0]))
-            given.append((dlse, None if dlse is None else received - dlse, expected))
-            return torch.autograd.grad(kernels.reference_attention(*leaves, segments), leaves, dout)
-
-    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION_4, SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
-    weight, window, alpha = randn(4, 5, seed=1), randn(10, 5, seed=2, dtype=dtype), randn(4, seed=3)
-
-    def gated(function):
-        def call(q, k, v):
-            y, lse = function(q, k, v)
-            return kernels.xsa_gate(y, v if exclusive else None, window, weight, alpha, 0.5, None, lse)
-        return call
-
-    compare(gated(lambda q, k, v: kernels.FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen, 1)),
-            gated(lambda q, k, v: (kernels.reference_attention(q, k, v, segments), None)),
-            [randn(10, heads, 16, seed=heads, dtype=dtype) for heads in (4, 2, 2)], (),
-            tolerance=2e-5 if dtype == torch.float32 else 0.1)
-    [(dlse, received, expected)] = given
-    assert (dlse is not None) == exclusive
-    if exclusive:
-        torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("there, capability, wanted, got", [
@@ -333,8 +295,7 @@ def fused(monkeypatch):
     """The fused kernels run on the CPU, three programs over tiles of four rows. Returns the names of those that ran."""
     ran, over_rows = set(), kernels.over_rows
     monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (4, 4, 1, 1)))
-    for module in (kernels, g):
-        monkeypatch.setattr(module, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
+    monkeypatch.setattr(kernels, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
     monkeypatch.setattr(kernels, "over_rows", lambda kernel, name, *a, **k: (ran.add(name), over_rows(kernel, name, *a, **k)))
     return ran
 
@@ -464,15 +425,13 @@ def test_xsa_gate_of_a_value_that_is_zero(fused):
 
 
 @lengths
-def test_norms_of_sums_and_means(T, dtype, fused, double):
+def test_norms_of_sums(T, dtype, fused, double):
     x, y, scale = randn(T, 16, seed=1, dtype=dtype), randn(T, 16, seed=2, dtype=dtype), torch.tensor(0.6)
     agree(kernels.add_norm, kernels.reference_add_norm, [x, y, scale], [0, 1])
     agree(kernels.add_norm, kernels.reference_add_norm, [x, None, scale], [0])
-    agree(lambda x, z, scale, weight: kernels.add_norm(1 * x, z, scale, None, weight),
+    agree(lambda x, z, scale, weight: kernels.add_norm(x, z, scale, None, weight),
           lambda x, z, scale, weight: kernels.reference_add_norm(x, F.linear(z, weight), scale),
           [x, randn(T, 8, seed=3, dtype=dtype), scale, randn(16, 8, seed=4, dtype=dtype)], [0, 1, 3])
-    agree(kernels.mean_norm, lambda x, y: kernels.norm((x + y) / 2), [x, y], [0, 1])
-    agree(kernels.mean_norm, kernels.norm, [x], [0])
     assert fused == ways("add_norm")
 
 
@@ -537,7 +496,7 @@ def test_a_product_in_8_bits_that_adds_up_before_a_norm(T, fused, small_low_tile
     w_low, unit, scale = narrow(w), torch.tensor(kernels.ATTENDED_UNIT), torch.tensor(0.3)
     low = (z / unit).to(torch.float8_e4m3fn)
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = kernels.add_norm(1 * x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
+    found = kernels.add_norm(x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
     total = x.detach().float() + low.float() @ wide(w_low).T * unit
     exact = total.requires_grad_(), scale * F.rms_norm(total, (64,), eps=1.1920929e-7)
     draws = [randn(T, 64, seed=i, dtype=torch.bfloat16) for i in (5, 6)]
@@ -665,8 +624,7 @@ def test_the_gradient_of_two_value_nll_takes_the_place_of_the_scores(fused):
 def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
     """What the function returns with the fused kernels, the MLP's among them if asked for, and with the references."""
     with monkeypatch.context() as patch:
-        for module in (kernels, g):
-            patch.setattr(module, "fusible", lambda *_: False)
+        patch.setattr(kernels, "fusible", lambda *_: False)
         plain = function()
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (8, 4, 1, 1)))  # two programs for 13 tokens
@@ -711,39 +669,6 @@ def test_the_fused_model_equals_the_plain_one_in_bf16(fused, monkeypatch):
     model = random_model(reference_settings())
     model.compute_dtype = torch.bfloat16
     assert_same(*on_both_paths(lambda: losses_and_gradients(model, True, (7, 1, 14, 6)), monkeypatch, mlp=False), 0.1)
-
-
-class Sums(TorchDispatchMode):
-    """Notes the shapes of what is summed."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten.sum:
-            self.shapes.append(tuple(args[0].shape))
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("looping, trained", [(True, True), (False, False)])
-def test_what_the_programs_leave_is_summed_once_for_a_stack(looping, trained, fused, monkeypatch):
-    """However many visits there are; and not at all where nothing trains the vectors."""
-    model, (ids, targets, segments) = random_model(reference_settings(GATED_XSA=1, XSA_LAST_N=6)), packed_documents((5, 1, 7))
-    stacks = [model.resid_mix, model.skip_weights, model.skip_gates, model.q_gain, model.attn_gate, model.xsa_alpha,
-              model.parallel_post_lambdas[4:], model.parallel_resid_lambdas[4:]]  # two lanes from layer 4 on
-    if not trained:
-        model = model.frozen()
-        monkeypatch.setattr(model, "embed", lambda *a, embed=model.embed: embed(*a).requires_grad_())
-    losses = model.token_losses(ids, targets, segments, looping)
-    with Sums() as sums:
-        losses.sum().backward()
-    programs = kernels.row_programs("mix_norm_backward", ids)
-    assert programs == 3 and fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
-    left = sorted(shape for shape in sums.shapes if shape[0] == programs)
-    assert left == sorted((programs, *stack.shape) for stack in stacks if trained)
-    visits = len(sum(model.orders[looping], []))
-    assert len(sums.shapes) - len(left) <= 2 * visits + 8  # keys and values of plain attention; embedding, scales, caps
 
 
 def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
@@ -889,10 +814,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
          "*i64": "slots begins targets hints",
          "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
-         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dlse dresid dpost resid post inverse x_scale w_scale "
+         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale "
          "scales low_scales"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
-NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", SCALED="scale",
+NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", ADD="y",
                     SKIP="skip weight gate dskip dweight dgate", UNIT="x_scale w_scale low")
 
 def kind(name, argument):
@@ -945,12 +870,12 @@ for way in ("forward", "backward"):
     cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
     cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16) | unit)
               for gate, alpha in ((True, False), (False, True))]
-    cases += [(f"add_norm_{way}", dict(D=512, MEAN=mean, SCALED=not mean) | (unit | dict(ADD=add) if unit else {}))
-              for add, mean in ((True, False), (False, True))]
+    cases += [(f"add_norm_{way}", dict(D=512) | (unit | dict(ADD=add) if unit else {}))
+              for add in ((True, False) if unit else (True,))]
     cases += [(f"lane_update_{way}", dict(D=512))]
     # What keeps most rows at a time fits for wider models too.
     cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, LANES=False, WINDOW=12) | unit), (f"lane_update_{way}", dict(D=1024)),
-              (f"add_norm_{way}", dict(D=1024, MEAN=False, SCALED=True) | (unit | dict(ADD=True) if unit else {}))]
+              (f"add_norm_{way}", dict(D=1024) | (unit | dict(ADD=True) if unit else {}))]
     for name, constants in cases:
         rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
         compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
@@ -983,7 +908,7 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
                          text=True)
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 10 + 2 * 13 + 4 + 2
+    assert len(lines) == 10 + 13 + 12 + 4 + 2
     products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "low_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [
