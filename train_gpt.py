@@ -470,7 +470,6 @@ def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
 # 2. Runtime
 # ======================================================================================================================
 
-
 IMPORTED = time.perf_counter()
 
 # torch 2.13 wants reduce_scatter_tensor and all_gather_into_tensor under new names, which 2.11 does not have.
@@ -479,7 +478,7 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its rank among how many, and its device."""
+    """This process's place in the run: its rank, the number of ranks, its device."""
 
     rank: int
     world_size: int
@@ -488,19 +487,22 @@ class Runtime:
     @classmethod
     @contextmanager
     def start(cls, settings: Settings):
-        """Join torchrun's process group (NCCL for CUDA tensors, Gloo for host tensors) and leave it at the end."""
+        """Join torchrun's process group (NCCL for CUDA, Gloo for host tensors); leave it at the end."""
         on_cuda = torch.cuda.is_available()
         device = torch.device("cuda", settings.local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
-            if settings.local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            if settings.local_rank >= count:
                 raise InputError(f"LOCAL_RANK: rank {settings.local_rank} has no GPU, the machine shows "
-                                 f"{torch.cuda.device_count()}; lower --nproc_per_node")
+                                 f"{count}; lower --nproc_per_node")
             torch.cuda.set_device(device)
-            torch.set_num_threads(min(8, torch.get_num_threads()))  # one for each core of a large host gets in the others' way
+            # The default, a thread per core, makes the ranks of a large host slow each other down.
+            torch.set_num_threads(min(8, torch.get_num_threads()))
         distributed = settings.world_size > 1
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-                                    timeout=datetime.timedelta(minutes=30), device_id=device if on_cuda else None)
+                                    timeout=datetime.timedelta(minutes=30),
+                                    device_id=device if on_cuda else None)
         try:
             yield cls(max(settings.rank, 0), settings.world_size, device)
         finally:
@@ -533,43 +535,53 @@ class Runtime:
         return tensor
 
     def from_rank0(self, values: list[float]) -> list[float]:
-        """Rank 0's numbers on every rank. They travel between hosts, so no device is waited for."""
+        """Rank 0's numbers on every rank. They travel between hosts, so no rank waits for its device."""
         if self.world_size == 1:
             return values
         message = torch.tensor(values, dtype=torch.float64)
         dist.broadcast(message, src=0)
         return message.tolist()
 
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.from_rank0([0.0])
+
     @torch.no_grad()
-    def share(self, tensors) -> None:
-        """Give every rank the values of rank 0's tensors, in place."""
+    def broadcast(self, tensors) -> None:
+        """Overwrite every rank's tensors with those of rank 0."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
 
     def upload(self, values: list[float]) -> Tensor:
-        """A few float32 numbers as a device tensor, copied without waiting for the device."""
-        host = torch.tensor(values, dtype=torch.float32)
-        return host.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else host
+        """A few numbers as a float32 device tensor, copied without waiting for the device."""
+        return self.to_device(torch.tensor(values, dtype=torch.float32))
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device. The copy is asynchronous, which it can be only from pinned memory."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
 
     def describe(self) -> dict:
-        device = torch.cuda.get_device_name(self.device) if self.on_cuda else f"{platform.machine()} CPU"
-        return dict(device=device, devices=self.world_size, host_cores=os.cpu_count(), python=platform.python_version(),
-                    torch=torch.__version__, cuda=torch.version.cuda or "none")
+        """The machine, for the run record."""
+        name = torch.cuda.get_device_name(self.device) if self.on_cuda else f"{platform.machine()} CPU"
+        return dict(device=name, devices=self.world_size, host_cores=os.cpu_count(),
+                    python=platform.python_version(), torch=torch.__version__,
+                    cuda=torch.version.cuda or "none")
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started, so far as the system says."""
+    """Seconds since this process was started; since this file's import if the system does not say."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+            fields = file.read().rpartition(")")[2].split()  # the name before the bracket may have spaces
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (OSError, AttributeError):
         return time.perf_counter() - IMPORTED
 
 
 def write_atomically(path: str, data: bytes) -> None:
-    """`path` holds either what it held before or all of `data`, whatever happens on the way."""
+    """Write a file so that `path` always holds its old content or all of `data`, even after a crash."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -581,8 +593,9 @@ def write_atomically(path: str, data: bytes) -> None:
         if os.path.exists(temporary):
             os.remove(temporary)
         if isinstance(error, OSError) and not error.filename:
-            error.filename = path
+            error.filename = path  # the user knows no temporary file
         raise
+    # A rename survives a power cut only once the folder is synced too.
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -640,10 +653,12 @@ def file_sha256(path: str) -> str:
 
 
 @contextmanager
-def progress_bar(total: float, unit: str, text: str, runtime: Runtime):
-    """Yields a function of (what is done, a note) that draws a bar on rank 0's terminal; where stderr is none, nothing."""
-    with tqdm(total=round(total), unit=unit, desc=text, disable=runtime.rank > 0 or not sys.stderr.isatty(), leave=False,
-              dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} {postfix}") as bar:
+def progress_bar(total: float, unit: str, label: str, runtime: Runtime):
+    """Yields show(done, note), which draws a bar on rank 0's stderr if that is a terminal."""
+    hidden = runtime.rank > 0 or not sys.stderr.isatty()
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} {postfix}"
+    with tqdm(total=round(total), unit=unit, desc=label, disable=hidden, leave=False, dynamic_ncols=True,
+              bar_format=layout) as bar:
         def show(done: float, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)
             bar.update(min(round(done), bar.total) - bar.n)  # tqdm draws nothing beyond its total
@@ -652,10 +667,10 @@ def progress_bar(total: float, unit: str, text: str, runtime: Runtime):
 
 
 class RunLog:
-    """The log and the run record, from one place: a log line is the text form of an event in the record.
+    """The log and the run record, written together: each log line is the text form of an event.
 
-    Rank 0 writes `<run_id>.txt` and `<run_id>.json` in Settings.log_dir; the other ranks' calls do nothing. The record's
-    `status` is running, finished or failed.
+    Rank 0 writes `<run_id>.txt` and `<run_id>.json` in Settings.log_dir; on other ranks the calls do nothing.
+    The record's `status` is running, finished or failed.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime):
@@ -663,37 +678,44 @@ class RunLog:
         self.active = runtime.rank == 0
         self.path = os.path.join(settings.log_dir, run_id)
         if self.active and os.path.exists(self.path + ".json"):
-            raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another RUN_ID or remove it")
+            raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another "
+                             "RUN_ID or remove it")
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.record = dict(run_id=run_id, status="running", started=started,
-                           settings=dataclasses.asdict(settings), machine=runtime.describe(), results={}, events=[])
+                           settings=dataclasses.asdict(settings), machine=runtime.describe(), results={},
+                           events=[])
         if self.active:
             os.makedirs(settings.log_dir, exist_ok=True)
-            self.lock = self.claim(os.path.dirname(settings.artifact_path) or ".", settings.ttt_eval_only)
+            folder = os.path.dirname(settings.artifact_path) or "."
+            self.lock = self.lock_folder(folder, settings.ttt_eval_only)
             self.file = open(self.path + ".txt", "w", buffering=1, encoding="utf-8")
             self.save()
 
-    def claim(self, folder: str, reads_only: bool) -> int:
-        """Hold the folder of the artifact, together with other runs that only read it, until the process ends."""
+    def lock_folder(self, folder: str, reads_only: bool) -> int:
+        """Lock the artifact's folder until the process ends; runs that only read it share the lock."""
         if not os.access(folder, os.W_OK):
             raise InputError(f"ARTIFACT_DIR: no permission to write in {folder}; choose another folder")
         handle = os.open(folder, os.O_RDONLY)
+        kind = fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX
         try:
-            fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX))
+            fcntl.flock(handle, fcntl.LOCK_NB | kind)
         except BlockingIOError:
             os.close(handle)
-            raise InputError(f"ARTIFACT_DIR: another run is writing its artifact in {folder}; wait for its end, or choose "
-                             "another folder") from None
+            raise InputError(f"ARTIFACT_DIR: another run is writing its artifact in {folder}; wait for its "
+                             "end, or choose another folder") from None
         except OSError:  # a file system without locks
             pass
         return handle
 
     def event(self, kind: str, **fields) -> None:
-        """Log and record one event; floats appear in both as they are given here, NaN as text, which JSON lacks."""
-        if self.active:
-            fields = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-            self.record["events"].append({"event": kind, **fields})
-            self.write(" ".join([kind] + [f"{name}:{value}" for name, value in fields.items()]))
+        """Log and record one event. Floats appear as given; NaN and infinity, which JSON lacks, as text."""
+        if not self.active:
+            return
+        for name, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                fields[name] = str(value)
+        self.record["events"].append({"event": kind, **fields})
+        self.write(" ".join([kind] + [f"{name}:{value}" for name, value in fields.items()]))
 
     def result(self, kind: str, **fields) -> None:
         """An event whose fields are also figures of the run: results[kind]."""
@@ -724,65 +746,91 @@ class RunLog:
 # 3. Data
 # ======================================================================================================================
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+# Shards of the public FineWeb sets: 256 int32 (magic, version, count, unused), then `count` uint16 values.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
 
 
 def open_shard(path: str) -> np.ndarray:
-    """The uint16 values of one shard, memory-mapped. Raises InputError when header and size disagree."""
+    """The uint16 values of one shard, memory-mapped. Raises InputError if header and size disagree."""
     try:
         header = np.fromfile(path, dtype="<i4", count=3)
         size = os.path.getsize(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from None
     if len(header) < 3 or header[2] < 1 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); use prepare_caseops_data.py")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise InputError(f"{path}: its header promises {header[2]} values but it has {size} bytes; it is truncated, "
-                         "prepare or download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); use "
+                         "prepare_caseops_data.py")
+    count = int(header[2])
+    if size != SHARD_HEADER_BYTES + 2 * count:
+        raise InputError(f"{path}: its header promises {count} values but it has {size} bytes; it is "
+                         "truncated, prepare or download it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def shard_files(folder: str, kind: str) -> list[str]:
-    """The shards `fineweb_<kind>_<number>.bin` of a folder, in order; InputError when there is none."""
+    """The shards `fineweb_<kind>_<number>.bin` of a folder, in order. Raises InputError if there is none."""
     files = sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{kind}_[0-9]*.bin")))
     if not files:
-        raise InputError(f"DATA_PATH: no fineweb_{kind}_*.bin in {folder}; run prepare_caseops_data.py or set DATA_PATH")
+        raise InputError(f"DATA_PATH: no fineweb_{kind}_*.bin in {folder}; run prepare_caseops_data.py or "
+                         "set DATA_PATH")
     return files
 
 
+def check_tokens(path: str, tokens: np.ndarray, settings: Settings) -> None:
+    """Raise InputError if the tokens, of this file, do not all have a row in the embedding."""
+    largest = int(tokens.max(initial=0))
+    if largest >= settings.vocab_size:
+        raise InputError(f"{path}: token {largest} does not fit VOCAB_SIZE={settings.vocab_size}; set "
+                         "VOCAB_SIZE to the tokenizer's")
+
+
 def check_manifest(settings: Settings) -> dict:
-    """Compare the settings with the data set's manifest.json, if it has one; returns what the log should say of it."""
+    """Compare the settings with the data set's manifest.json; returns what the run record should say of it.
+
+    A data set may have none. Raises InputError if the manifest is broken or belongs to another vocabulary, and if
+    training and validation share documents.
+    """
     path = os.path.join(settings.shards_dir, "manifest.json")
     if not os.path.exists(path):
         return dict(manifest="none")
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        pieces, lossless = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["lossless"]
-        docs = [manifest["splits"][split]["docs"] for split in ("train", "val")]
-        disjoint, ours = manifest["splits_disjoint"], manifest["source"]["sha256"] is not None
+        pieces = manifest["tokenizer"]["vocab_size"]
+        disjoint = manifest["splits_disjoint"]
+        prepared_here = manifest["source"]["sha256"] is not None
+        summary = dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"],
+                       val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint,
+                       tokenizer_lossless=manifest["tokenizer"]["lossless"])
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not a manifest of prepare_caseops_data.py; prepare the data again") from None
+        raise InputError(f"{path}: no manifest of prepare_caseops_data.py; prepare the data again") from None
     if pieces != settings.vocab_size:
-        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} was made with a tokenizer of {pieces} pieces; "
-                         "set VOCAB_SIZE to that")
-    if not disjoint and ours:  # a published set is what it is; the log says that it overlaps
+        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} was made with a tokenizer of "
+                         f"{pieces} pieces; set VOCAB_SIZE to that")
+    # The published sets do overlap and cannot be prepared again: there the record says so.
+    if prepared_here and not disjoint:
         raise InputError(f"{path}: training and validation documents overlap; prepare the data again")
-    return dict(manifest=path, train_docs=docs[0], val_docs=docs[1], splits_disjoint=disjoint, tokenizer_lossless=lossless)
+    return summary
+
+
+def document_starts(tokens: np.ndarray) -> np.ndarray:
+    """Positions at which documents begin. The first token begins one, whether it is BOS or not."""
+    return np.unique(np.concatenate(([0], np.flatnonzero(tokens == BOS_ID))))
 
 
 def segment_bounds(starts: np.ndarray, total: int, max_seqlen: int) -> np.ndarray:
     """Boundaries 0 .. total of the segments that begin at `starts`, none longer than `max_seqlen`."""
     bounds = np.unique(np.concatenate(([0], starts, [total])))
-    pieces = [np.arange(a, b, max_seqlen) for a, b in zip(bounds, bounds[1:])]
+    pieces = [np.arange(start, end, max_seqlen) for start, end in zip(bounds, bounds[1:])]
     return np.concatenate(pieces + [[total]]).astype(np.int32)
 
 
 def make_segments(bounds: np.ndarray, max_seqlen: int) -> Segments:
     """Segments on the host from their boundaries (int32, 0 .. T)."""
     positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], np.diff(bounds))
-    cu_seqlens = torch.from_numpy(bounds)
-    return Segments(cu_seqlens, torch.from_numpy(positions), max_seqlen)
+    return Segments(torch.from_numpy(bounds), torch.from_numpy(positions), max_seqlen)
 
 
 class Batch(NamedTuple):
@@ -792,41 +840,35 @@ class Batch(NamedTuple):
 
     def to(self, runtime: Runtime) -> Batch:
         """The batch on the device."""
-        def move(tensor):
-            return tensor.pin_memory().to(runtime.device, non_blocking=True) if runtime.on_cuda else tensor
-        segments = self.segments._replace(cu_seqlens=move(self.segments.cu_seqlens),
-                                          positions=move(self.segments.positions))
-        return Batch(move(self.inputs), move(self.targets), segments)
+        cu_seqlens = runtime.to_device(self.segments.cu_seqlens)
+        positions = runtime.to_device(self.segments.positions)
+        segments = self.segments._replace(cu_seqlens=cu_seqlens, positions=positions)
+        return Batch(runtime.to_device(self.inputs), runtime.to_device(self.targets), segments)
 
 
 class TrainingData:
     """The training shards as one endless stream of tokens, dealt out to steps, micro-batches and ranks.
 
-    Micro-batch m of rank r in step s is a function of (s, m, r) alone, and a step holds the same tokens whatever the
-    number of ranks. Documents run on across shard borders; after the last shard the stream starts over.
+    Micro-batch m of rank r in step s is a function of (s, m, r) alone. A step holds the same tokens for every
+    number of ranks. Documents continue across shard borders; after the last shard the stream starts over.
     """
 
+    SAMPLE = 1_000_000  # tokens of each shard that are checked at once; `read` checks what is used
+
     def __init__(self, settings: Settings, runtime: Runtime):
+        self.settings, self.runtime = settings, runtime
         self.files = shard_files(settings.shards_dir, "train")
         self.shards = [open_shard(path) for path in self.files]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.settings, self.runtime = settings, runtime
+        self.total = int(self.ends[-1])
         if self.total < settings.micro_batch_tokens + 1:
-            raise InputError(f"TRAIN_BATCH_TOKENS: the shards in {settings.shards_dir} hold only {self.total} tokens, fewer "
-                             f"than one micro-batch of {settings.micro_batch_tokens}")
-        for path, shard in zip(self.files, self.shards):  # a look at each; `read` checks every token that is used
-            self.check_tokens(path, shard[:1_000_000])
-        if not (self.shards[0][:1_000_000] == BOS_ID).any():
-            raise InputError(f"{self.files[0]}: no document start (token {BOS_ID}) in it; it was made for another tokenizer")
-
-    def check_tokens(self, path: str, tokens: np.ndarray) -> None:
-        if len(tokens) and int(tokens.max()) >= self.settings.vocab_size:
-            raise InputError(f"{path}: token {int(tokens.max())} does not fit VOCAB_SIZE={self.settings.vocab_size}; set "
-                             "VOCAB_SIZE to the tokenizer's")
-
-    @property
-    def total(self) -> int:
-        return int(self.ends[-1])
+            raise InputError(f"TRAIN_BATCH_TOKENS: the shards in {settings.shards_dir} hold only "
+                             f"{self.total} tokens; one micro-batch is {settings.micro_batch_tokens}")
+        for path, shard in zip(self.files, self.shards):
+            check_tokens(path, shard[:self.SAMPLE], settings)
+        if BOS_ID not in self.shards[0][:self.SAMPLE]:
+            raise InputError(f"{self.files[0]}: no document start (token {BOS_ID}) in it; it was made for "
+                             "another tokenizer")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the endless stream, int64."""
@@ -834,87 +876,106 @@ class TrainingData:
         while count > 0:
             start %= self.total
             index = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[index]) - len(self.shards[index]))
-            piece = self.shards[index][offset:offset + count]
-            self.check_tokens(self.files[index], piece)
+            shard = self.shards[index]
+            offset = start - (int(self.ends[index]) - len(shard))
+            piece = shard[offset:offset + count]
+            check_tokens(self.files[index], piece, self.settings)
             pieces.append(piece.astype(np.int64))
-            start, count = start + len(piece), count - len(piece)
+            start += len(piece)
+            count -= len(piece)
         return np.concatenate(pieces)
 
     def batch(self, step: int, micro: int, max_seqlen: int) -> Batch:
-        """This rank's micro-batch on the host. Neighbouring micro-batches share one token: the target of the first."""
-        s, r = self.settings, self.runtime
-        length = s.micro_batch_tokens
-        tokens = self.read(((step * s.accumulation + micro) * r.world_size + r.rank) * length, length + 1)
+        """This rank's micro-batch on the host, documents cut to `max_seqlen` tokens."""
+        length = self.settings.micro_batch_tokens
+        index = (step * self.settings.accumulation + micro) * self.runtime.world_size + self.runtime.rank
+        tokens = self.read(index * length, length + 1)  # the last is only a target here
         bounds = segment_bounds(np.flatnonzero(tokens[:-1] == BOS_ID), length, max_seqlen)
         return Batch(torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy()),
                      make_segments(bounds, max_seqlen))
 
     def stream(self, max_seqlen: int, first: int = 0):
-        """Yield this rank's micro-batches from step `first` on, on the device, documents cut to `max_seqlen` tokens."""
-        order = ((step, micro, max_seqlen) for step in itertools.count(first) for micro in range(self.settings.accumulation))
+        """Yield this rank's micro-batches on the device, from step `first` on."""
+        order = ((step, micro, max_seqlen) for step in itertools.count(first)
+                 for micro in range(self.settings.accumulation))
         with ahead(itertools.starmap(self.batch, order), 4) as batches:
             for batch in batches:
                 yield batch.to(self.runtime)
 
-    def unigram_bits(self, tokens: np.ndarray, most: int = 20_000_000) -> float:
-        """Bits that a unigram model, counted on the first `most` training tokens plus one each, spends on `tokens`."""
-        counts = np.bincount(self.read(0, min(most, self.total)), minlength=self.settings.vocab_size) + 1.0
+    def unigram_bits(self, tokens: np.ndarray, limit: int = 20_000_000) -> float:
+        """Bits of `tokens` under a unigram model: add-one counts of the first `limit` training tokens."""
+        sample = self.read(0, min(limit, self.total))
+        counts = np.bincount(sample, minlength=self.settings.vocab_size) + 1.0
         return float(-np.log2(counts / counts.sum())[tokens].sum())
 
 
 class ValidationData:
-    """The whole validation stream and the bytes that each of its tokens stands for."""
+    """The validation stream: `tokens` (N,) and `bytes` (N,), the bytes each stands for; both uint16."""
 
     def __init__(self, settings: Settings):
         files = shard_files(settings.shards_dir, "val")
         self.tokens = np.concatenate([open_shard(path) for path in files])
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
-        if int(self.tokens.max()) >= settings.vocab_size:
-            raise InputError(f"{files[0]}: token {int(self.tokens.max())} does not fit VOCAB_SIZE={settings.vocab_size}; "
-                             "set VOCAB_SIZE to the tokenizer's")
-        if settings.caseops_enabled:
-            sidecars = shard_files(settings.shards_dir, "val_bytes")
-            self.bytes = np.concatenate([open_shard(path) for path in sidecars])
-            if len(self.bytes) != len(self.tokens):
-                raise InputError(f"{sidecars[0]}: the byte sidecar has {len(self.bytes)} values for {len(self.tokens)} "
-                                 "validation tokens; prepare both again")
-        else:
-            self.bytes = token_bytes(self.tokens, settings)
+        check_tokens(files[0], self.tokens, settings)
+        count_bytes = sidecar_bytes if settings.caseops_enabled else token_bytes
+        self.bytes = count_bytes(self.tokens, settings)
         if not settings.eval_include_tail:
-            keep = (len(self.tokens) - 1) // settings.eval_seq_len * settings.eval_seq_len + 1
-            if keep == 1:
-                raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of "
-                                 f"EVAL_SEQ_LEN={settings.eval_seq_len}; set EVAL_INCLUDE_TAIL=1")
-            self.tokens, self.bytes = self.tokens[:keep], self.bytes[:keep]
+            self.cut_tail(settings.eval_seq_len)
+
+    def cut_tail(self, window: int) -> None:
+        """Keep whole windows of this many targets, as the published systems without EVAL_INCLUDE_TAIL do."""
+        windows = (len(self.tokens) - 1) // window
+        if windows == 0:
+            raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of "
+                             f"EVAL_SEQ_LEN={window}; set EVAL_INCLUDE_TAIL=1")
+        self.tokens = self.tokens[:windows * window + 1]
+        self.bytes = self.bytes[:windows * window + 1]
 
     def sample(self, fraction: float, seed: int) -> ValidationData:
-        """That share of the documents, at least one, drawn without replacement and kept in order."""
-        starts = np.unique(np.concatenate(([0], np.flatnonzero(self.tokens[:-1] == BOS_ID))))
+        """That fraction of the documents, at least one, drawn without replacement and kept in order."""
+        starts = document_starts(self.tokens[:-1])
         count = max(1, round(fraction * len(starts)))
-        chosen = np.sort(np.random.default_rng(seed).choice(len(starts), count, replace=False))
-        keep = np.isin(np.searchsorted(starts, np.arange(len(self.tokens)), side="right") - 1, chosen)
-        some = copy.copy(self)
-        some.tokens, some.bytes = self.tokens[keep], self.bytes[keep]
-        return some
+        chosen = np.random.default_rng(seed).choice(len(starts), count, replace=False)
+        document = np.searchsorted(starts, np.arange(len(self.tokens)), side="right") - 1  # of each token
+        kept = np.isin(document, chosen)
+        sampled = copy.copy(self)
+        sampled.tokens, sampled.bytes = self.tokens[kept], self.bytes[kept]
+        return sampled
+
+
+def sidecar_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
+    """Bytes per token as prepare_caseops_data.py has counted them in the original text."""
+    files = shard_files(settings.shards_dir, "val_bytes")
+    counts = np.concatenate([open_shard(path) for path in files])
+    if len(counts) != len(tokens):
+        raise InputError(f"{files[0]}: the byte sidecar has {len(counts)} values for {len(tokens)} "
+                         "validation tokens; prepare both again")
+    return counts
 
 
 def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
-    """Bytes per token from the tokenizer's pieces: the word mark counts one byte unless it follows a control token."""
-    import sentencepiece  # only needed for data without a sidecar
+    """Bytes per token from the tokenizer's pieces, for data without a sidecar.
 
+    SentencePiece's word mark stands for a space, one byte, unless it follows a control token such as BOS.
+    """
+    import sentencepiece  # needed for such data alone
+
+    path = settings.tokenizer_file
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=settings.tokenizer_file)
+        model = sentencepiece.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError):
-        raise InputError(f"TOKENIZER_PATH: cannot read a SentencePiece model from {settings.tokenizer_file}; "
-                         "CASEOPS_ENABLED=0 needs it") from None
+        raise InputError(f"TOKENIZER_PATH: cannot read a SentencePiece model from {path}; CASEOPS_ENABLED=0 "
+                         "needs it") from None
     if model.vocab_size() != settings.vocab_size:
-        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {settings.tokenizer_file} has {model.vocab_size()} pieces")
-    silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(len(model))])
-    marked = np.array([model.id_to_piece(i).startswith("\u2581") for i in range(len(model))]) & ~silent
-    widths = np.array([0 if silent[i] else 1 if model.is_byte(i) else
-                       len(model.id_to_piece(i).removeprefix("\u2581").encode()) for i in range(len(model))])
+        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} has {model.vocab_size()} pieces")
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+                       for i in range(len(model))])
+    marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~silent
+    widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
+    widths[[model.is_byte(i) for i in range(len(model))]] = 1  # written <0xE9>
+    widths[silent] = 0
     follows_text = np.concatenate(([False], ~silent[tokens[:-1]]))
     return (widths[tokens] + (marked[tokens] & follows_text)).astype(np.uint16)
 
@@ -3452,99 +3513,177 @@ class TestTimeTraining(Rider):
 # ======================================================================================================================
 
 
-def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
-    """Train, calibrate, quantize, save, load and score; or start from a checkpoint; or only load and score."""
-    s, first = settings, runtime.rank == 0
-    changed = {f.name.upper(): getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+def log_setup(s: Settings, runtime: Runtime, log: RunLog) -> None:
+    """Log which settings differ from their defaults, and the machine."""
+    changed = {}
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        if value != field.default:
+            changed[field.name.upper()] = value
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
-    if first and s.compressor == "pergroup" and not s.prequant_only and not all(map(shutil.which, ("lrzip", "prlimit"))):
-        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose entropy "
-                         "or brotli")
-    if s.ttt_enabled and not s.prequant_only:
+
+
+def check_tools(s: Settings, runtime: Runtime) -> None:
+    """Raise an error now if a program or library is missing that this run needs only after training."""
+    if s.prequant_only:
+        return
+    compresses = runtime.rank == 0 and s.compressor == "pergroup"
+    if compresses and not (shutil.which("lrzip") and shutil.which("prlimit")):
+        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose "
+                         "entropy or brotli")
+    if s.ttt_enabled:
         check_machine(s, runtime)
+
+
+def load_data(s: Settings, runtime: Runtime, log: RunLog) -> tuple[TrainingData | None, Evaluator]:
+    """The training stream, where there is anything to train or quantize, and the validation stream."""
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
     validation = Evaluator(ValidationData(s), s, runtime)
-    log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0, val_targets=validation.targets,
-              **check_manifest(s))
-    packed = packed_code() if first and not s.prequant_only else b""  # before training: a missing tool must show now
-    code = len(packed)
-    log.event("code", sha256=hashlib.sha256(packed).hexdigest() if packed else "not packed", packed_bytes=code)
+    log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0,
+              val_targets=validation.targets, **check_manifest(s))
+    return data, validation
+
+
+def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
+    """Bytes of the packed script, which count beside the artifact's; rank 0 alone packs it."""
+    packed = packed_code() if runtime.rank == 0 and not s.prequant_only else b""
+    sha256 = hashlib.sha256(packed).hexdigest() if packed else "not packed"
+    log.event("code", sha256=sha256, packed_bytes=len(packed))
+    return len(packed)
+
+
+def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
     model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
-    runtime.share(model.parameters())
-    log.event("model", parameters=sum(p.numel() for p in model.parameters()), micro_batch_tokens=s.micro_batch_tokens,
-              micro_batches=s.accumulation, attention=model.attention_kernel if runtime.on_cuda else "reference",
-              fp8=model.fp8)
+    runtime.broadcast(model.parameters())
+    log.event("model", parameters=sum(p.numel() for p in model.parameters()),
+              micro_batch_tokens=s.micro_batch_tokens, micro_batches=s.accumulation,
+              attention=model.attention_kernel if runtime.on_cuda else "reference", fp8=model.fp8)
+    return model
 
-    def calibration(looping: bool, rehearsal: bool) -> Statistics | None:
-        if s.prequant_only or not s.gptq_calibration_batches:
-            return None
-        one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
-        return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime)
 
-    def load(path: str) -> bool:  # rank 0's file counts, whichever disks the ranks see
-        looping = False
-        if first:
-            table, arrays = read_container(path, model, s)
-            looping = install(model, table, arrays, s)
-            if (table["roles"] is None) != (path == s.checkpoint_path):
-                raise InputError(f"{path}: a checkpoint where an artifact belongs, or the reverse; train again")
-        looping = bool(runtime.from_rank0([float(looping)])[0])
-        runtime.share(model.parameters())
-        return looping
+def collect_statistics(model: GPT, data: TrainingData, s: Settings, runtime: Runtime, looping: bool,
+                       rehearsal: bool) -> Statistics | None:
+    """What quantization needs to know of the model's activations, None if it asks for nothing.
 
-    if data:
-        if first:
+    A rehearsal runs one round of the calibration, so that its time can be reserved.
+    """
+    if s.prequant_only or not s.gptq_calibration_batches:
+        return None
+    one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
+    return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime)
+
+
+def save_checkpoint(model: GPT, looping: bool, s: Settings, log: RunLog) -> None:
+    """Keep the averaged weights, float32, for a later run with QUANTIZE_ONLY=1."""
+    arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    table = dict(function=s.function_settings(), looping=looping, roles=None)
+    try:
+        write_container(s.checkpoint_path, table, arrays, "none")
+    except OSError as error:  # the run goes on: what counts is the artifact
+        log.event("no_checkpoint", error=str(error))
+
+
+def load_weights(model: GPT, path: str, s: Settings, runtime: Runtime) -> bool:
+    """Install the weights of an artifact or checkpoint; returns whether looping is on.
+
+    Rank 0 reads the file and sends what it holds: nodes need not share a disk.
+    """
+    looping = False
+    if runtime.rank == 0:
+        table, arrays = read_container(path, model, s)
+        looping = install(model, table, arrays, s)
+        if (table["roles"] is None) != (path == s.checkpoint_path):
+            raise InputError(f"{path}: a checkpoint where an artifact belongs, or the reverse; train again")
+    looping = bool(runtime.from_rank0([float(looping)])[0])
+    runtime.broadcast(model.parameters())
+    return looping
+
+
+def calibrate_checkpoint(model: GPT, validation: Evaluator, calibration: Callable, s: Settings,
+                         runtime: Runtime, log: RunLog) -> tuple[bool, Statistics | None]:
+    """In place of training: load the averaged weights of an earlier run, calibrate and score them."""
+    looping = load_weights(model, s.checkpoint_path, s, runtime)
+    began = time.perf_counter()
+    statistics = calibration(looping, rehearsal=False)
+    runtime.synchronize()
+    log.event("calibration", windows=calibration_count(s), seconds=round(time.perf_counter() - began, 3))
+    log.result("averaged", **validation.score(model, looping))
+    return looping, statistics
+
+
+def log_size(code_bytes: int, s: Settings, log: RunLog) -> None:
+    artifact_bytes = os.path.getsize(s.artifact_path)
+    total = artifact_bytes + code_bytes
+    log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact_bytes,
+               code_bytes=code_bytes, total_bytes=total, cap=SIZE_CAP, within_cap=total < SIZE_CAP)
+
+
+def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
+    """The stages of a run. All ranks compute; rank 0 alone writes files."""
+    s = settings
+    log_setup(s, runtime, log)
+    check_tools(s, runtime)
+    data, validation = load_data(s, runtime, log)
+    code_bytes = measure_code(s, runtime, log)
+    model = build_model(s, runtime, log)
+
+    if not s.ttt_eval_only:
+        if runtime.rank == 0:
             bits = data.unigram_bits(validation.data.tokens[1:])
             log.result("unigram", val_bpb=round(bits / validation.bytes, 8))
+        calibration = functools.partial(collect_statistics, model, data, s, runtime)
         if s.quantize_only:
-            looping = load(s.checkpoint_path)
-            began = time.perf_counter()
-            statistics = calibration(looping, rehearsal=False)
-            runtime.synchronize()
-            log.event("calibration", windows=calibration_count(s), seconds=round(time.perf_counter() - began, 3))
-            log.result("averaged", **validation.score(model, looping))
+            looping, statistics = calibrate_checkpoint(model, validation, calibration, s, runtime, log)
         else:
             looping, statistics = train(model, data, validation, calibration, s, runtime, log)
         if s.prequant_only:
             return
-        if first:
+        if runtime.rank == 0:
             if not s.quantize_only:
-                arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-                table = dict(function=s.function_settings(), looping=looping, roles=None)
-                try:
-                    write_container(s.checkpoint_path, table, arrays, "none")
-                except OSError as error:  # the artifact is what counts
-                    log.event("no_checkpoint", error=str(error))
-            save_artifact(model, looping, statistics, code, s, log)
-    looping = load(s.artifact_path)
-    if first:
-        artifact = os.path.getsize(s.artifact_path)
-        log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact, code_bytes=code,
-                   total_bytes=artifact + code, cap=SIZE_CAP, within_cap=artifact + code < SIZE_CAP)
+                save_checkpoint(model, looping, s, log)
+            save_artifact(model, looping, statistics, code_bytes, s, log)
+
+    # From here on the model is the one that the artifact holds.
+    looping = load_weights(model, s.artifact_path, s, runtime)
+    if runtime.rank == 0:
+        log_size(code_bytes, s, log)
     log.result("quantized", **validation.score(model, looping))
     if s.ttt_enabled:
-        text = validation.data if s.val_doc_fraction == 1 else validation.data.sample(s.val_doc_fraction, s.seed)
+        text = validation.data
+        if s.val_doc_fraction < 1:
+            text = text.sample(s.val_doc_fraction, s.seed)
         log.result("ttt", **TestTimeTraining(model, text, looping, s, runtime).score(log))
-    if first and artifact + code >= SIZE_CAP:
-        raise OverCapError(f"artifact and code take {artifact + code:,} bytes, not below {SIZE_CAP:,}: no valid record")
+    size = log.record["results"].get("size")  # of rank 0
+    if size and not size["within_cap"]:
+        raise OverCapError(f"artifact and code take {size['total_bytes']:,} bytes, not below {SIZE_CAP:,}: "
+                           "no valid record")
+
+
+STAGES = {"unigram": "unigram model", "raw": "raw weights", "averaged": "averaged weights",
+          "quantized": "from the artifact", "ttt": "test-time training"}
 
 
 def summary(record: dict) -> str:
     """The figures of a run as a small table."""
     results = record["results"]
-    rows = [(name, f"{results[key]['val_bpb']:.5f}", f"{results[key].get('seconds', ''):>9}") for name, key in
-            (("unigram model", "unigram"), ("raw weights", "raw"), ("averaged weights", "averaged"),
-             ("from the artifact", "quantized"), ("test-time training", "ttt")) if key in results]
-    lines = ["", f"{'':20}{'val_bpb':>9}{'seconds':>10}"] + [f"{name:20}{bpb:>9} {seconds}" for name, bpb, seconds in rows]
+    lines = ["", f"{'':20}{'val_bpb':>9}{'seconds':>10}"]
+    for kind, name in STAGES.items():
+        if kind in results:
+            lines.append(f"{name:20}{results[kind]['val_bpb']:>9.5f} {results[kind].get('seconds', ''):>9}")
     if "training" in results:
         times = results["training"]
-        lines.append(f"{'training':20}{times['steps']:>9} steps and calibration in {times['clock_seconds']} s"
-                     + ("" if times["within_cap"] else f", over the cap of {times['cap_seconds']} s"))
+        line = f"{'training':20}{times['steps']:>9} steps and calibration in {times['clock_seconds']} s"
+        lines.append(line if times["within_cap"] else f"{line}, over the cap of {times['cap_seconds']} s")
     if "size" in results:
         size = results["size"]
         lines.append(f"{'artifact + code':20}{size['total_bytes']:>9,} bytes of {size['cap']:,}")
     return "\n".join(lines)
+
+
+BAD_INPUT = (InputError, KernelError, ngram.NgramError)
+FAILED_RUN = (OverCapError, FloatingPointError)
+INTERRUPTS = (SystemExit, KeyboardInterrupt)
 
 
 def stop_on_signal(number, frame):
@@ -3552,16 +3691,50 @@ def stop_on_signal(number, frame):
 
 
 def ignore_signals() -> None:
-    """torchrun ends every rank as soon as one has failed, but one that has failed too closes its record first."""
+    """torchrun ends every rank as soon as one has failed; one that has failed too closes its record first."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def complain(error: Exception, rank: str) -> int:
-    """One line on stderr for each problem; returns the exit code of bad input."""
+def run_with_record(settings: Settings) -> None:
+    """Join the other ranks and run; the record says how it ended."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop_on_signal)
+    with Runtime.start(settings) as runtime:
+        log = RunLog(settings, runtime)
+        began = time.perf_counter()
+        try:
+            run(settings, runtime, log)
+        except BaseException as error:
+            # A signal that has arrived but is not handled yet is raised by the first call.
+            try:
+                ignore_signals()
+            except INTERRUPTS:
+                ignore_signals()
+            if not isinstance(error, BAD_INPUT + FAILED_RUN + INTERRUPTS):
+                log.write(traceback.format_exc())
+            seconds = round(time.perf_counter() - began, 1)
+            log.close("failed", error=f"{type(error).__name__}: {error}", seconds=seconds)
+            raise
+        log.write(summary(log.record) + "\n")
+        log.close("finished", seconds=round(time.perf_counter() - began, 1),
+                  process_seconds=round(process_seconds(), 1))
+
+
+def check(settings: Settings) -> None:
+    """Read the data as a run on these settings would; needs no GPU. Raises InputError."""
+    check_manifest(settings)
+    ValidationData(settings)
+    if not settings.ttt_eval_only:
+        TrainingData(settings, Runtime(0, settings.world_size, torch.device("cpu")))
+    print("settings and data are fine")
+
+
+def print_errors(error: Exception, rank: str) -> None:
+    """A line on stderr for each problem."""
+    source = "train_gpt.py" if rank == "0" else f"train_gpt.py: rank {rank}"
     for line in str(error).splitlines():
-        print(f"train_gpt.py: {line}" if rank == "0" else f"train_gpt.py: rank {rank}: {line}", file=sys.stderr)
-    return 2
+        print(f"{source}: {line}", file=sys.stderr)
 
 
 HELP = f"""{(__doc__ or "").strip()}
@@ -3573,48 +3746,31 @@ Settings are environment variables.
 
 
 def main(arguments: list[str], environ: dict[str, str]) -> int:
+    """The program; returns its exit code: 0 done, 1 the run failed, 2 something the user gave is wrong."""
     if arguments in (["--help"], ["-h"]):
         print(HELP + settings_help(Settings))
         return 0
     rank = environ.get("RANK", "0")
     try:
         if arguments not in ([], ["--check"]):
-            raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are --help and --check")
+            raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are "
+                             "--help and --check")
         settings = Settings.from_environment(environ)
     except InputError as error:
-        return complain(error, rank) if rank in ("0", "") or not rank.isdigit() else 2  # the same on every rank
+        if rank in ("0", "") or not rank.isdigit():  # every rank finds the same: one speaks
+            print_errors(error, rank)
+        return 2
     try:
         if arguments == ["--check"]:
-            check_manifest(settings)
-            ValidationData(settings)
-            if not settings.ttt_eval_only:
-                TrainingData(settings, Runtime(0, settings.world_size, torch.device("cpu")))
-            print("settings and data are fine")
-            return 0
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop_on_signal)
-        with Runtime.start(settings) as runtime:
-            log = RunLog(settings, runtime)
-            began = time.perf_counter()
-            try:
-                run(settings, runtime, log)
-            except BaseException as error:
-                try:
-                    ignore_signals()
-                except (SystemExit, KeyboardInterrupt):  # of a signal that was on its way already
-                    ignore_signals()
-                if not isinstance(error, (InputError, KernelError, ngram.NgramError, OverCapError, FloatingPointError, SystemExit,
-                                          KeyboardInterrupt)):
-                    log.write(traceback.format_exc())
-                log.close("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - began, 1))
-                raise
-            log.write(summary(log.record) + "\n")
-            log.close("finished", seconds=round(time.perf_counter() - began, 1), process_seconds=round(process_seconds(), 1))
+            check(settings)
+        else:
+            run_with_record(settings)
         return 0
-    except (InputError, KernelError, ngram.NgramError, OSError) as error:
-        return complain(error, rank)
-    except (OverCapError, FloatingPointError) as error:
-        complain(error, rank)
+    except (*BAD_INPUT, OSError) as error:
+        print_errors(error, rank)
+        return 2
+    except FAILED_RUN as error:
+        print_errors(error, rank)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -3622,7 +3778,8 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
 
 if __name__ == "__main__":
     environment = os.environ
-    environment.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # FlashAttention 4 keeps what it compiles
+    # FlashAttention 4 keeps what it compiles for the next run.
+    environment.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     exit_code = main(sys.argv[1:], dict(environment))
     sys.stdout.flush()
     sys.stderr.flush()

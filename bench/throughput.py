@@ -116,7 +116,7 @@ def main() -> None:
     with g.Runtime.start(s) as runtime:
         data = g.TrainingData(s, runtime)
         model = g.GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
-        runtime.share(model.parameters())
+        runtime.broadcast(model.parameters())
         optimizer = g.Optimizer(model, s, runtime)
         passes = g.Passes(model, optimizer, s, runtime)
         batches, first, waited = data.stream(s.train_seq_len), runtime.rank == 0, []

@@ -899,6 +899,7 @@ def test_ranks_score_every_target_together(corpus):
         part = evaluator(corpus, rank, 3, VAL_BATCH_TOKENS=4096, TRAIN_BATCH_TOKENS=4098)
         object.__setattr__(part, "runtime", SimpleNamespace(
             rank=rank, world_size=3, device=torch.device("cpu"), on_cuda=False, synchronize=lambda: None,
+            to_device=lambda tensor: tensor,
             sum=lambda sums: collected.append(sums) or torch.tensor([0.0, part.targets])))
         part.score(model, False)
     nats, targets = sum(collected).tolist()
