@@ -80,7 +80,7 @@ find_data() {  # --own: no demo instead
   [[ ${1:-} != --own ]] ||
     fail "no data set found; get it with python prepare_caseops_data.py --download, or set DATA_PATH"
   echo "no data set found: using the demo's, made from Python's own library (README.md says how to get the real one)"
-  if [[ ! -f data/demo/manifest.json ]]; then "$PY" prepare_caseops_data.py --demo --out data/demo --overwrite; fi
+  if [[ ! -f data/demo/manifest.json ]]; then "$PY" tools/demo_corpus.py --out data/demo --keep; fi
   export DATA_PATH=data/demo
 }
 

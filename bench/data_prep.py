@@ -19,7 +19,7 @@ import sentencepiece
 
 import prepare_caseops_data as prep
 
-REFERENCE_MB_PER_S = 1.6  # the reference tool's figure for 222 MB in 139 s on one core; quoted, not measured here
+REFERENCE_MB_PER_S = 1.6  # of the reference tool, 222 MB in 139 s on one core: quoted, not measured here
 
 
 def processor_name() -> str:
@@ -45,7 +45,8 @@ def measure(options: argparse.Namespace, workers: int) -> tuple[float, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--docs", type=Path, required=True)
     parser.add_argument("--sp", type=Path, required=True)
     parser.add_argument("--val-docs", type=int, default=2500)

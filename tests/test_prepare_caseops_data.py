@@ -1,5 +1,6 @@
 """prepare_caseops_data: the reference shards bit for bit, the tokenizer's exactness, faults, kills, the other modes."""
 
+import bz2
 import errno
 import gzip
 import hashlib
@@ -9,11 +10,14 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +28,7 @@ from hypothesis import example, given, settings, strategies as st
 
 import lossless_caps
 import prepare_caseops_data as prep
+from tools import check_data, demo_corpus, download_data, submission, train_tokenizer
 
 WORDS = (
     "the quick Brown FOX jumps over McDonald's lazy dogs, and iPhones (in 2024) cost 999.50 euros: café naïve".split()
@@ -69,7 +74,9 @@ def docs(work) -> Path:
 @pytest.fixture(scope="module")
 def model(work, docs) -> Path:
     """A lossless tokenizer, trained on all but the first 50 documents."""
-    return prep.train_tokenizer(docs, work, 420, 50)
+    path = work / "lossless.model"
+    path.write_bytes(train_tokenizer.train_tokenizer(docs, 420, 50))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +212,10 @@ def test_tokens_and_bytes_are_those_of_sentencepiece(kind, model, lossy_model, w
             "unigram": lambda: train_plain(work / "unigram.model", model_type="unigram"),
             "dummy prefix": lambda: train_plain(work / "prefix.model", add_dummy_prefix=True, split_digits=True),
         }[kind]()
-    tokenizer = prep.Tokenizer(path)
+    tokenizer = prep.read_tokenizer(path)
     assert tokenizer.lossless == (kind == "lossless")
     finest = {"digits joined": 1, "unigram": 2}.get(kind, 0)
-    assert prep.WORD_PATTERNS.index(tokenizer.word_pattern) == finest
+    assert lossless_caps.WORD_PATTERNS.index(tokenizer.word_pattern) == finest
 
     @settings(max_examples=400, deadline=None)
     @given(utf8_text)
@@ -217,7 +224,7 @@ def test_tokens_and_bytes_are_those_of_sentencepiece(kind, model, lossy_model, w
     def same(text):
         encoded = lossless_caps.encode(text)
         if tokenizer.lossless:
-            encoded = encoded.replace(prep.WORD_MARK, "")
+            encoded = encoded.replace(lossless_caps.WORD_MARK, "")
         tokens, counts = tokenizer.encode_with_bytes(encoded)
         ids, originals = surfaces(tokenizer.sp, encoded)
         assert np.frombuffer(tokens, "<u2").tolist() == ids == tokenizer.sp.encode(encoded)
@@ -229,10 +236,10 @@ def test_tokens_and_bytes_are_those_of_sentencepiece(kind, model, lossy_model, w
 
 @settings(max_examples=500, deadline=None)
 @given(text=utf8_text)
-@example(text=prep.PROBE)
+@example(text=lossless_caps.PROBE)
 @example(text="▁ ▁▁  a▁B\n\n\t ▁")
 def test_lossless_tokenizer_gives_back_every_byte(model, text):
-    tokenizer = prep.Tokenizer(model)
+    tokenizer = prep.read_tokenizer(model)
     tokens, counts = tokenizer.encode_with_bytes(lossless_caps.encode(text))
     ids = np.frombuffer(tokens, "<u2").tolist()
     assert lossless_caps.decode(tokenizer.sp.decode(ids)) == text
@@ -241,7 +248,7 @@ def test_lossless_tokenizer_gives_back_every_byte(model, text):
 
 def test_shipped_tokenizer(root):
     (path,) = (root / "tokenizers").glob("*.model")
-    tokenizer = prep.Tokenizer(path)
+    tokenizer = prep.read_tokenizer(path)
     assert tokenizer.lossless and tokenizer.vocab_size == 8192
     assert [tokenizer.sp.pad_id(), tokenizer.sp.bos_id(), tokenizer.sp.eos_id(), tokenizer.sp.unk_id()] == [0, 1, 2, 3]
     assert tokenizer.sp.piece_to_id("<0x00>") == 8
@@ -249,9 +256,9 @@ def test_shipped_tokenizer(root):
 
 
 def test_words_are_forgotten_when_too_many(model, monkeypatch):
-    monkeypatch.setattr(prep._WordTokens, "MAX_WORDS", 10)
-    tokenizer = prep.Tokenizer(model)
-    text = lossless_caps.encode(" ".join(make_texts(3)) + " " + "x" * 1000).replace(prep.WORD_MARK, "")
+    monkeypatch.setattr(lossless_caps._WordTokens, "MAX_WORDS", 10)
+    tokenizer = prep.read_tokenizer(model)
+    text = lossless_caps.encode(" ".join(make_texts(3)) + " " + "x" * 1000).replace(lossless_caps.WORD_MARK, "")
     assert np.frombuffer(tokenizer.encode(text), "<u2").tolist() == tokenizer.sp.encode(text)
     assert len(tokenizer.words) <= 10 and all(len(word) <= 64 for word in tokenizer.words)
 
@@ -260,7 +267,7 @@ def test_words_are_forgotten_when_too_many(model, monkeypatch):
 
 
 def test_layout(built, docs, model):
-    tokenizer = prep.Tokenizer(model)
+    tokenizer = prep.read_tokenizer(model)
     streams = {"val": [], "train": [], "val_bytes": []}
     for index, line in enumerate(docs.read_text(encoding="utf-8").splitlines()):
         tokens, counts = tokenizer.encode_with_bytes(lossless_caps.encode(json.loads(line)["text"]))
@@ -322,13 +329,78 @@ def test_compressed_documents_and_workers_change_nothing(suffix, built, docs, mo
     expected, found = snapshot(built), snapshot(tmp_path / "out")
     expected.pop("manifest.json"), found.pop("manifest.json")
     assert found == expected
-    assert prep.check(tmp_path / "out", path)["splits"]["train"]["docs"] == 250
+    assert check_data.check(tmp_path / "out", path)["splits"]["train"]["docs"] == 250
+
+
+def zstandard_frames(content: bytes) -> bytes:
+    compressor = pytest.importorskip("zstandard").ZstdCompressor()
+    return compressor.compress(content[:5000]) + compressor.compress(content[5000:])
+
+
+COMPRESSIONS = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard_frames}
+
+
+NAMES = [("docs.jsonl.XZ", ".xz"), ("docs.GZ", ".gz"), ("docs.BZ2", ".bz2"), ("docs.zstd", ".zst"),
+         *itertools.product(["docs.jsonl", "docs"], COMPRESSIONS)]
+
+
+@pytest.mark.parametrize("name, kind", NAMES)
+def test_documents_are_known_by_name_or_content(name, kind, docs, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(COMPRESSIONS[kind](docs.read_bytes()))
+    lines = [line for batch in prep.read_batches(path, 50) for line in batch.lines]
+    assert lines == list(enumerate(docs.read_bytes().splitlines(keepends=True), 1))
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("max_docs", [None, 70])
+def test_documents_from_a_pipe(kind, max_docs, docs, model, tmp_path):
+    """A pipe has no name, no size and can be read once."""
+    content = COMPRESSIONS[kind](docs.read_bytes())
+    (tmp_path / "docs").write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    options = {"val_docs": 50, "shard_tokens": 4000, "max_docs": max_docs}
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    manifest = prep.prepare(tmp_path / "pipe", tmp_path / "piped", model, **options)
+    writer.join()
+    assert manifest["source"] == {"file": "pipe", "sha256": hashlib.sha256(content).hexdigest()}
+    prep.prepare(tmp_path / "docs", tmp_path / "read", model, **options)
+    found, expected = snapshot(tmp_path / "piped"), snapshot(tmp_path / "read")
+    found.pop("manifest.json"), expected.pop("manifest.json")
+    assert found == expected
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" \t\n", b"\r\n"])
+def test_blank_lines_are_no_documents(blank, built, docs, model, tmp_path, capsys):
+    """At the begin, before and after the end of validation, in training and at the end; lines keep their numbers."""
+    lines = docs.read_bytes().splitlines(keepends=True)
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(blank.join([b"", *lines[:1], b"".join(lines[1:49]), lines[49], *lines[50:52], b""]) +
+                     b"".join(lines[52:]) + 2 * blank + blank.strip(b"\n"))
+    prep.prepare(path, tmp_path / "out", model, val_docs=50, shard_tokens=4000)
+    found, expected = snapshot(tmp_path / "out"), snapshot(built)
+    found.pop("manifest.json"), expected.pop("manifest.json")
+    assert found == expected
+    assert check_data.check(tmp_path / "out", path)["splits"]["val"]["docs"] == 50
+    path.write_bytes(b"".join(lines[:20]) + 2 * blank + b"{\n")
+    expect_fault(path, model, tmp_path / "fault", capsys, f"{path}:23: not valid JSON")
+
+
+def test_lines_left_out_after_blank_ones(model, tmp_path):
+    texts = make_texts(40)
+    texts[25] = texts[3]
+    path = write_docs(tmp_path / "docs.jsonl", texts)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n\n"))
+    manifest = prep.prepare(path, tmp_path / "out", model, val_docs=10, duplicates="drop")
+    assert manifest["duplicates"]["lines"] == [51]
+    check_data.check(tmp_path / "out", path)
 
 
 def test_max_docs(docs, model, tmp_path):
     manifest = prep.prepare(docs, tmp_path / "out", model, val_docs=50, max_docs=70)
     assert manifest["splits"]["train"]["docs"] == 20
-    prep.check(tmp_path / "out", docs)
+    check_data.check(tmp_path / "out", docs)
 
 
 def test_batches_in_flight_are_bounded(docs, model):
@@ -340,7 +412,7 @@ def test_batches_in_flight_are_bounded(docs, model):
             drawn.append(next(pulled))
             yield batch
 
-    for finished, encoded in enumerate(prep.map_in_order(prep.encode_batch, batches(), 2, model)):
+    for finished, encoded in enumerate(prep.map_in_order(prep.encode_batch, batches(), 2, model.read_bytes())):
         assert len(drawn) - finished <= 5
         assert encoded[0] == ("train" if finished % 2 else "val")
     assert len(drawn) == 60
@@ -372,7 +444,7 @@ def test_training_documents_that_repeat_validation(rule, model, tmp_path, capsys
         assert f"{path}:26: this training document repeats the validation document of line 4" in output.err
         return
     assert code == 0
-    manifest = prep.check(tmp_path / "out", path)
+    manifest = check_data.check(tmp_path / "out", path)
     assert manifest["duplicates"] == {"rule": rule, "count": 1, "lines": [26]}
     assert manifest["splits_disjoint"] == (rule == "drop")
     kept = texts[10:25] + texts[26:] if rule == "drop" else texts[10:]
@@ -388,7 +460,7 @@ def test_refuses_a_folder_with_another_run(copy, docs, model, capsys):
     assert "splits of different runs may share documents" in capsys.readouterr().err
     assert snapshot(copy) == before
     assert prep.main([*arguments, "--overwrite"]) == 0
-    assert prep.check(copy, docs)["splits"]["val"]["docs"] == 20
+    assert check_data.check(copy, docs)["splits"]["val"]["docs"] == 20
     assert len(list(copy.glob("fineweb_train_*.bin"))) == 1
 
 
@@ -399,7 +471,6 @@ def bad_lines() -> dict[str, tuple[bytes, str]]:
     return {
         "broken json": (b'{"text": "a', "not valid JSON"),
         "not utf-8": (b'{"text": "\xff"}', "not valid JSON"),
-        "blank line": (b"", "not valid JSON"),
         "too deep": (b"[" * 100_000, "not valid JSON"),
         "no text": (b'{"txt": "a"}', 'no field "text"'),
         "not an object": (b'["text"]', 'no field "text"'),
@@ -447,6 +518,41 @@ def test_damaged_compressed_documents(suffix, damage, docs, model, tmp_path, cap
     expect_fault(path, model, tmp_path / "out", capsys, "cut or damaged")
 
 
+def test_documents_without_documents(model, tmp_path, capsys):
+    contents = {"no bytes": b"", "blank lines": b"\n \n\r\n"}
+    for (what, content), (suffix, compress) in itertools.product(contents.items(), COMPRESSIONS.items()):
+        path = tmp_path / f"docs.jsonl{suffix}"
+        path.write_bytes(compress(content))
+        expect_fault(path, model, tmp_path / "out", capsys, f"{path}: holds no document; write one")
+        path.write_bytes(b"")
+        expect_fault(path, model, tmp_path / "out", capsys, f"{path}: holds no document; write one")
+
+
+def archive(content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("docs.jsonl", content)
+    return packed.getvalue()
+
+
+UNREADABLE = {
+    "docs.zip": archive,
+    "docs.jsonl.lz4": lambda content: b"\x04\x22\x4d\x18" + content,
+    "docs.7z": lambda content: b"7z\xbc\xaf\x27\x1c" + content,
+    "docs.parquet": lambda content: b"PAR1\x15\x04\x15" + content,
+    "docs.tar": lambda content: b"docs.jsonl".ljust(100, b"\0") + content,
+    "utf-16.jsonl": lambda content: content.decode().encode("utf-16"),
+    "docs.jsonl": archive,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unknown_compressions(name, docs, model, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_bytes(UNREADABLE[name](docs.read_bytes()))
+    expect_fault(path, model, tmp_path / "out", capsys, f"{path}: neither text nor .xz, .gz, .bz2 or .zst; decompress")
+
+
 def test_missing_files(docs, model, tmp_path, capsys):
     expect_fault(tmp_path / "no.jsonl", model, tmp_path / "out", capsys, f"{tmp_path / 'no.jsonl'}: No such file")
     expect_fault(docs, tmp_path / "no.model", tmp_path / "out", capsys, f"{tmp_path / 'no.model'}: No such file")
@@ -472,7 +578,7 @@ def test_wrong_tokenizers(docs, work, tmp_path, capsys):
 
 
 def test_vocabulary_that_16_bits_cannot_hold(docs, model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prep, "MAX_UINT16", 419)
+    monkeypatch.setattr(lossless_caps, "MAX_UINT16", 419)
     expect_fault(docs, model, tmp_path / "out", capsys, "420 pieces, but shards hold at most 419")
 
 
@@ -506,14 +612,66 @@ def test_arguments_missing(capsys):
     with pytest.raises(SystemExit) as exit_:
         prep.main(["--docs", "x.jsonl"])
     assert exit_.value.code == 2
-    assert "missing --out, --sp" in capsys.readouterr().err
+    assert "required: --out, --sp" in capsys.readouterr().err
 
 
 def test_arguments_of_another_mode(capsys):
     with pytest.raises(SystemExit) as exit_:
         prep.main(["--demo", "--val-docs", "5"])
     assert exit_.value.code == 2
-    assert "--demo takes no --val-docs" in capsys.readouterr().err
+    assert "unrecognized arguments: --val-docs 5" in capsys.readouterr().err
+
+
+# Two runs at once
+
+
+def test_second_run_says_who_writes(root, long_docs, docs, model, tmp_path, capsys):
+    """The first one's data set is whole, the second's options notwithstanding."""
+    out = tmp_path / "out"
+    options = ["--out", out, "--sp", model, "--val-docs", 50, "--workers", 1, "--shard-tokens", 50_000]
+    first = start(root, "--docs", long_docs, *options)
+    wait_for_shards(first, out, 2)
+    for second in (["--docs", docs, *options], ["--docs", docs, *options, "--overwrite"], ["--demo", "--out", out],
+                   ["--demo", "--keep", "--out", out], ["--download", "--out", out],
+                   ["--train-tokenizer", "--docs", docs, "--vocab-size", 420, "--val-docs", 50, "--out", out]):
+        assert prep.main([str(argument) for argument in second]) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert errors[-1].startswith(f"error: {out}: process {first.pid} on ") and "is writing here" in errors[-1]
+    assert first.wait(timeout=300) == 0, first.communicate()
+    first.communicate()
+    assert check_data.check(out, long_docs)["splits"]["val"]["docs"] == 50
+    assert not (out / prep.STAGING).exists()
+
+
+def test_demo_keeps_a_finished_data_set(copy, monkeypatch, capsys):
+    before = snapshot(copy)
+    assert prep.main(["--demo", "--keep", "--out", str(copy)]) == 0
+    assert "holds a data set already" in capsys.readouterr().out and snapshot(copy) == before
+    assert prep.main(["--demo", "--out", str(copy)]) == 2
+    assert "holds a data set already" in capsys.readouterr().err and snapshot(copy) == before
+    (copy / "manifest.json").unlink()
+    texts = [(f"topic {number}", text) for number, text in enumerate(make_texts(60))]
+    monkeypatch.setattr(demo_corpus, "sources", lambda: iter(texts))
+    assert prep.main(["--demo", "--keep", "--out", str(copy), "--vocab-size", "400"]) == 0
+    assert check_data.check(copy, copy / "docs.jsonl")["tokenizer"]["vocab_size"] == 400
+
+
+# A console that goes away
+
+
+@pytest.mark.parametrize("console", ["full disk", "closed", "no reader"])
+def test_console_that_goes_away(console, root, docs, lossy_model, tmp_path):
+    """A lossy tokenizer is spoken of before the first document, the progress bar writes meanwhile."""
+    out = tmp_path / "out"
+    command = [sys.executable, root / "prepare_caseops_data.py", "--docs", docs, "--out", out, "--sp", lossy_model,
+               "--val-docs", "50", "--workers", "2"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    redirects = {"full disk": '"$@" > /dev/full 2>&1', "closed": '"$@" >&- 2>&-', "no reader": f'"$@" >&{write_end} 2>&1'}
+    shell = ["bash", "-c", redirects[console], "bash", *map(str, command)]
+    assert subprocess.run(shell, pass_fds=[write_end]).returncode == 0
+    os.close(write_end)
+    check_data.check(out, docs)
 
 
 # Kills
@@ -562,7 +720,7 @@ def test_killed_run_leaves_no_final_name(shards, workers, root, long_docs, docs,
         time.sleep(0.02)
     prep.prepare(docs, out, model, val_docs=50)
     assert not (out / prep.STAGING).exists()
-    prep.check(out, docs)
+    check_data.check(out, docs)
 
 
 @pytest.mark.parametrize("renames", [2, 3, 5])  # the first two are inside the staging folder
@@ -585,9 +743,9 @@ sys.exit(prep.main(sys.argv[1:]))
     assert "manifest.json" not in final_files(copy)
     shards = list(copy.glob("*.bin"))
     for shard in shards:
-        prep.open_shard(shard)
+        check_data.open_shard(shard)
     with pytest.raises(prep.DataError, match="manifest.json: missing"):
-        prep.check(copy)
+        check_data.check(copy)
     assert prep.main([str(option) for option in options]) == 0
 
 
@@ -625,7 +783,7 @@ def put(position: int, value: int):
 
 def shorten_sidecar(folder: Path) -> None:
     path = folder / "fineweb_val_bytes_000000.bin"
-    values = prep.open_shard(path)[:-1].tobytes()
+    values = check_data.open_shard(path)[:-1].tobytes()
     path.write_bytes(prep.HEADER.pack(prep.MAGIC, prep.VERSION, len(values) // 2, *[0] * 253) + values)
 
 
@@ -701,6 +859,22 @@ def test_check_against_documents(built, docs, tmp_path, capsys):
     assert "not the documents of the val split" in error and "of the train split" not in error
 
 
+def test_check_of_what_is_no_data_set(built, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / prep.STAGING).mkdir(parents=True)
+    cases = {
+        tmp_path / "nowhere": f"{tmp_path / 'nowhere'}: no such folder; check the path",
+        built / "manifest.json": f"{built / 'manifest.json'}: not a folder; check the path",
+        tmp_path / "empty": f"{tmp_path / 'empty'}: holds no data set; check the path",
+        tmp_path: f"{tmp_path}: holds no data set; check the path",
+        tmp_path / "begun": "manifest.json: missing, so the data set is unfinished; write or fetch it again",
+    }
+    for folder, message in cases.items():
+        assert prep.main([f"--check={folder}"]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and error.endswith(message)
+
+
 def test_check_of_sound_folder_is_short(built, capsys):
     assert prep.main(["--check", str(built)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -722,8 +896,8 @@ def hub(monkeypatch, built, lossy_model):
             calls.append({"repo_id": repo_id, "repo_type": repo_type})
             if failure:
                 raise failure
-            shards = {f"{nesting}datasets/{prep.PUBLISHED_SHARDS}/{path.name}": path for path in built.glob("*.bin")}
-            model = {f"{nesting}tokenizers/{prep.PUBLISHED_TOKENIZER}": next(built.glob("*.model"))}
+            shards = {f"{nesting}datasets/{download_data.SHARDS}/{path.name}": path for path in built.glob("*.bin")}
+            model = {f"{nesting}tokenizers/{download_data.TOKENIZER}": next(built.glob("*.model"))}
             for name, source in (shards | model).items():
                 if any(fnmatch(name, pattern) for pattern in allow_patterns):
                     target = Path(local_dir) / name
@@ -744,11 +918,11 @@ def test_download(nesting, train_shards, hub, built, tmp_path, capsys):
     more = ["--train-shards", str(train_shards)] if train_shards else []
     assert prep.main(["--download", "--out", str(tmp_path), *more]) == 0
     assert calls == [{"repo_id": "romeerp/parameter-golf-caseops-v1", "repo_type": "dataset"}]
-    folder = tmp_path / nesting / "datasets" / prep.PUBLISHED_SHARDS
+    folder = tmp_path / nesting / "datasets" / download_data.SHARDS
     assert f"DATA_PATH={folder} " in capsys.readouterr().out
     shards = sorted(path.name for path in folder.glob("fineweb_train_*.bin"))
     assert shards == sorted(path.name for path in built.glob("fineweb_train_*.bin"))[:train_shards]
-    manifest = prep.check(folder)
+    manifest = check_data.check(folder)
     assert manifest["source"]["file"] == "romeerp/parameter-golf-caseops-v1"
     assert manifest["splits"]["val"]["docs"] == 50 and manifest["splits_disjoint"] is True
 
@@ -797,7 +971,7 @@ def test_trained_tokenizer_knows_training_documents_only(tmp_path, capsys):
     )
     assert first.read_bytes() == second.read_bytes()
     assert final_files(tmp_path / "a") == [first.name]
-    tokenizer = prep.Tokenizer(first)
+    tokenizer = prep.read_tokenizer(first)
     assert tokenizer.lossless
     pieces = [tokenizer.sp.id_to_piece(index) for index in range(400)]
     assert pieces[:8] == ["<pad>", "<s>", "</s>", "<unk>", *lossless_caps.OPERATORS]
@@ -824,13 +998,51 @@ def test_tokenizer_training_faults(docs, tmp_path, capsys):
     assert f"{broken}:31: empty document" in capsys.readouterr().err
 
 
+def test_tokenizers_of_small_corpora(tmp_path, capsys):
+    """What is wrong is named with the number that would be right."""
+    cases = [
+        (["one", "two", "three"], 300, None, "of 3 documents --val-docs 50000 leaves no document for training; lower"),
+        (["one", "two", "three"], 300, 3, "of 3 documents --val-docs 3 leaves no document for training; lower it"),
+        (["one", "two", "three"], 300, 1, r"it gives at most (\d+): lower --vocab-size, or give more documents"),
+        (["one", "two", "three"], 266, 1, r"its characters need (\d+): raise --vocab-size"),
+        (["one", " "], 300, 1, "it gives at most 265: lower --vocab-size, or give more documents"),
+        (["one", "\u2581"], 300, 1, "its training documents hold next to no text: give more"),
+        (["one", "\x00"], 300, 1, "its training documents hold next to no text: give more"),
+        (["one", "two"], 264, 1, "--vocab-size 264: must be above the 264 pieces that every tokenizer has"),
+        (["one", "two"], 65536, 1, "at most 65535, which shards can hold"),
+        ([], 300, 1, "holds no document"),
+    ]
+    for texts, pieces, val_docs, message in cases:
+        path = write_docs(tmp_path / "docs.jsonl", texts)
+        arguments = ["--train-tokenizer", "--docs", path, "--out", tmp_path / "out", "--vocab-size", pieces]
+        if val_docs:
+            arguments += ["--val-docs", val_docs]
+        assert prep.main([str(argument) for argument in arguments]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, (texts, errors)
+        found = re.search(message, errors[0])
+        assert found, (texts, errors)
+        assert final_files(tmp_path / "out") == []
+        if found.groups():  # the number that it names will do
+            assert prep.main([str(argument) for argument in [*arguments, "--vocab-size", found[1]]]) == 0
+            shutil.rmtree(tmp_path / "out")
+
+
+def test_tools_are_commands_of_their_own(root, docs, tmp_path):
+    tools = dict(prep.TOOLS)
+    assert {f"tools/{tool}.py" for tool in tools.values()} <= set(submission.SHIPPED)
+    for tool in tools.values():
+        command = [sys.executable, str(root / "tools" / f"{tool}.py"), "--help"]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.startswith("usage: ")
+
+
 def test_demo(root, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         command = [sys.executable, str(root / "prepare_caseops_data.py"), "--demo", "--out", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
     assert snapshot(folders[0]) == snapshot(folders[1])
-    manifest = prep.check(folders[0], folders[0] / "docs.jsonl")
+    manifest = check_data.check(folders[0], folders[0] / "docs.jsonl")
     assert manifest["tokenizer"]["lossless"] and manifest["tokenizer"]["vocab_size"] == 1024
     splits = manifest["splits"]
     assert splits["train"]["tokens"] > 300_000
@@ -838,6 +1050,6 @@ def test_demo(root, tmp_path):
 
 
 def test_demo_on_a_bare_python(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prep, "demo_sources", lambda: iter([("topic only", "a text")]))
+    monkeypatch.setattr(demo_corpus, "sources", lambda: iter([("topic only", "a text")]))
     assert prep.main(["--demo", "--out", str(tmp_path / "out")]) == 2
     assert "too little text" in capsys.readouterr().err

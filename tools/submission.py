@@ -41,7 +41,8 @@ APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_p
          "train_log_every"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
            "run.sh", "recipes", "tokenizers", "tools/submission.py", "tools/report.py",
-           "tools/pack_submission.py", "tools/diff_recipes.py")
+           "tools/pack_submission.py", "tools/diff_recipes.py", "tools/download_data.py", "tools/check_data.py",
+           "tools/train_tokenizer.py", "tools/demo_corpus.py")
 PICTURE = "bench/records/waterfall.png"  # of the README
 
 
