@@ -1642,30 +1642,26 @@ class SquaredMLP(torch.autograd.Function):
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
 
 
-def adamw_rows(p: Tensor, work: Tensor, square: Tensor, mean: Tensor | None, slots: Tensor, on: Tensor, grad: Tensor,
-               count: Tensor, rate: Tensor, decay: float, beta1: float, beta2: float) -> None:
-    """One AdamW step, in place, on the rows slots[s] (S,) int64, all different, of p (N, n) where on[s].
+def adamw_rows(p: Tensor, work: Tensor, square: Tensor, slots: Tensor, on: Tensor, grad: Tensor, count: Tensor, rate: Tensor,
+               decay: float, beta2: float) -> None:
+    """One AdamW step without a first moment, in place, on the rows slots[s] (S,) int64, all different, of p (N, n) where on[s].
 
-    p, square and mean (None without beta1) are float32; work receives p in the dtype of the products; grad (S, n);
-    count (S,) float32: the row's steps including this one; rate (S,) float32: its learning rate.
+    p and square are float32; work receives p in the dtype of the products; grad (S, n); count (S,) float32: the row's steps
+    including this one; rate (S,) float32: its learning rate.
     """
     function = triton_adamw_rows if p.is_cuda else reference_adamw_rows
-    function(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2)
+    function(p, work, square, slots, on, grad, count, rate, decay, beta2)
 
 
-def reference_adamw_rows(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2):
+def reference_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
     slots, g, count, rate = slots[on], grad[on].float(), count[on, None], rate[on, None]
     square[slots] = squares = beta2 * square[slots] + (1 - beta2) * g * g
-    if mean is not None:
-        mean[slots] = g = beta1 * mean[slots] + (1 - beta1) * g
-        g = g / (1 - beta1 ** count)
     p[slots] = new = p[slots] * (1 - rate * decay) - rate * g / ((squares / (1 - beta2 ** count)).sqrt() + 1e-10)
     work[slots] = new.to(work.dtype)
 
 
 @jit
-def adamw_kernel(p, work, square, mean, slots, on, grad, debias1, debias2, rates, n, decay, beta1, beta2,
-                 HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def adamw_kernel(p, work, square, slots, on, grad, debias, rates, n, decay, beta2, BLOCK: tl.constexpr):
     s, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.load(on + s) == 0:
         return
@@ -1673,22 +1669,17 @@ def adamw_kernel(p, work, square, mean, slots, on, grad, debias1, debias2, rates
     g = tl.load(grad + s * n + at, mask=inside, other=0.0).to(tl.float32)
     squares = beta2 * tl.load(square + row, mask=inside, other=0.0) + (1 - beta2) * g * g
     tl.store(square + row, squares, mask=inside)
-    if HAS_MEAN:
-        g = beta1 * tl.load(mean + row, mask=inside, other=0.0) + (1 - beta1) * g
-        tl.store(mean + row, g, mask=inside)
-        g = g / tl.load(debias1 + s)
     rate = tl.load(rates + s)
     x = tl.load(p + row, mask=inside, other=0.0) * (1 - rate * decay)
-    x -= rate * g / (tl.sqrt(squares / tl.load(debias2 + s)) + 1e-10)
+    x -= rate * g / (tl.sqrt(squares / tl.load(debias + s)) + 1e-10)
     tl.store(p + row, x, mask=inside)
     tl.store(work + row, x.to(work.dtype.element_ty), mask=inside)
 
 
-def triton_adamw_rows(p, work, square, mean, slots, on, grad, count, rate, decay, beta1, beta2):
+def triton_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
     n = p.size(1)
     adamw_kernel[triton.cdiv(n, 1024), len(slots)](
-        p, work, square, p if mean is None else mean, slots, on.float(), grad.contiguous(), 1 - beta1 ** count,
-        1 - beta2 ** count, rate, n, float(decay), float(beta1), float(beta2), HAS_MEAN=mean is not None, BLOCK=1024,
+        p, work, square, slots, on.float(), grad.contiguous(), 1 - beta2 ** count, rate, n, float(decay), float(beta2), BLOCK=1024,
         num_warps=4)
 
 

@@ -5,12 +5,11 @@ they are counted). The distribution p becomes
 
     p'(h) = p(h) e^beta / Z,    p'(a) = p(a) / Z for a != h,    Z = 1 + p(h) (e^beta - 1),
 
-which sums to 1 because neither h nor beta nor the gate knows the target. Three boosts:
+which sums to 1 because neither h nor beta nor the gate knows the target. Two boosts:
 
-    fixed        beta is a constant; pays where hints come true more often than the model expects
-    calibrated   beta = logit(s) - logit(p(h)), at least 0: p'(h) becomes s, the smoothed hit rate so far of hints whose
-                 contexts occurred about as often and agreed about as much; a model that is surer than s is left alone
-    learned      p'(h) is a logistic mixture of p(h) and s whose weights follow from what came true (LearnedBoost)
+    fixed     beta is a constant; pays where hints come true more often than the model expects
+    learned   p'(h) is a logistic mixture of p(h) and s, the smoothed hit rate so far of hints whose contexts occurred about as
+              often and agreed about as much; its weights follow from what came true (LearnedBoost)
 
 The token expert of the Parameter Golf systems #2018 to #2140, with contexts compared instead of hashed.
 """
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("online_ngram_state.c")
 FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC")
-MODES = ("fixed", "calibrated", "learned")
+MODES = ("fixed", "learned")
 
 
 class NgramError(ValueError):
@@ -48,7 +47,7 @@ class Hints(NamedTuple):
 
     ids: np.ndarray  # uint16, the hinted token
     gate: np.ndarray  # bool, whether there is a hint
-    boost: np.ndarray  # float32, nats: beta in mode fixed, logit(s) in the others
+    boost: np.ndarray  # float32, nats: beta in mode fixed, logit(s) in mode learned
 
 
 class NgramState:
@@ -152,21 +151,21 @@ def token_hints(tokens: np.ndarray, order: int = 16, threshold: float = 0.8, boo
     return Hints(*(entries[:-1] for entries in hints))
 
 
-def tilt(log_p: Tensor, log_q: Tensor, hit: Tensor, boost: Tensor, gate: Tensor, calibrated: bool = False) -> Tensor:
+def tilt(log_p: Tensor, log_q: Tensor, hit: Tensor, beta: Tensor, gate: Tensor) -> Tensor:
     """log p'(target), nats; all arguments of one shape.
 
-    log_p, log_q: log-probabilities of the target and of the hint, float32 or float64; hit: target == hint, bool; boost,
-    gate: those of Hints; calibrated: boost is logit(s). A tilt away from the hint is left out (beta >= 0): where p(h) is
-    near 1 it would rest on the last bits of 1 - p(h), and the sum of p' with it.
+    log_p, log_q: log-probabilities of the target and of the hint, float32 or float64; hit: target == hint, bool; beta: the
+    boost, at least 0; gate: that of Hints.
     """
     log_q = log_q.clamp(max=0)
-    beta = (boost - log_q + (-log_q.expm1()).log()).clamp(0, 80) if calibrated else boost
     log_z = ((log_q + beta).exp() - log_q.exp()).log1p()
     return (log_p + beta * hit - log_z).where(gate, log_p)
 
 
 class LearnedBoost:
     """beta = a + b logit(q) + c logit(s) - logit(q), at least 0, with a, b, c of each expert learned while scoring.
+
+    A tilt away from the hint is left out: where q is near 1 it would rest on the last bits of 1 - q, and the sum of p' with it.
 
     q = p(h) is the model's probability of the hint, s that of its bucket. A logistic regression of whether hints come true,
     by online Newton steps (Hazan et al. 2007) no longer than REACH, so that a burst of surprises cannot overshoot. Mixing in

@@ -258,60 +258,37 @@ class Settings(FromEnvironment):
     ttt_o_lora: bool = setting("Test-time training", True, "1: adapters from the block input to the attention output")
     ttt_mlp_lora: bool = setting("Test-time training", True, "1: adapters parallel to the MLPs; the head always has one")
     ttt_warm_start_a: bool = setting("Test-time training", True, "1: a new document keeps its slot's A; 0: it draws its own")
-    ttt_optimizer: str = setting("Test-time training", "adam", "AdamW, or SGD with momentum TTT_BETA1",
-                                 choices=("adam", "sgd"))
-    ttt_lora_lr: float = setting("Test-time training", 1.2e-4, "learning rate of the adapters", low=0)
+    ttt_lora_lr: float = setting("Test-time training", 1.2e-4, "learning rate of the adapters; k times as high on a chunk "
+                                 "that is k times as long as its document's first", low=0)
     ttt_local_lr_mult: float = setting("Test-time training", 1.0, "factor on that rate", low=0)
-    ttt_lr_chunk_power: float = setting("Test-time training", 1.0, "a chunk k times as long as the document's first is trained "
-                                        "on with k to this power times the rate", low=0, high=2)
-    ttt_weight_decay: float = setting("Test-time training", 2.0, "weight decay of the adapters", low=0)
-    ttt_beta1: float = setting("Test-time training", 0.0, "first-moment coefficient", low=0, below=1)
+    ttt_weight_decay: float = setting("Test-time training", 2.0, "AdamW weight decay of the adapters", low=0)
     ttt_beta2: float = setting("Test-time training", 0.99, "second-moment coefficient", low=0, below=1)
-    temperature_scale: float = setting("Test-time training", 1.0, "divides the scores before the soft cap", above=0)
-    ttt_grad_steps: int = setting("Test-time training", 1, "updates after each chunk, every one with a gradient of its own",
-                                  low=1)
-    ttt_grad_steps_clean: bool = setting("Test-time training", True, "0: they add to the gradients before them, as in #2135")
-    ttt_update_every: int = setting("Test-time training", 1, "chunks whose gradients are summed for an update", low=1)
-    ttt_lora_ema_decay: float = setting("Test-time training", 0.0, "above 0: the scores come from an average of the adapters "
-                                        "with this decay per update, at the cost of a forward pass", low=0, below=1)
     ttt_short_score_first_enabled: bool = setting("Test-time training", False, "1: chunk by the document's length, which only "
                                                   "TTT_ORDER=length knows in advance")
     ttt_short_score_first_steps: str = setting("Test-time training", "", "then: length:chunk pairs, comma separated, lengths "
                                                "in tokens with both BOS; the first length that is not exceeded counts")
-    ttt_short_doc_len: int = setting("Test-time training", 2000, "without such pairs: the length up to which ...",
-                                     unit="tokens", low=1)
-    ttt_short_chunk_size: int = setting("Test-time training", 48, "... chunks have this size", unit="tokens", low=1)
 
     # --- Global phases of test-time training: all weights are trained on documents that are completely scored
     phased_ttt_prefix_docs: int = setting("Global test-time training", 2500, "scored documents after which the last phase "
                                           "comes; 0: no phase", low=0)
     phased_ttt_num_phases: int = setting("Global test-time training", 1, "phases, at equal fractions of that count, each on "
                                          "all documents scored by then", low=1)
-    global_ttt_optimizer: str = setting("Global test-time training", "sgd", "sgd: for all weights; muon: Muon for the banks",
-                                        choices=("sgd", "muon"))
     global_ttt_lr: float = setting("Global test-time training", 0.001, "learning rate at the start of a phase; it falls to 0 "
                                    "as a cosine", low=0)
     global_ttt_momentum: float = setting("Global test-time training", 0.9, "momentum", low=0, below=1)
-    global_ttt_muon_ns_steps: int = setting("Global test-time training", 5, "Newton-Schulz iterations with muon", low=1,
-                                            high=5)
-    global_ttt_epochs: int = setting("Global test-time training", 1, "steps on each chunk", low=1)
     global_ttt_chunk_tokens: int = setting("Global test-time training", 32768, "one chunk, over all ranks", unit="tokens",
                                            low=1)
-    global_ttt_warmup_chunks: int = setting("Global test-time training", 0, "chunks over which the learning rate first rises",
-                                            low=0)
-    global_ttt_warmup_start_lr: float = setting("Global test-time training", 0.0, "from this value", low=0)
     global_ttt_grad_clip: float = setting("Global test-time training", 1.0, "bound on the gradient's global norm; 0: none",
                                           low=0)
 
     # --- N-gram tilt of the scores of test-time training
     ngram_tilt_enabled: bool = setting("N-gram tilt", True, "1: tilt toward what has followed the last tokens most often")
-    ngram_boost: str = setting("N-gram tilt", "learned", "fixed: by TOKEN_BOOST; calibrated: to the hit rate so far; learned: "
-                               "a logistic mixture of that rate and the model, fitted while scoring", choices=ngram.MODES)
-    ngram_hint_precompute_outside: bool = setting("N-gram tilt", False, "1: hints before the timer starts, no valid record")
+    ngram_boost: str = setting("N-gram tilt", "learned", "fixed: by TOKEN_BOOST; learned: a logistic mixture of the "
+                               "model's probability of a hint and the hit rate of such hints so far, fitted while scoring", choices=ngram.MODES)
     token_order: int = setting("N-gram tilt", 16, "the context is one token less", unit="tokens", low=2, high=256)
     token_backoff: str = setting("N-gram tilt", "10,6", "learned: shorter orders that are asked in turn where a context is "
                                  "new; comma separated, empty: none")
-    token_threshold: float = setting("N-gram tilt", 0.8, "fixed, calibrated: smallest share of a hint among its context's "
+    token_threshold: float = setting("N-gram tilt", 0.8, "fixed: smallest share of a hint among its context's "
                                      "continuations", low=0, high=1)
     token_boost: float = setting("N-gram tilt", 2.625, "fixed: the boost", unit="nats", low=0, high=50)
 
@@ -384,14 +361,13 @@ class Settings(FromEnvironment):
         falling = all(a > b > 1 for a, b in itertools.pairwise(orders)) or s.token_backoff == Settings.token_backoff
         require(re.fullmatch(r"(\d{1,3}(,(?=\d)|$))*", s.token_backoff) and falling, f"TOKEN_BACKOFF: {s.token_backoff!r} is "
                 f"no list of falling orders from 2 to below TOKEN_ORDER={s.token_order}")
-        require(s.ttt_update_every == 1 or s.ttt_grad_steps == 1,
-                "TTT_UPDATE_EVERY: above 1 it does not go with TTT_GRAD_STEPS above 1")
         largest = max(s.ttt_chunk_size, s.ttt_chunk_max * (s.ttt_chunk_growth > 0),
                       *s.short_chunks.values() if s.ttt_short_score_first_enabled else ())
         require(s.ttt_eval_seq_len >= largest, f"TTT_EVAL_SEQ_LEN: {s.ttt_eval_seq_len} is below the largest chunk, {largest}")
         require(not s.ttt_short_score_first_enabled or s.ttt_order == "length",
                 "TTT_SHORT_SCORE_FIRST_ENABLED: a chunk by the document's length cannot be decoded; set TTT_ORDER=length")
-        require(re.fullmatch(r"([1-9]\d*[:=][1-9]\d*(,(?=\d)|$))*", s.ttt_short_score_first_steps),
+        require(re.fullmatch(r"([1-9]\d*[:=][1-9]\d*(,(?=\d)|$))*", s.ttt_short_score_first_steps)
+                and (s.ttt_short_score_first_steps or not s.ttt_short_score_first_enabled),
                 f"TTT_SHORT_SCORE_FIRST_STEPS: {s.ttt_short_score_first_steps!r} is no list like 256:16,2000:32")
         return found
 
@@ -447,8 +423,8 @@ class Settings(FromEnvironment):
     @functools.cached_property
     def short_chunks(self) -> dict[int, int]:
         """Chunk sizes by the length, both BOS counted, up to which they hold, shortest first."""
-        pairs = self.ttt_short_score_first_steps or f"{self.ttt_short_doc_len}:{self.ttt_short_chunk_size}"
-        return dict(sorted(tuple(map(int, pair)) for pair in re.findall(r"(\d+)[:=](\d+)", pairs)))
+        pairs = re.findall(r"(\d+)[:=](\d+)", self.ttt_short_score_first_steps)
+        return dict(sorted(tuple(map(int, pair)) for pair in pairs))
 
     def function_settings(self) -> dict:
         """The settings that change what function a set of weights computes; they travel in the artifact."""
@@ -3079,11 +3055,7 @@ class Adapters:
             return torch.zeros(shape, dtype=dtype, device=runtime.device)
 
         self.value, self.work = zeros(len(slots), size), zeros(len(slots), size, dtype=runtime.compute_dtype)
-        self.square = zeros(len(slots), size) if s.ttt_optimizer == "adam" else None
-        self.mean = zeros(len(slots), size) if s.ttt_beta1 else None
-        self.pending = zeros(len(slots), size) if s.ttt_update_every > 1 else None
-        self.average = zeros(len(slots), size) if s.ttt_lora_ema_decay else None
-        self.count, self.chunks = zeros(len(slots)), zeros(len(slots))
+        self.square, self.count = zeros(len(slots), size), zeros(len(slots))
         for row, slot in enumerate(slots.tolist()):
             self.draw(row, slot)
 
@@ -3095,8 +3067,6 @@ class Adapters:
         bound = 1 / math.sqrt(self.settings.model_dim)
         self.value[row, :self.first_b].uniform_(-bound, bound, generator=draw)
         self.work[row] = self.value[row]
-        if self.average is not None:
-            self.average[row] = self.value[row]
 
     @torch.no_grad()
     def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
@@ -3104,21 +3074,17 @@ class Adapters:
         index = torch.from_numpy(rows)
         if self.runtime.on_cuda:
             index = index.pin_memory().to(self.runtime.device, non_blocking=True)
-        for state in (self.square, self.mean, self.pending, self.count, self.chunks):
-            if state is not None:
-                state.index_fill_(0, index, 0)
+        for state in (self.square, self.count):
+            state.index_fill_(0, index, 0)
         for copy_of in (self.value, self.work):
             copy_of[:, self.first_b:].index_fill_(0, index, 0)
         if not self.settings.ttt_warm_start_a:
             for row, document in zip(rows.tolist(), documents.tolist()):
                 self.draw(row, document)
-        if self.average is not None:
-            self.average[index] = self.value[index]
 
-    def take(self, rows: Rows, averaged: bool = False) -> None:
+    def take(self, rows: Rows) -> None:
         """The next forward passes are those of these rows' adapters."""
-        flat = self.average[rows.slots].to(self.work.dtype) if averaged else self.work[rows.slots]
-        parts = flat.split([a * b for a, b in self.shapes], dim=1)
+        parts = self.work[rows.slots].split([a * b for a, b in self.shapes], dim=1)
         self.leaves = [part.detach().unflatten(1, shape).requires_grad_() for part, shape in zip(parts, self.shapes)]
         self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
         self.ends = rows.cu_seqlens[1:]
@@ -3145,35 +3111,14 @@ class Adapters:
         return add
 
     @torch.no_grad()
-    def update(self, rows: Rows, gradients: tuple[Tensor, ...], last: bool) -> None:
-        """One step, with these gradients of self.leaves, of the slots of the rows that train; last of this chunk's steps.
-
-        With TTT_UPDATE_EVERY above 1, gradients are summed until so many chunks of the document have been trained on.
-        """
-        s, on = self.settings, rows.trains
+    def update(self, rows: Rows, gradients: tuple[Tensor, ...]) -> None:
+        """One AdamW step, with these gradients of self.leaves, of the slots of the rows that train."""
+        s = self.settings
         flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
-        if s.ttt_update_every > 1:
-            flat = self.pending[rows.slots] + flat * on[:, None]
-            chunks = self.chunks.index_add_(0, rows.slots, (on & last).float())[rows.slots]
-            on = on & (chunks % s.ttt_update_every == 0)
-            self.pending[rows.slots] = flat * ~on[:, None]
-            flat = flat.to(self.work.dtype)
-        count = self.count.index_add_(0, rows.slots, on.float())[rows.slots]
-        rate = s.ttt_lora_lr * s.ttt_local_lr_mult * rows.growth ** s.ttt_lr_chunk_power
-        if s.ttt_optimizer == "adam":
-            adamw_rows(self.value, self.work, self.square, self.mean, rows.slots, on, flat, count, rate,
-                       s.ttt_weight_decay, s.ttt_beta1, s.ttt_beta2)
-        else:
-            value = self.value[rows.slots]
-            step = flat.float() + s.ttt_weight_decay * value
-            if self.mean is not None:
-                step = torch.where(on[:, None], s.ttt_beta1 * self.mean[rows.slots] + step, self.mean[rows.slots])
-                self.mean[rows.slots] = step
-            self.value[rows.slots] = value - (rate * on)[:, None] * step
-            self.work[rows.slots] = self.value[rows.slots].to(self.work.dtype)
-        if self.average is not None:
-            weight = (1 - s.ttt_lora_ema_decay) * on.float()[:, None]
-            self.average[rows.slots] = torch.lerp(self.average[rows.slots], self.value[rows.slots], weight)
+        count = self.count.index_add_(0, rows.slots, rows.trains.float())[rows.slots]
+        rate = s.ttt_lora_lr * s.ttt_local_lr_mult * rows.growth
+        adamw_rows(self.value, self.work, self.square, rows.slots, rows.trains, flat, count, rate, s.ttt_weight_decay,
+                   s.ttt_beta2)
 
 
 class ContextCache:
@@ -3184,9 +3129,9 @@ class ContextCache:
         self.rings = torch.zeros(visits, 2, slots, self.window, s.num_kv_heads, s.head_dim, dtype=runtime.compute_dtype,
                                  device=runtime.device)
 
-    def take(self, rows: Rows, keep: bool) -> None:
-        """The next forward pass is that of these rows; keep: its keys and values stay."""
-        self.rows, self.keep = rows, keep
+    def take(self, rows: Rows) -> None:
+        """The next forward pass is that of these rows; its keys and values stay."""
+        self.rows = rows
         self.ring = ring_index(rows.cu_seqlens, rows.slots, rows.begins, len(rows.ids), self.window)
 
     def block(self, visit: int) -> Callable:
@@ -3196,8 +3141,7 @@ class ContextCache:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = self.rows
             y = cached_attention(q, k, v, rows.cu_seqlens, rows.longest, keys, values, rows.slots, rows.begins, self.window)
-            if self.keep:  # overwrites only what the rows' own window has left behind: the backward pass finds the rest
-                store(keys, values, k, v, self.ring)
+            store(keys, values, k, v, self.ring)  # over what the rows' own window has left behind: a backward pass finds the rest
             return y
         return attend
 
@@ -3337,45 +3281,34 @@ class TestTimeTraining(Rider):
 
     # Device
 
-    def losses(self, rows: Rows, first_pass: bool) -> tuple[Tensor, Tensor]:
+    def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """NLL of each target (C,), nats, with gradients to the adapters' leaves, and log-probabilities of the hints."""
         if self.cache:
-            self.cache.take(rows, keep=first_pass)
+            self.cache.take(rows)
         segments = Segments(rows.cu_seqlens, rows.positions, rows.longest, rows.previous)
         hidden = self.plain(rows.ids, segments, self.looping, self)
         if not self.cache:
             hidden = hidden[rows.chunk]
         scores = self.plain.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
-        if self.settings.temperature_scale != 1:
-            scores = scores / self.settings.temperature_scale
         return two_value_nll(scores, *self.plain.caps(), rows.targets, rows.hints)
 
     def score_and_train(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """NLL of the rows' targets, tilted and not, nats, (n,) each, as they were before the adapters trained on them."""
         s, training = self.settings, rows.training and self.settings.ttt_lora_lr > 0
-        averaged = s.ttt_lora_ema_decay > 0
-        self.adapters.take(rows, averaged)
-        with torch.set_grad_enabled(training and not averaged):
-            losses, log_q = self.losses(rows, first_pass=True)
+        self.adapters.take(rows)
+        with torch.set_grad_enabled(training):
+            losses, log_q = self.losses(rows)
         scores = tilted = losses.detach()
         if s.ngram_tilt_enabled:
             hit, boost = rows.hints == rows.targets, rows.boost
             if self.learned:
                 boost = self.learned(log_q, rows.boost, rows.expert)
                 self.learned.observe(log_q, rows.boost, rows.expert, hit, rows.gate)
-            tilted = -ngram.tilt(-scores, log_q, hit, boost, rows.gate, s.ngram_boost == "calibrated")
-        result = tilted[rows.visible], scores[rows.visible]
-        total = None
-        for step in range(s.ttt_grad_steps if training else 0):
-            if step or averaged:
-                self.adapters.take(rows)
-                losses, _ = self.losses(rows, first_pass=False)
+            tilted = -ngram.tilt(-scores, log_q, hit, boost, rows.gate)
+        if training:
             gradients = torch.autograd.grad((losses * rows.weights).sum(), self.adapters.leaves)
-            if total is not None and not s.ttt_grad_steps_clean:
-                gradients = tuple(a + b for a, b in zip(total, gradients))
-            total = gradients
-            self.adapters.update(rows, gradients, last=step == s.ttt_grad_steps - 1)
-        return result
+            self.adapters.update(rows, gradients)
+        return tilted[rows.visible], scores[rows.visible]
 
     def rehearse(self) -> None:
         """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
@@ -3432,10 +3365,9 @@ class TestTimeTraining(Rider):
         s, r, size, began = self.settings, self.runtime, self.settings.global_ttt_chunk_tokens, time.perf_counter()
         inputs = ranges(self.starts[documents], self.lengths[documents])[0]
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        banks = {id(bank) for bank in self.model.banks()}
         momentum = [torch.zeros_like(p) for p in weights]
-        count, warm = -(-len(inputs) // size), s.global_ttt_warmup_chunks
-        for number in (n for n in range(count) for _ in range(s.global_ttt_epochs)):
+        count = -(-len(inputs) // size)
+        for number in range(count):
             chunk = inputs[number * size:(number + 1) * size]
             bounds = segment_bounds(np.flatnonzero(self.tokens[chunk] == BOS_ID), len(chunk), s.eval_seq_len)
             low, high = bounds[np.searchsorted(bounds, [len(chunk) * (r.rank + k) // r.world_size for k in (0, 1)])]
@@ -3443,35 +3375,21 @@ class TestTimeTraining(Rider):
             if high > low:
                 found = self.weight_gradients(chunk[low:high], bounds[(bounds >= low) & (bounds <= high)] - low)
                 gradients = [zero if g is None else g / len(chunk) for g, zero in zip(found, gradients)]
-            if number < warm:
-                lr = s.global_ttt_warmup_start_lr
-                lr += (s.global_ttt_lr - lr) * number / max(1, warm - 1)
-            else:
-                lr = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, count - warm)))
+            lr = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / count))
             with torch.no_grad():
                 flat = r.sum(torch.cat([g.flatten() for g in gradients]))
                 clip = (s.global_ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1) if s.global_ttt_grad_clip else 1.0
                 gradients = [g.view_as(p) for g, p in zip((flat * clip).split([p.numel() for p in weights]), weights)]
-                hyper = r.upload([lr, s.global_ttt_momentum])
                 for p, g, m in zip(weights, gradients, momentum):
-                    if s.global_ttt_optimizer == "muon" and id(p) in banks:
-                        update = newton_schulz(nesterov(g, m, torch.ones((), device=r.device), hyper, False),
-                                               s.global_ttt_muon_ns_steps)
-                        apply_muon(p, update, hyper, math.sqrt(max(1, p.size(1) / p.size(2))), 0.0, math.inf)
-                    else:
-                        p.sub_(lr * m.mul_(s.global_ttt_momentum).add_(g))
+                    p.sub_(lr * m.mul_(s.global_ttt_momentum).add_(g))
         self.cut_layers()
         r.synchronize()
-        self.phases.append(dict(documents=len(documents), tokens=len(inputs), steps=count * s.global_ttt_epochs,
+        self.phases.append(dict(documents=len(documents), tokens=len(inputs), steps=count,
                                 seconds=round(time.perf_counter() - began, 3)))
 
     def score(self, log: RunLog) -> dict:
         """Adapt and score, with a line every 5 %: val_loss (nats per token), val_bpb, without tilt too, and what it took."""
         s = self.settings
-        if s.ngram_hint_precompute_outside:
-            for step in ttt_schedule(self.lengths, s):
-                self.count_hints(step)
-            self.counted = True
         self.rehearse()
         self.runtime.synchronize()
         self.runtime.from_rank0([0.0])  # all ranks begin together
@@ -3503,7 +3421,7 @@ class TestTimeTraining(Rider):
         return dict(val_loss=round(nats / total, 8), val_bpb=round(nats / math.log(2) / size, 8),
                     untilted_bpb=round(untilted / math.log(2) / size, 8), targets=total, bytes=size,
                     documents=len(self.lengths), whole_text=s.val_doc_fraction == 1, phases=self.phases,
-                    hints=int(self.hints.gate.sum()), hints_inside_timer=not s.ngram_hint_precompute_outside,
+                    hints=int(self.hints.gate.sum()), hints_inside_timer=True,
                     decodable=s.ttt_order == "stream", seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
                     process_seconds=round(process_seconds(), 3))
 

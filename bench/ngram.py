@@ -129,7 +129,7 @@ def main() -> None:
     del stream, parts
     try:
         for length in lengths:
-            for feed, mode in itertools.product(FEEDS, ("fixed", "calibrated")):
+            for feed, mode in itertools.product(FEEDS, ngram.MODES):
                 runs = []
                 for _ in range(options.runs):
                     ours, theirs = spawn.Pipe()

@@ -239,8 +239,8 @@ OVERTAKING = np.array([5, 1, 5, 2, 5, 2, 5, 1, 5, 1, 5, 3, 5, 3, 5, 3, 5, 3, 5, 
 
 @fuzz
 @given(streams(), orders, thresholds, modes)
-@example(OVERTAKING, 2, 0.0, "calibrated")
-@example(np.zeros(500, np.uint16), 16, 0.8, "calibrated")
+@example(OVERTAKING, 2, 0.0, "learned")
+@example(np.zeros(500, np.uint16), 16, 0.8, "learned")
 @example(np.array([], np.uint16), 2, 0.8, "fixed")
 def test_equals_the_reference(tokens, order, threshold, mode):
     assert_equal(feed_all(tokens, order, threshold, mode), reference(tokens, order, threshold, mode))
@@ -261,9 +261,9 @@ def test_equals_the_reference_on_long_streams(order, threshold, mode):
 def test_equals_the_reference_on_a_corpus(corpus):
     with lzma.open(corpus / "shards" / "fineweb_val_000000.bin.xz") as shard:
         tokens = np.frombuffer(shard.read(1024 + 600_000)[1024:], np.uint16)
-    expected = reference(tokens, 16, 0.8, "calibrated")
+    expected = reference(tokens, 16, 0.8, "learned")
     assert expected.gate.sum() > 1000
-    assert_equal(feed_all(tokens, 16, 0.8, "calibrated"), expected)
+    assert_equal(feed_all(tokens, 16, 0.8, "learned"), expected)
 
 
 @fuzz
@@ -305,11 +305,11 @@ ROW_MISTAKES = {
 def test_mistakes_with_rows_are_caught(mutant, name):
     tokens = text_like(4000, vocabulary=50)
     rows = interleaved(cut(tokens, range(9, 4000, 99)), 4, [20])
-    expected = reference_of_rows(tokens, rows, 4, 0.5, "calibrated")
-    assert_equal(feed_rows(tokens, rows, 4, 0.5, "calibrated"), expected)
+    expected = reference_of_rows(tokens, rows, 4, 0.5, "learned")
+    assert_equal(feed_rows(tokens, rows, 4, 0.5, "learned"), expected)
     mutant(ROW_MISTAKES[name])
     with pytest.raises(AssertionError):
-        assert_equal(feed_rows(tokens, rows, 4, 0.5, "calibrated"), expected)
+        assert_equal(feed_rows(tokens, rows, 4, 0.5, "learned"), expected)
 
 
 @pytest.mark.parametrize("bits", [0, 3, 11])
@@ -318,10 +318,10 @@ def test_colliding_hashes_change_nothing(mutant, bits):
     mutant(("(uint32_t)((mixed ^ mixed >> 29) * FACTOR >> 32)",
             f"(uint32_t)(((mixed ^ mixed >> 29) * FACTOR >> 32) & {(1 << bits) - 1}u)"))
     for tokens, order in ((text_like(3000), 16), (text_like(3000, vocabulary=20), 3)):
-        assert_equal(feed_all(tokens, order, 0.8, "calibrated"), reference(tokens, order, 0.8, "calibrated"))
+        assert_equal(feed_all(tokens, order, 0.8, "learned"), reference(tokens, order, 0.8, "learned"))
         rows = interleaved(cut(tokens, range(100, 3000, 200)), 4, [48])
-        assert_equal(feed_rows(tokens, rows, order, 0.8, "calibrated"),
-                     reference_of_rows(tokens, rows, order, 0.8, "calibrated"))
+        assert_equal(feed_rows(tokens, rows, order, 0.8, "learned"),
+                     reference_of_rows(tokens, rows, order, 0.8, "learned"))
 
 
 def test_the_hash_spreads():
@@ -421,7 +421,7 @@ def test_rows_equal_a_decoder(schedule, order, threshold, mode):
 
 @fuzz
 @given(streams().filter(len), orders, thresholds, modes)
-@example(OVERTAKING, 2, 0.0, "calibrated")
+@example(OVERTAKING, 2, 0.0, "learned")
 @example(np.zeros(1, np.uint16), 2, 0.0, "fixed")
 def test_one_row_equals_the_stream(tokens, order, threshold, mode):
     """And feeds, rows and restarts may alternate: what is fed after rows follows the last one."""
@@ -460,17 +460,17 @@ def test_a_peeking_state_is_caught(mutant, name):
     tokens = text_like(4000)
     with pytest.raises(AssertionError):
         for t in range(2000, 2400):
-            check_causality(tokens, t, 4, 0.8, "calibrated")
+            check_causality(tokens, t, 4, 0.8, "learned")
     with pytest.raises(AssertionError):
-        check_decoder(tokens, 4, 0.8, "calibrated")
+        check_decoder(tokens, 4, 0.8, "learned")
     rows = interleaved(cut(tokens, [900, 2100]), 2, [48])
     with pytest.raises(AssertionError):
         for r, (_, begin, end) in enumerate(rows):
             for t in range(begin, end, 5):
-                check_causality_of_rows(tokens, rows, r, t, 4, 0.8, "calibrated")
+                check_causality_of_rows(tokens, rows, r, t, 4, 0.8, "learned")
     with pytest.raises(AssertionError):
-        assert_same_bits(feed_rows(tokens, rows, 4, 0.8, "calibrated"),
-                         feed_rows_to_decoder(tokens, rows, 4, 0.8, "calibrated"))
+        assert_same_bits(feed_rows(tokens, rows, 4, 0.8, "learned"),
+                         feed_rows_to_decoder(tokens, rows, 4, 0.8, "learned"))
 
 
 def test_counting_the_whole_stream_first_is_caught(monkeypatch):
@@ -530,31 +530,31 @@ def test_threshold_is_compared_in_float32():
     assert gates.tolist() == [False, True, True, True, False, True]
 
 
-# --- The calibrated boost
+# --- The hit rates
 
 
-def test_calibrated_boost_follows_the_hit_rate():
+def test_rates_follow_the_hits():
     """500 contexts that go on with their own token in 60 or in 95 % of the cases: rates and hits agree in each kind."""
     draw = np.random.default_rng(0)
     contexts = draw.integers(2, 502, 60_000)
     kept = draw.random(60_000) < np.where(contexts % 2, 0.6, 0.95)
     tokens = np.ravel(np.column_stack([contexts, np.where(kept, 1000 + contexts, 2000)])).astype(np.uint16)
-    hints = token_hints(tokens, order=2, threshold=0.0, mode="calibrated")
+    hints = token_hints(tokens, order=2, threshold=0.0, mode="learned")
     rates = 1 / (1 + np.exp(-hints.boost[60_000::2]))
     hits = hints.ids[60_000::2] == tokens[60_001::2]
     for kind in (0, 1):
         of_kind = contexts[30_000:] % 2 == kind
         assert abs(rates[of_kind].mean() - hits[of_kind].mean()) < 0.02
-    first = token_hints(tokens[[0, 1, 0, 1]], order=2, mode="calibrated")
+    first = token_hints(tokens[[0, 1, 0, 1]], order=2, mode="learned")
     assert first.boost[2] == np.float32(math.log(3))  # one occurrence, nothing learned: rate 3/4
 
 
-def test_calibrated_boost_ignores_what_is_still_to_come():
+def test_rates_ignore_what_is_still_to_come():
     """Two streams that differ from t on in whether hints come true: equal boosts for targets up to t, then not."""
     tokens = np.tile(text_like(300), 4)
     other = tokens.copy()
     other[600::3] ^= 1
-    one, two = (token_hints(stream, order=4, mode="calibrated") for stream in (tokens, other))
+    one, two = (token_hints(stream, order=4, mode="learned") for stream in (tokens, other))
     assert_same_bits(ngram.Hints(*(a[:600] for a in one)), ngram.Hints(*(a[:600] for a in two)))
     both = np.flatnonzero(one.gate & two.gate)[-50:]
     assert one.boost[both].mean() > two.boost[both].mean() + 0.3
@@ -563,25 +563,23 @@ def test_calibrated_boost_ignores_what_is_still_to_come():
 # --- The tilted distribution
 
 
-def distribution(log_p, hint, boost, gate, calibrated) -> torch.Tensor:
+def distribution(log_p, hint, boost, gate) -> torch.Tensor:
     """log p' of every token of the vocabulary as target; log_p: (..., vocabulary), the others (...)."""
     tokens = torch.arange(log_p.shape[-1])
     log_q = log_p.gather(-1, hint[..., None]).expand_as(log_p)
-    return tilt(log_p, log_q, tokens == hint[..., None], boost[..., None], gate[..., None], calibrated)
+    return tilt(log_p, log_q, tokens == hint[..., None], boost[..., None], gate[..., None])
 
 
 @fuzz
-@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 1000]), st.floats(0.1, 40), st.floats(0, 12), st.booleans(),
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 1000]), st.floats(0.1, 40), st.floats(0, 12),
        st.sampled_from([torch.float32, torch.float64]))
-def test_tilted_distribution_sums_to_one(seed, vocabulary, spread, size, calibrated, dtype):
+def test_tilted_distribution_sums_to_one(seed, vocabulary, spread, size, dtype):
     draw = torch.Generator().manual_seed(seed)
     log_p = (torch.randn(8, vocabulary, generator=draw) * spread).clamp(-30, 30).to(dtype).log_softmax(-1)
     hint = torch.where(torch.arange(8) < 4, log_p.argmax(-1), torch.randint(vocabulary, (8,), generator=draw))
     boost = torch.rand(8, generator=draw) * size
-    if calibrated:
-        boost = boost - size / 2
     gate = torch.rand(8, generator=draw) < 0.8
-    tilted = distribution(log_p, hint, boost, gate, calibrated).double().exp().sum(-1)
+    tilted = distribution(log_p, hint, boost, gate).double().exp().sum(-1)
     untilted = log_p.double().exp().sum(-1)  # a float32 softmax sums to one only so well
     assert torch.all((tilted - 1).abs() < 1e-6 + 2 * (untilted - 1).abs())
 
@@ -589,28 +587,19 @@ def test_tilted_distribution_sums_to_one(seed, vocabulary, spread, size, calibra
 def test_tilt_equals_its_definition():
     log_p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().expand(2, 3)
     hint, gate = torch.tensor([1, 1]), torch.tensor([True, False])
-    found = distribution(log_p, hint, torch.full((2,), 2.0, dtype=torch.float64), gate, False).exp()
+    found = distribution(log_p, hint, torch.full((2,), 2.0, dtype=torch.float64), gate).exp()
     weights = [0.5, 0.3 * math.exp(2), 0.2]
     torch.testing.assert_close(found[0], torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64))
     assert torch.equal(found[1], log_p[1].exp())
 
 
-def test_calibrated_tilt_gives_the_hint_its_rate():
-    log_p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().expand(2, 3)
-    logit = torch.tensor([math.log(3), -3.0], dtype=torch.float64)  # rates 0.75 and 0.047
-    found = distribution(log_p, torch.tensor([1, 1]), logit, torch.tensor([True, True]), True).exp()
-    torch.testing.assert_close(found[0], torch.tensor([0.25 * 5 / 7, 0.75, 0.25 * 2 / 7], dtype=torch.float64))
-    torch.testing.assert_close(found[1], log_p[1].exp())  # the model is surer than the rate: left alone
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_tilt_at_the_ends(calibrated):
+def test_tilt_at_the_ends():
     """Hints with probability 0 and 1 in float32, and a logarithm that rounding has pushed above 0: all scores finite."""
     log_q = torch.tensor([-200.0, -80.0, -1e-7, 0.0, 3e-7])
     every = torch.ones(5, dtype=torch.bool)
     for hit in (every, ~every):
         log_p = log_q if hit.all() else torch.full((5,), -12.0)
-        found = tilt(log_p, log_q, hit, torch.full((5,), 2.625), every, calibrated)
+        found = tilt(log_p, log_q, hit, torch.full((5,), 2.625), every)
         assert found.isfinite().all() and (found <= 1e-6).all()
 
 
@@ -941,7 +930,7 @@ def test_sanitizers_find_nothing(sanitized, order, threshold, piece):
     streams = text_like(20_000, seed=piece), np.zeros(3000, np.uint16), OVERTAKING, text_like(3000, vocabulary=5)
     tokens = np.concatenate(streams)
     arguments = [sanitized("driver", SOURCE + DRIVER), str(order), str(threshold), str(piece)]
-    assert_clean_run(arguments, feed_all(tokens, order, threshold, "calibrated"), input=tokens.tobytes())
+    assert_clean_run(arguments, feed_all(tokens, order, threshold, "learned"), input=tokens.tobytes())
 
 
 @pytest.mark.parametrize(("order", "threshold", "piece"), [(16, 0.8, 1 << 20), (16, 0.8, 1), (2, 0.0, 64), (5, 0.5, 0)])
@@ -953,4 +942,4 @@ def test_sanitizers_find_nothing_in_rows(sanitized, tmp_path, order, threshold, 
     np.array(rows, np.int64).tofile(tmp_path / "rows")
     arguments = [sanitized("row_driver", SOURCE + ROW_DRIVER), *map(str, (order, threshold, piece))]
     assert_clean_run([*arguments, tmp_path / "tokens", tmp_path / "rows"],
-                     feed_rows(tokens, rows, order, threshold, "calibrated"))
+                     feed_rows(tokens, rows, order, threshold, "learned"))

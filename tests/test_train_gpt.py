@@ -93,7 +93,7 @@ def test_what_published_commands_switch_off_is_accepted():
     off = dict(SKYLIGHT_MUON="0", TEMPERATURE_SCALE="1.0", FUSED_CE_ENABLED="1", WITHIN_BOOST="0", WITHIN_TAU="99.0", WORD_TAU="999",
                AGREE_ADD_BOOST="0.0", TIE_EMBEDDINGS="1", COMPILE_SHAPE_WARMUP_LOOP_MODES="auto")
     assert g.Settings.from_environment(off) == g.Settings()
-    for name in off.keys() - {"TEMPERATURE_SCALE"}:
+    for name in off:
         [line] = problems(**{name: "0.5"})
         assert line.startswith(f"{name}: ")
 
