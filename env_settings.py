@@ -1,158 +1,161 @@
 """Settings from environment variables: parsing, ranges, refusals, --help.
 
-A settings class is a frozen dataclass that inherits FromEnvironment and declares each field with `setting`. It knows nothing of
-what the settings are for.
+A settings class is a frozen dataclass whose fields are declared with `setting`:
+
+    @dataclass(frozen=True)
+    class Settings(FromEnvironment):
+        num_layers: int = setting(11, "distinct transformer blocks", low=1, group="Model")
+
+num_layers is then read from NUM_LAYERS. The code knows nothing of what the settings are for; only the table
+at the end is of this project.
 """
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import math
+import re
 import textwrap
+from collections.abc import Collection, Mapping
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: each line of the message names the variable or file and the remedy (exit 2)."""
+    """What the user gave is wrong; each line of the message names a variable or file, and the remedy."""
 
 
-def setting(group, default, text, *, unit="", low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, choices=()):
-    """One environment variable: the field's name in upper case, parsed to the type of its default.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is said of one setting, besides its name, type and default."""
 
-    low, high: inclusive bounds; above, below: exclusive ones; choices: the accepted strings.
-    """
-    return dataclasses.field(default=default, metadata=dict(
-        group=group, text=text, unit=unit, low=low, high=high, above=above, below=below, choices=choices))
+    text: str  # one line of meaning
+    group: str = ""  # the heading in --help; settings without one belong to the group of the setting before
+    unit: str = ""
+    low: float = -math.inf  # inclusive bounds
+    high: float = math.inf
+    above: float = -math.inf  # exclusive bounds
+    below: float = math.inf
+    choices: Collection[str] = ()  # the accepted strings; a mapping says what each of them implies
+    pattern: str = ""  # or a regular expression for all of the string, and in words what it accepts
+    form: str = ""
+    alias: str = ""  # another name of it in a published system; several settings can share one
+    implies: str = ""  # assignments like STEP_RULE=sigma that it brings along, unless it is 0
+    only_with: str = ""  # an assignment without which nothing reads it: it must then keep its default
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and in range."""
+        inclusive = self.low <= value <= self.high
+        exclusive = self.above < value < self.below
+        return math.isfinite(value) and inclusive and exclusive
+
+    def range(self) -> str:
+        """The accepted values in words; empty if any will do."""
+        if self.form or self.choices:
+            return self.form or "|".join(self.choices)
+        bounds = {">": self.above, ">=": self.low, "<": self.below, "<=": self.high}
+        return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound))
+
+    def implied_by(self, text: str) -> dict[str, str]:
+        """The assignments that this value brings along."""
+        if isinstance(self.choices, Mapping):
+            return assignments(self.choices.get(text, ""))
+        return {} if text == "0" else assignments(self.implies)
 
 
-# Variables of the published systems that are no settings here: the one value that is accepted, if any, and why no other.
-PEEKS = "its expert looks at the class of the token that it scores, which a decoder does not know"
-ADAPTER = "no published run switched these adapters on"
-DENSE_GATE = "no published run switched these gates on; use SPARSE_ATTN_GATE_ENABLED"
-UNTRIED = "no published run used another value"
-GLOBAL_MUON = "global phases train with SGD; Muon gained 0.00003 nats per token"
-SHORT_CHUNKS = "TTT_SHORT_SCORE_FIRST_STEPS gives lengths and sizes of chunks"
-FIXED_SETTINGS = {
-    "TIE_EMBEDDINGS": ("1", "the output head is always the embedding; the untied head of earlier systems was never trained"),
-    "EMBED_LR": ("", "it belonged to the untied embedding; use TIED_EMBED_LR"),
-    "ROPE_YARN": ("0", "it scaled by the length of the packed buffer, not of the document"),
-    "ROPE_TRAIN_SEQ_LEN": ("", "ignored by the systems that published it; positions count from the start of each segment"),
-    "QK_GAIN_INIT_SCHEDULE": ("", "no published run used it; use QK_GAIN_INIT"),
-    "PARALLEL_FINAL_LANE": ("mean", "no published run took another end of the two lanes"),
-    "SPARSE_ATTN_GATE_INIT_STD": ("0", "the gates always start at zero, as in every published run"),
-    "GATED_ATTN_ENABLED": ("0", DENSE_GATE), "GATED_ATTN_INIT_STD": ("0.01", DENSE_GATE),
-    "ATTN_OUT_GATE_ENABLED": ("0", DENSE_GATE), "ATTN_OUT_GATE_SRC": ("proj", DENSE_GATE),
-    "FUSED_CE_ENABLED": ("1", "soft cap and cross entropy are always fused"),
-    "CONTROL_TENSOR_NAME_PATTERNS": ("", "parameter groups follow from the model, not from name fragments"),
-    "COMPILE_SHAPE_WARMUP": ("1", "every context length and state of looping is compiled before the clock starts"),
-    "COMPILE_SHAPE_WARMUP_ITERS": ("", "WARMUP_STEPS says how many steps each of them takes"),
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the schedules say which of them occur together"),
-    "DYNAMO_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
-    "DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT": ("", "nothing is compiled after the warm-up, so there is no limit to set"),
-    "MUON_HUBER_WD": ("0", "no published run used it"),
-    "MUON_HUBER_DELTA": ("0.1", "no published run used it"),
-    "WARMDOWN_ITERS": ("0", "no published run used it; use WARMDOWN_FRAC"),
-    "TRAIN_SEQ_SCHEDULE_MODE": ("wallclock", "no published run used another; stages follow progress"),
-    "MIDRUN_CAP_SCHEDULE": ("", "no published run used it"),
-    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no such cap"),
-    "MATRIX_CLIP_SIGMAS": ("", "no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS"),
-    "LQER_GROUP_SIZE": ("", "ignored by the system that published it; use LQER_ASYM_GROUP"),
-    "GPTQ_CALIBRATION_MODE": ("random", "calibration windows begin anywhere; no published run began them at document starts"),
-    "OPTROT_ENABLED": ("0", "no published run rotated the values, and the published rotation changed the model"),
-    "LQER_SCOPE": ("all", "every matrix can be corrected; no published run narrowed that"),
-    "LQER_GAIN_SELECT": ("0", "the matrices with the largest errors are corrected; no published run chose otherwise"),
-    "LQER_ASYM_ENABLED": ("1", "the left factor has 2 bits, the right one 4; no published run used equal ones"),
-    "LQER_FACTOR_BITS": ("4", "it belonged to LQER_ASYM_ENABLED=0, which no published run used"),
-    "PERGROUP_ROUNDTRIP_CHECK": ("1", "every artifact is read back and compared, whatever the compressor"),
-    "TTT_EVAL_BATCHES": ("", "it reordered the documents; every document is scored, in the order that TTT_ORDER names"),
-    "TTT_TRAIN_MIN_DOC_LEN": ("0", "whether a document is trained on may not depend on a length that is not known yet"),
-    "TTT_TRAIN_MAX_DOC_LEN": ("0", "whether a document is trained on may not depend on a length that is not known yet"),
-    "TTT_SHORT_LORA_ENABLED": ("0", ADAPTER), "TTT_SHORT_LORA_RANK": ("", ADAPTER), "TTT_SHORT_LORA_LR": ("", ADAPTER),
-    "TTT_SHORT_WEIGHT_DECAY": ("", ADAPTER), "TTT_SHORT_BETA2": ("", ADAPTER), "TTT_WARM_START_MEAN_ENABLED": ("0", ADAPTER),
-    "TTT_WARM_START_MEAN_DOC_LEN": ("", ADAPTER), "TTT_WARM_START_MEAN_MOMENTUM": ("", ADAPTER),
-    "PHASED_TTT_ENABLED": ("", "ignored by the systems that published it; PHASED_TTT_PREFIX_DOCS=0 turns the phase off"),
-    "GLOBAL_TTT_BATCH_SEQS": ("", "one step takes GLOBAL_TTT_CHUNK_TOKENS; no published run reached this bound"),
-    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": ("1", "attention never crosses a document border"),
-    "GLOBAL_TTT_OPTIMIZER": ("sgd", GLOBAL_MUON), "GLOBAL_TTT_MUON_NS_STEPS": ("5", GLOBAL_MUON),
-    "GLOBAL_TTT_MUON_NESTEROV": ("1", GLOBAL_MUON),
-    "GLOBAL_TTT_EPOCHS": ("1", UNTRIED), "GLOBAL_TTT_WARMUP_CHUNKS": ("0", UNTRIED), "GLOBAL_TTT_WARMUP_START_LR": ("0", UNTRIED),
-    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW; no published run used SGD"),
-    "TTT_BETA1": ("0", "adapters are trained without a first moment; 0.5 lost 0.0007 nats per token"),
-    "TTT_GRAD_STEPS": ("1", "a second step on a chunk lost 0.0028 nats per token"),
-    "TTT_GRAD_STEPS_CLEAN": ("0", "there is one gradient step on a chunk, so none before it could be added"),
-    "TTT_UPDATE_EVERY": ("1", UNTRIED), "TTT_LORA_EMA_DECAY": ("0", UNTRIED), "TEMPERATURE_SCALE": ("1", UNTRIED),
-    "TTT_SHORT_DOC_LEN": ("2000", SHORT_CHUNKS), "TTT_SHORT_CHUNK_SIZE": ("32", SHORT_CHUNKS),
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": ("0", "hints counted outside the evaluation's time make no valid record"),
-    "WITHIN_BOOST": ("0", PEEKS), "WITHIN_TAU": (">1", PEEKS), "WORD_BOOST": ("0", PEEKS), "WORD_TAU": (">1", PEEKS),
-    "WORD_ORDER": ("", PEEKS), "WORD_NORMALIZE": ("", PEEKS),
-    "AGREE_ADD_BOOST": ("0", "only one expert is left, so none can agree"),
-    "PG_NGRAM_BUILD_DIR": ("", "the C library is compiled once, into ~/.cache/online_ngram"),
-}
-# Names under which one of the published systems knows settings that another calls otherwise.
-ALIASES = {"SKYLIGHT_MUON": ("SKYLIGHT_NORM_EMA", "SKYLIGHT_UW_FLOOR"), "BETA2_NORMUON": ("SKYLIGHT_NORM_BETA2",),
-           "UW_FLOOR": ("SKYLIGHT_UW_RATIO",)}
-TTT_MASKS = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}  # TTT_MASK: adapters left out
+def setting(default, text: str, **rule):
+    """A field for one environment variable, parsed to the type of its default; `rule` as in Rule."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(text, **rule)})
 
-# Settings that name their reader where the environment does not: (reader, its value).
-IMPLIED = {"TTT_SHORT_SCORE_FIRST_ENABLED": ("TTT_ORDER", "length"), **dict.fromkeys(
-    ("MATRIX_BITS", "EMBED_BITS", "ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "AWQ_LITE_ENABLED", "LQER_ENABLED"),
-    ("STEP_RULE", "sigma"))}
 
-# Settings that do something only with certain values of another; elsewhere they must keep their default.
-READ_ONLY_WITH = {
-    "skylight_uw_ratio": ("skylight_uw_floor", (True,)),
-    "skylight_norm_beta2": ("skylight_norm_ema", (True,)), "skylight_norm_eps": ("skylight_norm_ema", (True,)),
-    "val_doc_fraction": ("ttt_enabled", (True,)),
-    "target_bytes": ("step_rule", ("loss",)),
-    **{name: ("step_rule", ("sigma",)) for name in ("matrix_bits", "embed_bits", "attn_clip_sigmas", "mlp_clip_sigmas",
-                                                    "embed_clip_sigmas")},
-    "token_threshold": ("ngram_boost", ("fixed",)), "token_boost": ("ngram_boost", ("fixed",)),
-    "token_backoff": ("ngram_boost", ("learned",)),
-}
+def list_of(item: str) -> str:
+    """A pattern of comma-separated items, or of none."""
+    return rf"({item}(,{item})*)?"
 
-# First words of our names under which other programs keep variables too; there only a near miss counts as misspelt.
-SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_", "ARTIFACT_",
-                   "PARALLEL_", "SKIP_", "MIN_", "ENABLE_", "FORCE_", "GLOBAL_", "TOKEN_"}
+
+def fields_by_group(settings: type) -> dict[str, list[dataclasses.Field]]:
+    """The fields of a settings class under their headings."""
+    result = {}
+    for field in dataclasses.fields(settings):
+        if field.metadata["rule"].group:
+            members = result.setdefault(field.metadata["rule"].group, [])
+        members.append(field)
+    return result
 
 
 class FromEnvironment:
     """A frozen dataclass whose fields are read from environment variables of the same name in upper case."""
 
+    fixed: dict[str, tuple[str | None, str]] = {}  # variables that are no settings, see `fixed_variables`
+
     @classmethod
-    def from_environment(cls, environ) :
-        """Read every setting from the mapping `environ`; raises InputError with all problems at once, a line each."""
-        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems = [f"{name}: {why}; " + (f"set it to {accepted} or unset it" if accepted else "unset it")
-                    for name, (accepted, why) in FIXED_SETTINGS.items() if name in environ and
-                    not (accepted and is_value(environ[name], accepted))]
-        masked = {f"TTT_{letter}_LORA": "0" for letter in TTT_MASKS.get(environ.get("TTT_MASK", ""), "")}
-        aliased = {name: alias for alias, names in ALIASES.items() if alias in environ for name in names}
+    def from_environment(cls, environ: Mapping[str, str]):
+        """Read every setting from `environ`; raises InputError with all problems at once, a line each."""
+        rules = {field.name.upper(): field.metadata["rule"] for field in dataclasses.fields(cls)}
+        problems = refusals(environ, cls.fixed)
+        aliased = {name: rule.alias for name, rule in rules.items() if rule.alias in environ}
         for name, alias in aliased.items():
             if environ.get(name, environ[alias]) != environ[alias]:
-                problems.append(f"{alias}: {environ[alias]}, but {name}={environ[name]} means the same; unset one of them")
-        implied = dict(IMPLIED[name] for name in IMPLIED if environ.get(name, "0") != "0")
-        environ, values = masked | implied | {name: environ[alias] for name, alias in aliased.items()} | dict(environ), {}
-        for name, field in fields.items():
-            if name in environ:
+                problems.append(f"{alias}: {environ[alias]}, but {name}={environ[name]} means the same; "
+                                "unset one of them")
+        texts = {name: environ[alias] for name, alias in aliased.items()}
+        texts |= {name: environ[name] for name in rules if name in environ}
+        implied = {}
+        for name, text in texts.items():
+            implied |= rules[name].implied_by(text)
+        texts = implied | texts  # what is given wins
+
+        values = {}
+        for field in dataclasses.fields(cls):
+            name = field.name.upper()
+            if name in texts:
                 try:
-                    values[field.name] = parse_setting(aliased.get(name, name), environ[name], field)
+                    values[field.name] = parse_setting(aliased.get(name, name), texts[name], field)
                 except InputError as error:
                     problems.append(str(error))
-        ours = tuple({"_".join(name.split("_")[:k]) + "_" for name in fields for k in (1, 2) if name.count("_") >= k}
-                     - SHARED_PREFIXES)
-        for name in sorted(environ.keys() - fields.keys() - FIXED_SETTINGS.keys() - ALIASES.keys()):
-            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0 if name.startswith(ours) else 0.9)
-            if nearest:
-                problems.append(f"{name}: no such setting; the nearest is {nearest[0]}")
+        known = rules.keys() | cls.fixed.keys() | {rule.alias for rule in rules.values()}
+        problems += misspellings(environ.keys() - known, rules)
         settings = cls(**values)
-        problems += settings.conflicts()
+        problems += settings.unread() + settings.conflicts()
         if problems:
             raise InputError("\n".join(dict.fromkeys(problems)))
         return settings
 
+    def unread(self) -> list[str]:
+        """Settings that were changed although nothing reads them, a line each."""
+        found = []
+        for field in dataclasses.fields(self):
+            for switch, wanted in assignments(field.metadata["rule"].only_with).items():
+                read = setting_text(getattr(self, switch.lower())) == wanted
+                if not read and getattr(self, field.name) != field.default:
+                    found.append(f"{field.name.upper()}: it is read only with {switch}={wanted}; set that or "
+                                 "leave it unset")
+        return found
+
     def conflicts(self) -> list[str]:
         """Settings that do not go together, a line each."""
         return []
+
+
+def assignments(text: str) -> dict[str, str]:
+    """The pairs of a text like NAME=value OTHER=value."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+def refusals(environ: Mapping[str, str], fixed: dict[str, tuple[str | None, str]]) -> list[str]:
+    """Variables that are no settings and have another value than the accepted one, a line each."""
+    found = []
+    for name, (accepted, why) in fixed.items():
+        if name in environ and accepted is None:
+            found.append(f"{name}: {why}; unset it")
+        elif name in environ and not is_value(environ[name], accepted):
+            found.append(f"{name}: {why}; set it to {accepted or 'the empty text'} or unset it")
+    return found
+
+
+def is_value(text: str, accepted: str) -> bool:
+    """Whether a variable's text means the accepted value: a number, a bound like >1, or a word."""
+    if accepted.startswith(">"):
+        return number(text) > float(accepted[1:])
+    return text == accepted or number(text) == number(accepted)
 
 
 def number(text: str) -> float:
@@ -163,56 +166,178 @@ def number(text: str) -> float:
         return math.nan
 
 
-def is_value(text: str, accepted: str) -> bool:
-    """Whether a variable's text means the accepted value: a number, a bound like >1, or a word."""
-    if accepted.startswith(">"):
-        return number(text) > float(accepted[1:])
-    return text == accepted or number(text) == number(accepted)
+# First words of usual settings under which other programs keep variables too.
+SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_",
+                   "ARTIFACT_", "PARALLEL_", "SKIP_", "MIN_", "ENABLE_", "FORCE_", "GLOBAL_", "TOKEN_"}
+
+
+def misspellings(unknown: Collection[str], names: Collection[str]) -> list[str]:
+    """Unknown variables that were meant for one of the settings of these names, a line each.
+
+    A variable that begins with the first word or two of a setting is meant for one; any other only if its
+    name is nearly the same.
+    """
+    prefixes = set()
+    for name in names:
+        words = name.split("_")
+        for count in (1, 2):
+            if len(words) > count:
+                prefixes.add("_".join(words[:count]) + "_")
+    ours = tuple(prefixes - SHARED_PREFIXES)
+    found = []
+    for name in sorted(unknown):
+        likeness = 0.0 if name.startswith(ours) else 0.9
+        for nearest in difflib.get_close_matches(name, names, n=1, cutoff=likeness):
+            found.append(f"{name}: no such setting; the nearest is {nearest}")
+    return found
 
 
 def parse_setting(name: str, text: str, field: dataclasses.Field):
-    """The value of one variable, or InputError with one line that says what would be accepted."""
-    kind, rule = type(field.default), field.metadata
+    """The value of one variable; raises InputError with one line that says what would be accepted."""
+    kind = type(field.default)
+    rule = field.metadata["rule"]
     if kind is bool:
         if text not in ("0", "1"):
             raise InputError(f"{name}: {text!r} is neither 0 nor 1")
         return text == "1"
     if kind is str:
-        if rule["choices"] and text not in rule["choices"]:
-            raise InputError(f"{name}: {text!r} is none of {', '.join(rule['choices'])}")
+        if rule.choices and text not in rule.choices:
+            raise InputError(f"{name}: {text!r} is none of {', '.join(rule.choices)}")
+        if rule.pattern and not re.fullmatch(rule.pattern, text):
+            raise InputError(f"{name}: {text!r} is not {rule.form}")
         return text
     try:
         value = kind(text)
-        if "_" in text:  # Python's digit groups are no notation for a command line
-            raise ValueError
     except ValueError:
-        raise InputError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    if not (math.isfinite(value) and rule["low"] <= value <= rule["high"] and rule["above"] < value < rule["below"]):
-        raise InputError(f"{name}: {text} is out of range ({describe_range(rule)})")
+        value = None
+    if value is None or "_" in text:  # Python's digit groups are no notation for a command line
+        raise InputError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}")
+    if not rule.holds(value):
+        raise InputError(f"{name}: {text} is out of range ({rule.range()})")
     return value
-
-
-def describe_range(rule) -> str:
-    if rule["choices"]:
-        return "|".join(rule["choices"])
-    lower = f"> {rule['above']:g}" if rule["above"] > -math.inf else f">= {rule['low']:g}" if rule["low"] > -math.inf else ""
-    upper = f"< {rule['below']:g}" if rule["below"] < math.inf else f"<= {rule['high']:g}" if rule["high"] < math.inf else ""
-    return ", ".join(filter(None, (lower, upper)))
-
-
-def settings_help(settings: type) -> str:
-    """Every setting of the class with default, unit, range and meaning, grouped as they are declared."""
-    lines = []
-    for group, fields in itertools.groupby(dataclasses.fields(settings), key=lambda f: f.metadata["group"]):
-        lines += ["", group]
-        for f in fields:
-            limits = "0|1" if isinstance(f.default, bool) else describe_range(f.metadata)
-            facts = "; ".join(filter(None, (f"default {setting_text(f.default)}", f.metadata["unit"], limits)))
-            lines += [f"  {f.name.upper()}  ({facts})"] + textwrap.wrap(
-                f.metadata["text"], 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
 
 
 def setting_text(value) -> str:
     """A setting's value as the environment would say it."""
-    return str(int(value)) if isinstance(value, bool) else str(value) if value != "" else "(empty)"
+    if isinstance(value, bool):
+        return str(int(value))
+    return str(value)
+
+
+def settings_help(settings: type) -> str:
+    """Every setting of the class with default, unit, range and meaning, under its group's heading."""
+    lines = []
+    for group, fields in fields_by_group(settings).items():
+        lines += ["", group]
+        for field in fields:
+            rule = field.metadata["rule"]
+            accepted = "0|1" if isinstance(field.default, bool) else rule.range()
+            facts = [f"default {setting_text(field.default) or '(empty)'}", rule.unit, accepted]
+            lines.append(f"  {field.name.upper()}  ({'; '.join(filter(None, facts))})")
+            lines += textwrap.wrap(rule.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def fixed_variables(table: str) -> dict[str, tuple[str | None, str]]:
+    """{name: (accepted value, None if there is none; why no other)} of a table like PUBLISHED."""
+    result = {}
+    for paragraph in re.split(r"\n(?=\S)", table.strip()):
+        variables, _, why = paragraph.partition("\n")
+        for variable in variables.split():
+            name, given, accepted = variable.partition("=")
+            result[name] = (accepted if given else None, " ".join(why.split()))
+    return result
+
+
+# Variables of the published systems that are no settings here: NAME=VALUE if that value is accepted, NAME if
+# none is, and in the next line the reason why no other.
+PUBLISHED = """
+TIE_EMBEDDINGS=1
+    the output head is always the embedding; the untied head of earlier systems was never trained
+EMBED_LR
+    it belonged to the untied embedding; use TIED_EMBED_LR
+ROPE_YARN=0
+    it scaled by the length of the packed buffer, not of the document
+ROPE_TRAIN_SEQ_LEN
+    ignored by the systems that published it; positions count from the start of each segment
+QK_GAIN_INIT_SCHEDULE=
+    no published run used it; use QK_GAIN_INIT
+PARALLEL_FINAL_LANE=mean
+    no published run took another end of the two lanes
+SPARSE_ATTN_GATE_INIT_STD=0
+    the gates always start at zero, as in every published run
+GATED_ATTN_ENABLED=0 GATED_ATTN_INIT_STD=0.01 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj
+    no published run switched these gates on; use SPARSE_ATTN_GATE_ENABLED
+FUSED_CE_ENABLED=1
+    soft cap and cross entropy are always fused
+CONTROL_TENSOR_NAME_PATTERNS
+    parameter groups follow from the model, not from name fragments
+COMPILE_SHAPE_WARMUP=1
+    every context length and state of looping is compiled before the clock starts
+COMPILE_SHAPE_WARMUP_ITERS
+    WARMUP_STEPS says how many steps each of them takes
+COMPILE_SHAPE_WARMUP_LOOP_MODES=auto
+    the schedules say which of them occur together
+DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT
+    nothing is compiled after the warm-up, so there is no limit to set
+MUON_HUBER_WD=0 MUON_HUBER_DELTA=0.1 MIDRUN_CAP_SCHEDULE= MIDRUN_CAP_LOG_UPDATES=0
+    no published run used it
+WARMDOWN_ITERS=0
+    no published run used it; use WARMDOWN_FRAC
+TRAIN_SEQ_SCHEDULE_MODE=wallclock
+    stages follow progress, as in every published run
+MATRIX_CLIP_SIGMAS
+    no tensor falls into its class; use ATTN_CLIP_SIGMAS, MLP_CLIP_SIGMAS, EMBED_CLIP_SIGMAS
+GPTQ_CALIBRATION_MODE=random
+    calibration windows begin anywhere; no published run began them at document starts
+OPTROT_ENABLED=0
+    no published run rotated the values, and the published rotation changed the model
+LQER_GROUP_SIZE
+    ignored by the system that published it; use LQER_ASYM_GROUP
+LQER_SCOPE=all
+    every matrix can be corrected; no published run narrowed that
+LQER_GAIN_SELECT=0
+    the matrices with the largest errors are corrected; no published run chose otherwise
+LQER_ASYM_ENABLED=1 LQER_FACTOR_BITS=4
+    the left factor has 2 bits, the right one 4; no published run used equal ones
+PERGROUP_ROUNDTRIP_CHECK=1
+    every artifact is read back and compared, whatever the compressor
+TTT_EVAL_BATCHES
+    it reordered the documents; every document is scored, in the order that TTT_ORDER names
+TTT_OPTIMIZER=adam
+    adapters are trained by AdamW; no published run used SGD
+TTT_BETA1=0
+    adapters are trained without a first moment; 0.5 lost 0.0007 nats per token
+TTT_GRAD_STEPS=1
+    a second step on a chunk lost 0.0028 nats per token
+TTT_GRAD_STEPS_CLEAN=0
+    there is one gradient step on a chunk, so none before it could be added
+TTT_UPDATE_EVERY=1 TTT_LORA_EMA_DECAY=0 TEMPERATURE_SCALE=1
+    no published run used another value
+TTT_TRAIN_MIN_DOC_LEN=0 TTT_TRAIN_MAX_DOC_LEN=0
+    whether a document is trained on may not depend on a length that is not known yet
+TTT_SHORT_DOC_LEN=2000 TTT_SHORT_CHUNK_SIZE=32
+    TTT_SHORT_SCORE_FIRST_STEPS gives lengths and sizes of chunks
+TTT_SHORT_LORA_ENABLED=0 TTT_SHORT_LORA_RANK TTT_SHORT_LORA_LR TTT_SHORT_WEIGHT_DECAY TTT_SHORT_BETA2
+    no published run switched these adapters on
+TTT_WARM_START_MEAN_ENABLED=0 TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM
+    no published run started adapters from a mean
+PHASED_TTT_ENABLED
+    ignored by the systems that published it; PHASED_TTT_PREFIX_DOCS=0 turns the phase off
+GLOBAL_TTT_BATCH_SEQS
+    one step takes GLOBAL_TTT_CHUNK_TOKENS; no published run reached this bound
+GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
+    attention never crosses a document border
+GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_MUON_NESTEROV=1
+    global phases train with SGD; Muon gained 0.00003 nats per token
+GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0
+    no published run used another value
+NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
+    hints counted outside the evaluation's time make no valid record
+WITHIN_BOOST=0 WITHIN_TAU=>1 WORD_BOOST=0 WORD_TAU=>1 WORD_ORDER WORD_NORMALIZE
+    its expert looks at the class of the token that it scores, which a decoder does not know
+AGREE_ADD_BOOST=0
+    only one expert is left, so none can agree
+PG_NGRAM_BUILD_DIR
+    the C library is compiled once, into ~/.cache/online_ngram
+"""

@@ -55,7 +55,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import online_ngram_tilt as ngram
-from env_settings import READ_ONLY_WITH, TTT_MASKS, FromEnvironment, InputError, number, setting, setting_text, settings_help
+from env_settings import (
+    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, settings_help)
 from gpt_kernels import (
     ATTENDED_UNIT, A_UNIT, DP_UNIT, E4M3, HAS_TRITON, FullProduct, KernelError, LowArgs, LowMLP, LowProduct, Segments, Skip, adamw_rows,
     add_norm, apart, attention, attention_kernel, cached_attention, e4m3, grouped_product, lane_update,
@@ -67,371 +68,429 @@ from gpt_kernels import (
 # ======================================================================================================================
 
 CASEOPS_NAME = "lossless_caps_caseops_v1_reserved"
+PUBLISHED_SET = "datasets/fineweb10B_sp8192_caseops/datasets"  # as prepare_caseops_data.py downloads it
 BOS_ID = 1  # first token of every document, in every shard format this project knows
+SIGMA = "STEP_RULE=sigma"
 
 
 @dataclass(frozen=True)
 class Settings(FromEnvironment):
     """Everything a run can be told. Defaults are those of the record run."""
 
-    # --- Data
-    data_dir: str = setting("Data", "./data", "folder under which the default DATA_PATH and TOKENIZER_PATH lie")
-    data_path: str = setting("Data", "", "folder with the fineweb_{train,val,val_bytes}_*.bin shards; empty: the "
-                             "published CaseOps set under DATA_DIR")
-    tokenizer_path: str = setting("Data", "", "SentencePiece model, read only when CASEOPS_ENABLED=0; empty: the "
-                                  "published one under DATA_DIR")
-    caseops_enabled: bool = setting("Data", True, "1: bytes per token from the val_bytes sidecar; 0: from the "
-                                    "tokenizer's pieces")
-    vocab_size: int = setting("Data", 8192, "token ids, rows of the embedding", unit="tokens", low=2, high=65536)
-    train_batch_tokens: int = setting("Data", 786432, "one optimizer step over all ranks", unit="tokens", low=1)
-    grad_accum_steps: int = setting("Data", 0, "micro-batches per rank and step; 0: so many that ranks x micro-batches "
-                                    "is at least 8 and divides the batch", low=0)
-    eval_include_tail: bool = setting("Data", True, "1: score every validation token; 0: cut the stream to whole "
-                                      "EVAL_SEQ_LEN windows, as #2135 and its ancestors did")
+    fixed = fixed_variables(PUBLISHED)
 
-    # --- Run
-    seed: int = setting("Run", 1337, "seed of the initial weights; the order of the data is fixed", low=0)
-    run_id: str = setting("Run", "", "names the log and the run record; empty: date, time and process id")
-    artifact_dir: str = setting("Run", "", "folder for log, record and artifact; empty: the working folder, with log "
-                                "and record under logs/")
-    iterations: int = setting("Run", 20000, "most optimizer steps; measures progress when there is no time cap",
-                              unit="steps", low=1)
-    max_wallclock_seconds: float = setting("Run", 600.0, "training time; 0: no cap", unit="s", low=0)
-    force_stop_step: int = setting("Run", 0, "stop after this step, with every schedule as if training went on; 0: never",
-                                   unit="steps", low=0)
-    train_log_every: int = setting("Run", 500, "steps between loss lines after the first five; 0: none", unit="steps",
-                                   low=0)
-    val_loss_every: int = setting("Run", 0, "steps between validations while training (the clock stops); 0: none",
-                                  unit="steps", low=0)
-    ttt_eval_only: bool = setting("Run", False, "1: no training; load the saved artifact and score it")
-    quantize_only: bool = setting("Run", False, "1: no training; quantize the checkpoint that an earlier run saved")
-    prequant_only: bool = setting("Run", False, "1: stop after the evaluation of the averaged weights")
-    attention: str = setting("Run", "auto", "attention on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: "
-                             "the first of them that there is", choices=("auto", "fa4", "torch", "reference"))
-    recorded_passes: bool = setting("Run", True, "on CUDA training replays CUDA graphs, recorded in the warm-up; their memory "
-                                    "stays taken until it ends")
-    fp8: str = setting("Run", "auto", "1: training's products with weights in 8-bit floats (E4M3), but for those that make the "
-                       "weights' gradients; auto: where they run, on Hopper", choices=("auto", "0", "1"))
-    rank: int = setting("Run", -1, "set by torchrun", low=-1)
-    local_rank: int = setting("Run", 0, "set by torchrun: index of this rank's device", low=0)
-    world_size: int = setting("Run", 1, "set by torchrun", low=1)
+    # Data
+    data_dir: str = setting("./data", "folder of the default DATA_PATH and TOKENIZER_PATH", group="Data")
+    data_path: str = setting(
+        "", "folder of the fineweb_{train,val,val_bytes}_*.bin shards; empty: the published CaseOps set")
+    tokenizer_path: str = setting("", "SentencePiece model for CASEOPS_ENABLED=0; empty: the published one")
+    caseops_enabled: bool = setting(True, "bytes per token from 1: the sidecar; 0: the tokenizer's pieces")
+    vocab_size: int = setting(8192, "rows of the embedding", unit="tokens", low=2, high=65536)
+    train_batch_tokens: int = setting(786432, "one optimizer step over all ranks", unit="tokens", low=1)
+    grad_accum_steps: int = setting(
+        0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8", low=0)
+    eval_include_tail: bool = setting(
+        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows alone, as #2135 and before")
 
-    # --- Model
-    num_layers: int = setting("Model", 11, "distinct transformer blocks", low=1)
-    model_dim: int = setting("Model", 512, "width of the residual stream", low=1)
-    num_heads: int = setting("Model", 4, "query heads", low=1)
-    num_kv_heads: int = setting("Model", 2, "key/value heads", low=1)
-    mlp_mult: float = setting("Model", 4.0, "MLP hidden width over MODEL_DIM", above=0)
-    leaky_relu_sq_slope: float = setting("Model", 0.5, "negative-side slope s of the MLP activation: x^2 above 0, "
-                                         "(s x)^2 below", low=0, high=1)
-    xsa_last_n: int = setting("Model", 11, "how many of the last blocks use exclusive self-attention", low=0)
-    logit_softcap: float = setting("Model", 30.0, "logits become c tanh(logits / c)", above=0)
-    asym_logit_rescale: bool = setting("Model", True, "1: separate caps for positive and negative logits, starting at "
-                                       "LOGIT_SOFTCAP, in training and evaluation alike")
-    tied_embed_init_std: float = setting("Model", 0.005, "standard deviation of the initial embedding", above=0)
-    rope_base: float = setting("Model", 10000.0, "base of the rotary frequencies", above=1)
-    rope_dims: int = setting("Model", 16, "leading dimensions of each head that are rotated; 0: all", low=0)
-    ln_scale: bool = setting("Model", True, "1: scale a block's normalized inputs by 1/sqrt(block index + 1)")
-    qk_gain_init: float = setting("Model", 5.0, "initial learned gain on each head's normalized queries", above=0)
-    num_loops: int = setting("Model", 2, "extra visits of blocks LOOP_START..LOOP_END; 0: no looping", low=0)
-    loop_start: int = setting("Model", 3, "first looped block", low=0)
-    loop_end: int = setting("Model", 5, "last looped block", low=0)
-    parallel_start_layer: int = setting("Model", 8, "from this block on the decoder runs on two lanes; 0: never", low=0)
+    # Run
+    seed: int = setting(1337, "seed of the initial weights; the data's order is fixed", low=0, group="Run")
+    run_id: str = setting("", "name of log and record; empty: date, time and process id", pattern=r"[\w.-]*",
+                          form="letters, digits and ._- alone")
+    artifact_dir: str = setting("", "folder for artifact, log and record; empty: . and ./logs")
+    iterations: int = setting(20000, "most optimizer steps; the measure of progress without a cap", low=1)
+    max_wallclock_seconds: float = setting(600.0, "training time; 0: no cap", unit="s", low=0)
+    force_stop_step: int = setting(0, "stop after this step, with schedules as if training went on", low=0)
+    train_log_every: int = setting(500, "steps between log lines after the first five; 0: none", low=0)
+    val_loss_every: int = setting(0, "steps between validations, off the clock; 0: none", low=0)
+    ttt_eval_only: bool = setting(False, "1: no training; load the saved artifact and score it")
+    quantize_only: bool = setting(False, "1: no training; quantize the checkpoint that an earlier run saved")
+    prequant_only: bool = setting(False, "1: stop after the evaluation of the averaged weights")
+    attention: str = setting(
+        "auto", "on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: the first that there is",
+        choices=("auto", "fa4", "torch", "reference"))
+    recorded_passes: bool = setting(True, "1: training on CUDA replays CUDA graphs, captured in the warm-up")
+    fp8: str = setting("auto", "1: products with weights in 8-bit floats (E4M3) in training; auto: on Hopper",
+                       choices=("auto", "0", "1"))
+    rank: int = setting(-1, "set by torchrun", low=-1)
+    local_rank: int = setting(0, "set by torchrun: index of this rank's device", low=0)
+    world_size: int = setting(1, "set by torchrun", low=1)
 
-    # --- Gates
-    skip_gates_enabled: bool = setting("Gates", True, "1: blend U-Net skips by a learned gate; 0: add them")
-    smear_gate_enabled: bool = setting("Gates", True, "1: mix a gated share of the previous token's embedding in")
-    smear_gate_bos_fix: bool = setting("Gates", True, "1: no smear into a document's first token; 0: the leak between "
-                                       "documents with which #2135 was published")
-    gate_window: int = setting("Gates", 12, "leading channels that drive the small gates", low=1)
-    sparse_attn_gate_enabled: bool = setting("Gates", True, "1: head gate sigmoid(scale * W x) from GATE_WINDOW channels")
-    sparse_attn_gate_scale: float = setting("Gates", 0.5, "the factor inside that sigmoid", above=0)
-    gated_xsa: bool = setting("Gates", False, "1: scale XSA by a learned tanh(alpha) per head that starts at 0; 0: by 1")
+    # Model
+    num_layers: int = setting(11, "distinct transformer blocks", low=1, group="Model")
+    model_dim: int = setting(512, "width of the residual stream", low=1)
+    num_heads: int = setting(4, "query heads", low=1)
+    num_kv_heads: int = setting(2, "key/value heads", low=1)
+    mlp_mult: float = setting(4.0, "MLP hidden width over MODEL_DIM", above=0)
+    leaky_relu_sq_slope: float = setting(0.5, "s of the activation: x^2, below 0 (s x)^2", low=0, high=1)
+    xsa_last_n: int = setting(11, "how many of the last blocks use exclusive self-attention (XSA)", low=0)
+    logit_softcap: float = setting(30.0, "logits become c tanh(logits / c)", above=0)
+    asym_logit_rescale: bool = setting(True, "1: learned caps for positive and negative logits, from that on")
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above=0)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", above=1)
+    rope_dims: int = setting(16, "leading dimensions of each head that are rotated; 0: all", low=0)
+    ln_scale: bool = setting(True, "1: scale a block's normalized inputs by 1/sqrt(block index + 1)")
+    qk_gain_init: float = setting(5.0, "initial learned gain on each head's normalized queries", above=0)
+    num_loops: int = setting(2, "extra visits of blocks LOOP_START..LOOP_END; 0: no looping", low=0)
+    loop_start: int = setting(3, "first looped block", low=0)
+    loop_end: int = setting(5, "last looped block", low=0)
+    parallel_start_layer: int = setting(8, "from this block on the decoder has two lanes; 0: never", low=0)
 
-    # --- Optimizer
-    matrix_lr: float = setting("Optimizer", 0.028, "Muon learning rate of the weight banks", low=0)
-    scalar_lr: float = setting("Optimizer", 0.02, "AdamW learning rate of vectors, scalars and gates", low=0)
-    tied_embed_lr: float = setting("Optimizer", 0.03, "AdamW learning rate of the embedding", low=0)
-    softcap_lr: float = setting("Optimizer", 0.02, "AdamW learning rate of the two caps of ASYM_LOGIT_RESCALE; 0: frozen "
-                                "at LOGIT_SOFTCAP, as in every published system", low=0)
-    muon_momentum: float = setting("Optimizer", 0.97, "final Nesterov momentum of Muon", low=0, below=1)
-    muon_backend_steps: int = setting("Optimizer", 5, "Newton-Schulz iterations", low=1, high=5)
-    muon_row_normalize: bool = setting("Optimizer", True, "1: unit rows before Newton-Schulz")
-    muon_wd: float = setting("Optimizer", 0.095, "decoupled weight decay of the banks", low=0)
-    skylight_norm_ema: bool = setting("Optimizer", False, "1: rows of Muon's update are evened out by the running mean of "
-                                      "their squares, the matrix's norm kept (NorMuon)")
-    skylight_norm_beta2: float = setting("Optimizer", 0.95, "coefficient of that mean", low=0, below=1)
-    skylight_norm_eps: float = setting("Optimizer", 1e-7, "added to it before the square root", above=0)
-    skylight_uw_floor: bool = setting("Optimizer", False, "1: no update of a matrix smaller than SKYLIGHT_UW_RATIO x its norm")
-    skylight_uw_ratio: float = setting("Optimizer", 0.35, "least ratio of the update's norm to the matrix's, before the "
-                                       "learning rate", above=0)
-    beta1: float = setting("Optimizer", 0.9, "AdamW first-moment coefficient", low=0, below=1)
-    beta2: float = setting("Optimizer", 0.99, "AdamW second-moment coefficient", low=0, below=1)
-    adam_eps: float = setting("Optimizer", 1e-8, "AdamW epsilon", above=0)
-    adam_wd: float = setting("Optimizer", 0.02, "weight decay of vectors, scalars and gates", low=0)
-    adam_wd_mode: str = setting("Optimizer", "active", "what that decay pulls toward zero: active: what has received "
-                                "gradient; zero: all, also what idles until looping starts, as the published systems did",
-                                choices=("active", "zero"))
-    embed_wd: float = setting("Optimizer", 0.085, "weight decay of the embedding", low=0)
-    grad_clip_norm: float = setting("Optimizer", 0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
-    ema_decay: float = setting("Optimizer", 0.9965, "decay per step of the weight average that is kept; 0: the last "
-                               "weights themselves", low=0, below=1)
+    # Gates
+    skip_gates_enabled: bool = setting(True, "1: blend U-Net skips by a gate; 0: add them", group="Gates")
+    smear_gate_enabled: bool = setting(True, "1: add a gated share of the previous token's embedding")
+    smear_gate_bos_fix: bool = setting(True, "1: not across documents; 0: also there, a leak #2135 came with")
+    gate_window: int = setting(12, "leading channels that drive the small gates", low=1)
+    sparse_attn_gate_enabled: bool = setting(True, "1: head gate sigmoid(scale W x) of those channels")
+    sparse_attn_gate_scale: float = setting(0.5, "the scale in that sigmoid", above=0)
+    gated_xsa: bool = setting(False, "1: scale XSA by a learned tanh(alpha) per head, 0 at first; 0: by 1")
 
-    # --- Schedule (progress = training time / cap, or steps / ITERATIONS without a cap)
-    train_seq_len: int = setting("Schedule", 2048, "documents are cut into pieces of at most this length", unit="tokens",
-                                 low=1)
-    train_seq_schedule: str = setting("Schedule", "", "that length in stages: comma-separated length@end, each until the "
-                                      "progress `end`, the longest equal to TRAIN_SEQ_LEN; empty: one length")
-    seq_change_warmup_steps: int = setting("Schedule", 0, "steps over which learning rates rise again after each change of "
-                                           "length", unit="steps", low=0)
-    warmup_steps: int = setting("Schedule", 3, "throw-away steps that compile everything before the clock starts",
-                                unit="steps", low=0)
-    warmdown_frac: float = setting("Schedule", 0.85, "last fraction of progress over which learning rates fall", low=0,
-                                   high=1)
-    min_lr: float = setting("Schedule", 0.1, "floor of the learning-rate multiplier", low=0, high=1)
-    enable_looping_at: float = setting("Schedule", 0.35, "progress at which looping starts", low=0, high=1)
-    muon_momentum_warmup_start: float = setting("Schedule", 0.92, "Muon momentum of the first step", low=0, below=1)
-    muon_momentum_warmup_steps: int = setting("Schedule", 1500, "steps until MUON_MOMENTUM is reached", unit="steps",
-                                              low=0)
-    gptq_reserve_seconds: float = setting("Schedule", 0.5, "taken off MAX_WALLCLOCK_SECONDS for calibration, unless its "
-                                          "measured estimate is longer", unit="s", low=0)
+    # Optimizer
+    matrix_lr: float = setting(0.028, "Muon learning rate of the weight banks", low=0, group="Optimizer")
+    scalar_lr: float = setting(0.02, "AdamW learning rate of vectors, scalars and gates", low=0)
+    tied_embed_lr: float = setting(0.03, "AdamW learning rate of the embedding", low=0)
+    softcap_lr: float = setting(0.02, "AdamW learning rate of the two caps; 0: frozen, as published", low=0)
+    muon_momentum: float = setting(0.97, "final Nesterov momentum of Muon", low=0, below=1)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", low=1, high=5)
+    muon_row_normalize: bool = setting(True, "1: unit rows before Newton-Schulz")
+    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", low=0)
+    skylight_norm_ema: bool = setting(
+        False, "1: even out the rows of Muon's update by the running mean of their squares (NorMuon)",
+        alias="SKYLIGHT_MUON")
+    skylight_norm_beta2: float = setting(0.95, "coefficient of that mean", low=0, below=1,
+                                         alias="BETA2_NORMUON", only_with="SKYLIGHT_NORM_EMA=1")
+    skylight_norm_eps: float = setting(1e-7, "added to it before the square root", above=0,
+                                       only_with="SKYLIGHT_NORM_EMA=1")
+    skylight_uw_floor: bool = setting(False, "1: updates have a least norm in proportion to their matrix's",
+                                      alias="SKYLIGHT_MUON")
+    skylight_uw_ratio: float = setting(0.35, "that proportion, before the learning rate", above=0,
+                                       alias="UW_FLOOR", only_with="SKYLIGHT_UW_FLOOR=1")
+    beta1: float = setting(0.9, "AdamW first-moment coefficient", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW second-moment coefficient", low=0, below=1)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", above=0)
+    adam_wd: float = setting(0.02, "weight decay of vectors, scalars and gates", low=0)
+    adam_wd_mode: str = setting(
+        "active", "active: what has received gradient decays; zero: all does, also what idles until looping "
+        "starts, as published", choices=("active", "zero"))
+    embed_wd: float = setting(0.085, "weight decay of the embedding", low=0)
+    grad_clip_norm: float = setting(0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
+    ema_decay: float = setting(0.9965, "of the average of the weights; 0: the last weights", low=0, below=1)
 
-    # --- Artifact
-    matrix_bits: int = setting("Artifact", 6, "bits of attention and MLP matrices", unit="bits", low=2, high=8)
-    embed_bits: int = setting("Artifact", 7, "bits of the embedding", unit="bits", low=2, high=8)
-    attn_clip_sigmas: float = setting("Artifact", 13.0, "clip of attention matrices, in deviations of the row", above=0)
-    mlp_clip_sigmas: float = setting("Artifact", 11.5, "clip of MLP matrices, in deviations of the row", above=0)
-    embed_clip_sigmas: float = setting("Artifact", 14.0, "clip of the embedding, in deviations of the row", above=0)
-    step_rule: str = setting("Artifact", "loss", "how the matrices are quantized: loss: equal predicted loss per weight, "
-                             "scaled to fill TARGET_BYTES, on a trellis; sigma: by the *_BITS and *_CLIP_SIGMAS, as the "
-                             "published systems did, chosen by naming one of them",
-                             choices=("loss", "sigma"))
-    target_bytes: int = setting("Artifact", 15_998_000, "artifact and code together, for STEP_RULE=loss",
-                                unit="bytes", low=1, high=15_999_999)
-    gptq_calibration_batches: int = setting("Artifact", 32, "training text for the Hessians, over all ranks, in eighths of "
-                                            "TRAIN_BATCH_TOKENS; 0: no Hessians, no error feedback", low=0)
-    gated_attn_quant_gate: bool = setting("Artifact", False, "1: head gates as int8 rows; 0: as float16")
-    awq_lite_enabled: bool = setting("Artifact", False, "1: some groups of columns get AWQ_LITE_BITS")
-    awq_lite_bits: int = setting("Artifact", 8, "bits of those groups", unit="bits", low=2, high=8)
-    awq_lite_group_top_k: int = setting("Artifact", 1, "how many groups at most, over all matrices", low=0)
-    awq_lite_group_size: int = setting("Artifact", 64, "columns of a group", low=1)
-    lqer_enabled: bool = setting("Artifact", False, "1: low-rank correction of the matrices that need it most")
-    lqer_rank: int = setting("Artifact", 4, "rank of a correction", low=1, high=64)
-    lqer_top_k: int = setting("Artifact", 3, "how many matrices at most", low=0)
-    lqer_asym_group: int = setting("Artifact", 64, "values of the right factor that share a scale", low=1)
-    compressor: str = setting("Artifact", "entropy", "how the integers are coded", choices=("entropy", "pergroup", "brotli"))
+    # Schedule: progress is training time / cap, or steps / ITERATIONS without a cap
+    train_seq_len: int = setting(2048, "documents are cut to pieces of this length", unit="tokens", low=1,
+                                 group="Schedule")
+    train_seq_schedule: str = setting(
+        "", "that length in stages: length@end, each until the progress `end`, the longest TRAIN_SEQ_LEN",
+        pattern=list_of(r"[1-9]\d*@(0?\.\d+|1(\.0*)?)"), form="a list like 1024@0.1,2048@1.0")
+    seq_change_warmup_steps: int = setting(0, "steps over which rates rise again after such a change", low=0)
+    warmup_steps: int = setting(3, "throw-away steps that compile everything before the clock starts", low=0)
+    warmdown_frac: float = setting(0.85, "last fraction of progress, over which rates fall", low=0, high=1)
+    min_lr: float = setting(0.1, "floor of the learning-rate multiplier", low=0, high=1)
+    enable_looping_at: float = setting(0.35, "progress at which looping starts", low=0, high=1)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum of the first step", low=0, below=1)
+    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", low=0)
+    gptq_reserve_seconds: float = setting(
+        0.5, "at the cap's end, for calibration; its measured estimate if that is longer", unit="s", low=0)
 
-    # --- Evaluation
-    eval_seq_len: int = setting("Evaluation", 2560, "longest context of plain evaluation", unit="tokens", low=1)
-    eval_stride: int = setting("Evaluation", 0, "0: disjoint windows; else windows advance by this many tokens and score "
-                               "only what is new, so every token past the first window sees at least EVAL_SEQ_LEN - "
-                               "EVAL_STRIDE tokens of context", unit="tokens", low=0)
-    val_batch_tokens: int = setting("Evaluation", 524288, "one eighth of it is one packed batch of plain evaluation",
-                                    unit="tokens", low=8)
-    val_doc_fraction: float = setting("Evaluation", 1.0, "share of the validation documents that test-time training scores, "
-                                      "drawn by SEED; below 1: no valid record", above=0, high=1)
+    # Artifact
+    matrix_bits: int = setting(6, "bits of attention and MLP matrices", unit="bits", low=2, high=8,
+                               implies=SIGMA, only_with=SIGMA, group="Artifact")
+    embed_bits: int = setting(7, "bits of the embedding", unit="bits", low=2, high=8,
+                              implies=SIGMA, only_with=SIGMA)
+    attn_clip_sigmas: float = setting(13.0, "clip of attention matrices, in deviations of the row", above=0,
+                                      implies=SIGMA, only_with=SIGMA)
+    mlp_clip_sigmas: float = setting(11.5, "clip of MLP matrices", above=0, implies=SIGMA, only_with=SIGMA)
+    embed_clip_sigmas: float = setting(14.0, "clip of the embedding", above=0, implies=SIGMA, only_with=SIGMA)
+    step_rule: str = setting(
+        "loss", "loss: equal predicted loss per weight, scaled to fill TARGET_BYTES, on a trellis; sigma: by "
+        "*_BITS and *_CLIP_SIGMAS, as published; naming one of these chooses it", choices=("loss", "sigma"))
+    target_bytes: int = setting(15_998_000, "artifact and code", unit="bytes", low=1, high=15_999_999,
+                                only_with="STEP_RULE=loss")
+    gptq_calibration_batches: int = setting(
+        32, "text for the Hessians, in eighths of TRAIN_BATCH_TOKENS; 0: no error feedback", low=0)
+    gated_attn_quant_gate: bool = setting(False, "1: head gates as int8 rows; 0: as float16",
+                                          only_with="SPARSE_ATTN_GATE_ENABLED=1")
+    awq_lite_enabled: bool = setting(False, "1: some groups of columns get AWQ_LITE_BITS",
+                                     implies=SIGMA, only_with=SIGMA)
+    awq_lite_bits: int = setting(8, "bits of those groups", unit="bits", low=2, high=8)
+    awq_lite_group_top_k: int = setting(1, "how many groups at most, over all matrices", low=0)
+    awq_lite_group_size: int = setting(64, "columns of a group", low=1)
+    lqer_enabled: bool = setting(False, "1: low-rank correction of the matrices that need it most",
+                                 implies=SIGMA, only_with=SIGMA)
+    lqer_rank: int = setting(4, "rank of a correction", low=1, high=64)
+    lqer_top_k: int = setting(3, "how many matrices at most", low=0)
+    lqer_asym_group: int = setting(64, "values of the right factor that share a scale", low=1)
+    compressor: str = setting("entropy", "codes the integers", choices=("entropy", "pergroup", "brotli"))
 
-    # --- Test-time training (TTT): every chunk is scored, then its document's adapters are trained on it
-    ttt_enabled: bool = setting("Test-time training", True, "1: score once more, adapting to what has been scored")
-    ttt_context: str = setting("Test-time training", "cache", "what a chunk sees of its document: cache: keys and values as "
-                               "they were when scored; recompute: its window, computed again with the newest adapters",
-                               choices=("cache", "recompute"))
-    ttt_order: str = setting("Test-time training", "stream", "stream: documents in order, the next takes the first free "
-                             "slot; length: the longest first and hints in the order of the text, as the published systems "
-                             "did, for which no decoder exists", choices=("stream", "length"))
-    ttt_batch_size: int = setting("Test-time training", 64, "an eighth of the slots, in which documents are scored side by "
-                                  "side; ranks share the slots", low=1)
-    ttt_chunk_size: int = setting("Test-time training", 48, "scored before each update", unit="tokens", low=1)
-    ttt_chunk_growth: float = setting("Test-time training", 0.03125, "chunks grow to this share of the text before them, in "
-                                      "whole TTT_CHUNK_SIZE; 0: they do not", low=0, high=1)
-    ttt_chunk_max: int = setting("Test-time training", 96, "largest chunk then", unit="tokens", low=1)
-    ttt_eval_seq_len: int = setting("Test-time training", 3072, "longest context, chunk included", unit="tokens", low=1)
-    ttt_micro_batch_tokens: int = setting("Test-time training", 32768, "bound on the inputs of one forward pass, for memory",
-                                          unit="tokens", low=1)
-    ttt_lora_rank: int = setting("Test-time training", 32, "rank of an adapter", low=1)
-    ttt_lora_alpha: float = setting("Test-time training", 144.0, "an adapter's output is scaled by this / rank", low=0)
-    ttt_mask: str = setting("Test-time training", "", "turns TTT_Q_LORA, TTT_V_LORA or both off where they are not set",
-                            choices=tuple(TTT_MASKS))
-    ttt_q_lora: bool = setting("Test-time training", True, "1: adapters on queries")
-    ttt_k_lora: bool = setting("Test-time training", False, "1: adapters on keys")
-    ttt_v_lora: bool = setting("Test-time training", True, "1: adapters on values")
-    ttt_o_lora: bool = setting("Test-time training", True, "1: adapters from the block input to the attention output")
-    ttt_mlp_lora: bool = setting("Test-time training", True, "1: adapters parallel to the MLPs; the head always has one")
-    ttt_warm_start_a: bool = setting("Test-time training", True, "1: a new document keeps its slot's A; 0: it draws its own")
-    ttt_lora_lr: float = setting("Test-time training", 1.2e-4, "learning rate of the adapters; k times as high on a chunk "
-                                 "that is k times as long as its document's first", low=0)
-    ttt_local_lr_mult: float = setting("Test-time training", 1.0, "factor on that rate", low=0)
-    ttt_weight_decay: float = setting("Test-time training", 2.0, "AdamW weight decay of the adapters", low=0)
-    ttt_beta2: float = setting("Test-time training", 0.99, "second-moment coefficient", low=0, below=1)
-    ttt_short_score_first_enabled: bool = setting("Test-time training", False, "1: chunk by the document's length, which only "
-                                                  "TTT_ORDER=length knows in advance")
-    ttt_short_score_first_steps: str = setting("Test-time training", "", "then: length:chunk pairs, comma separated, lengths "
-                                               "in tokens with both BOS; the first length that is not exceeded counts")
+    # Evaluation
+    eval_seq_len: int = setting(2560, "longest context", unit="tokens", low=1, group="Evaluation")
+    eval_stride: int = setting(
+        0, "0: disjoint windows; else they advance by this and score only what is new, so that every token "
+        "past the first window sees at least EVAL_SEQ_LEN - EVAL_STRIDE tokens", unit="tokens", low=0)
+    val_batch_tokens: int = setting(524288, "one eighth of it is one packed batch", unit="tokens", low=8)
+    val_doc_fraction: float = setting(
+        1.0, "share of the documents that test-time training scores, drawn by SEED; below 1: no record",
+        above=0, high=1, only_with="TTT_ENABLED=1")
 
-    # --- Global phases of test-time training: all weights are trained on documents that are completely scored
-    phased_ttt_prefix_docs: int = setting("Global test-time training", 2500, "scored documents after which the last phase "
-                                          "comes; 0: no phase", low=0)
-    phased_ttt_num_phases: int = setting("Global test-time training", 1, "phases, at equal fractions of that count, each on "
-                                         "all documents scored by then", low=1)
-    global_ttt_lr: float = setting("Global test-time training", 0.001, "learning rate at the start of a phase; it falls to 0 "
-                                   "as a cosine", low=0)
-    global_ttt_momentum: float = setting("Global test-time training", 0.9, "momentum", low=0, below=1)
-    global_ttt_chunk_tokens: int = setting("Global test-time training", 32768, "one chunk, over all ranks", unit="tokens",
-                                           low=1)
-    global_ttt_grad_clip: float = setting("Global test-time training", 1.0, "bound on the gradient's global norm; 0: none",
-                                          low=0)
+    # Test-time training (TTT): every chunk is scored, then its document's adapters are trained on it
+    ttt_enabled: bool = setting(True, "1: score once more, adapting to what has been scored",
+                                group="Test-time training")
+    ttt_context: str = setting(
+        "cache", "the text before a chunk: cache: keys and values as they were when scored; recompute: "
+        "computed again with the newest adapters", choices=("cache", "recompute"))
+    ttt_order: str = setting(
+        "stream", "stream: documents in order, each in the first free slot; length: the longest first, hints "
+        "in the text's order, as published, for which no decoder exists", choices=("stream", "length"))
+    ttt_batch_size: int = setting(64, "an eighth of the slots, each of which holds a document", low=1)
+    ttt_chunk_size: int = setting(48, "scored before each update", unit="tokens", low=1)
+    ttt_chunk_growth: float = setting(
+        0.03125, "chunks grow to this share of the text before them, in whole TTT_CHUNK_SIZE", low=0, high=1)
+    ttt_chunk_max: int = setting(96, "largest chunk then", unit="tokens", low=1)
+    ttt_eval_seq_len: int = setting(3072, "longest context, chunk included", unit="tokens", low=1)
+    ttt_micro_batch_tokens: int = setting(32768, "inputs of one forward pass at most", unit="tokens", low=1)
+    ttt_lora_rank: int = setting(32, "rank of an adapter", low=1)
+    ttt_lora_alpha: float = setting(144.0, "an adapter's output is scaled by this / rank", low=0)
+    ttt_mask: str = setting(
+        "", "turns TTT_Q_LORA, TTT_V_LORA or both off where they are not set",
+        choices={"": "", "all": "", "baseline_all": "", "no_q": "TTT_Q_LORA=0", "no_v": "TTT_V_LORA=0",
+                 "no_qv": "TTT_Q_LORA=0 TTT_V_LORA=0"})
+    ttt_q_lora: bool = setting(True, "1: adapters on queries")
+    ttt_k_lora: bool = setting(False, "1: adapters on keys")
+    ttt_v_lora: bool = setting(True, "1: adapters on values")
+    ttt_o_lora: bool = setting(True, "1: adapters from the block input to the attention output")
+    ttt_mlp_lora: bool = setting(True, "1: adapters parallel to the MLPs; the head always has one")
+    ttt_warm_start_a: bool = setting(True, "1: a new document keeps its slot's A; 0: it draws its own")
+    ttt_lora_lr: float = setting(
+        1.2e-4, "AdamW learning rate of the adapters, times chunk length / the first chunk's", low=0)
+    ttt_local_lr_mult: float = setting(1.0, "factor on that rate", low=0)
+    ttt_weight_decay: float = setting(2.0, "AdamW weight decay of the adapters", low=0)
+    ttt_beta2: float = setting(0.99, "AdamW second-moment coefficient of the adapters", low=0, below=1)
+    ttt_short_score_first_enabled: bool = setting(
+        False, "1: chunks by the document's length, which TTT_ORDER=length knows in advance",
+        implies="TTT_ORDER=length", only_with="TTT_ORDER=length")
+    ttt_short_score_first_steps: str = setting(
+        "", "then: length:chunk pairs, lengths with both BOS; the first that is not exceeded counts",
+        pattern=list_of(r"[1-9]\d*[:=][1-9]\d*"), form="a list like 256:16,2000:32")
 
-    # --- N-gram tilt of the scores of test-time training
-    ngram_tilt_enabled: bool = setting("N-gram tilt", True, "1: tilt toward what has followed the last tokens most often")
-    ngram_boost: str = setting("N-gram tilt", "learned", "fixed: by TOKEN_BOOST; learned: a logistic mixture of the "
-                               "model's probability of a hint and the hit rate of such hints so far, fitted while scoring", choices=ngram.MODES)
-    token_order: int = setting("N-gram tilt", 16, "the context is one token less", unit="tokens", low=2, high=256)
-    token_backoff: str = setting("N-gram tilt", "10,6", "learned: shorter orders that are asked in turn where a context is "
-                                 "new; comma separated, empty: none")
-    token_threshold: float = setting("N-gram tilt", 0.8, "fixed: smallest share of a hint among its context's "
-                                     "continuations", low=0, high=1)
-    token_boost: float = setting("N-gram tilt", 2.625, "fixed: the boost", unit="nats", low=0, high=50)
+    # Global phases of test-time training: all weights are trained on documents that are completely scored
+    phased_ttt_prefix_docs: int = setting(
+        2500, "scored documents after which the last phase comes; 0: no phase", low=0,
+        group="Global test-time training")
+    phased_ttt_num_phases: int = setting(1, "phases, at equal parts of that count", low=1)
+    global_ttt_lr: float = setting(0.001, "SGD learning rate at a phase's start; a cosine to 0", low=0)
+    global_ttt_momentum: float = setting(0.9, "SGD momentum", low=0, below=1)
+    global_ttt_chunk_tokens: int = setting(32768, "one step, over all ranks", unit="tokens", low=1)
+    global_ttt_grad_clip: float = setting(1.0, "bound on the gradient's global norm; 0: none", low=0)
+
+    # N-gram tilt of the scores of test-time training
+    ngram_tilt_enabled: bool = setting(True, "1: tilt toward what has followed the last tokens most often",
+                                       group="N-gram tilt")
+    ngram_boost: str = setting(
+        "learned", "fixed: by TOKEN_BOOST; learned: a logistic mixture of the model's probability of a hint "
+        "and the hit rate of such hints so far, fitted while scoring", choices=ngram.MODES)
+    token_order: int = setting(16, "the context is one token less", unit="tokens", low=2, high=256)
+    token_backoff: str = setting(
+        "10,6", "shorter orders that are asked in turn where a context is new; empty: none",
+        pattern=list_of(r"\d{1,3}"), form="a list like 10,6", only_with="NGRAM_BOOST=learned")
+    token_threshold: float = setting(0.8, "least share of a hint among its context's continuations", low=0,
+                                     high=1, only_with="NGRAM_BOOST=fixed")
+    token_boost: float = setting(2.625, "boost of a hint", unit="nats", low=0, high=50,
+                                 only_with="NGRAM_BOOST=fixed")
 
     def conflicts(self) -> list[str]:
         """Settings that do not go together, a line each."""
-        s, found = self, []
-
-        def require(condition, line):
-            if not condition:
-                found.append(line)
-
-        require(s.world_size == 1 or s.rank >= 0, "WORLD_SIZE: it is above 1 but RANK is not set; launch with torchrun")
-        require(s.rank < s.world_size, f"RANK: {s.rank} is not below WORLD_SIZE={s.world_size}; launch with torchrun")
-        require(re.fullmatch(r"[\w.-]*", s.run_id), f"RUN_ID: {s.run_id!r} names files; use letters, digits and ._- alone")
-        require(not (s.ttt_eval_only and s.prequant_only), "PREQUANT_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
-        require(s.model_dim % s.num_heads == 0, f"NUM_HEADS: {s.num_heads} does not divide MODEL_DIM={s.model_dim}")
-        require(s.num_heads % s.num_kv_heads == 0,
-                f"NUM_KV_HEADS: {s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}")
-        require(s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim,
-                f"ROPE_DIMS: {s.rotary_dims} must be even and at most the head width {s.head_dim}")
-        require(float(s.model_dim * s.mlp_mult).is_integer(),
-                f"MLP_MULT: {s.mlp_mult} x MODEL_DIM={s.model_dim} is not a whole width")
-        require(s.gate_window <= s.model_dim, f"GATE_WINDOW: {s.gate_window} is above MODEL_DIM={s.model_dim}")
-        require(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N: {s.xsa_last_n} is above NUM_LAYERS={s.num_layers}")
+        s = self
+        # The lanes begin after every block that the encoder or a loop visits.
+        single_lane = visit_order(s, False)[0] + visit_order(s, s.num_loops > 0)[0]
         if s.num_loops:
-            require(s.loop_start <= s.loop_end < s.num_layers,
-                    f"LOOP_START, LOOP_END: {s.loop_start}..{s.loop_end} is not a range of {s.num_layers} blocks")
-        first_lane = 1 + max([-1, *visit_order(s, False)[0], *visit_order(s, s.num_loops > 0)[0],
-                              s.loop_end if s.num_loops else -1])
-        require(not s.parallel_start_layer or s.parallel_start_layer >= first_lane,
-                f"PARALLEL_START_LAYER: {s.parallel_start_layer} must lie behind encoder and LOOP_END, from {first_lane} on")
-        require(s.parallel_start_layer < s.num_layers,
-                f"PARALLEL_START_LAYER: {s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}")
-        require(s.accumulation, f"TRAIN_BATCH_TOKENS: {s.train_batch_tokens} does not split evenly over WORLD_SIZE="
-                f"{s.world_size} ranks x {s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)")
-        stages = s.stages(s.train_seq_schedule)
-        fine = all(length >= 1 and length == int(length) and end > 0 for length, end in stages or ())
-        require(stages is not None and fine, f"TRAIN_SEQ_SCHEDULE: {s.train_seq_schedule!r} is no list like 1024@0.1,2048@1.0 "
-                "of whole lengths, each with an end of its own in (0, 1]")
-        require(not stages or not fine or max(stages)[0] == s.train_seq_len, f"TRAIN_SEQ_LEN: {s.train_seq_len} is not the "
-                f"longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
-        require(stages or stages is None or not s.seq_change_warmup_steps,
-                "SEQ_CHANGE_WARMUP_STEPS: it is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset")
-        require(s.max_wallclock_seconds == 0 or s.max_wallclock_seconds > s.gptq_reserve_seconds,
-                f"GPTQ_RESERVE_SECONDS: {s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS="
-                f"{s.max_wallclock_seconds}")
-        require(s.eval_batch_tokens >= s.eval_seq_len,
-                f"VAL_BATCH_TOKENS: one eighth of {s.val_batch_tokens} is below EVAL_SEQ_LEN={s.eval_seq_len}")
-        require(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE: {s.eval_stride} is above EVAL_SEQ_LEN={s.eval_seq_len}")
-        for name, (switch, read) in READ_ONLY_WITH.items():
-            require(getattr(s, switch) in read or getattr(s, name) == getattr(Settings, name), f"{name.upper()}: it is read "
-                    f"only with {switch.upper()}={' or '.join(map(setting_text, read))}; set that or leave it unset")
-        require(s.step_rule == "sigma" or not s.awq_lite_enabled, "AWQ_LITE_ENABLED: STEP_RULE=loss gives every column its own "
-                "step; set STEP_RULE=sigma or unset it")
-        require(s.step_rule == "sigma" or not s.lqer_enabled, "LQER_ENABLED: STEP_RULE=loss spends its bytes on finer steps "
-                "instead; set STEP_RULE=sigma or unset it")
-        require(s.sparse_attn_gate_enabled or not s.gated_attn_quant_gate,
-                "GATED_ATTN_QUANT_GATE: there is no head gate; unset it or set SPARSE_ATTN_GATE_ENABLED=1")
-        require(not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits),
-                f"AWQ_LITE_BITS: {s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it")
-        if s.lqer_enabled:
-            require(s.lqer_rank * s.model_dim % s.lqer_asym_group == 0 == s.lqer_rank * s.mlp_dim % s.lqer_asym_group,
-                    f"LQER_ASYM_GROUP: {s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
-        require(not s.lqer_enabled or s.lqer_rank <= s.kv_dim,
-                f"LQER_RANK: {s.lqer_rank} is above {s.kv_dim}, the rows of the key and value matrices")
-        require(s.gptq_calibration_batches or not s.uses_curvature,
-                "GPTQ_CALIBRATION_BATCHES: STEP_RULE=loss needs calibration; raise it")
-        require(not (s.ttt_eval_only and s.quantize_only), "QUANTIZE_ONLY: it has no meaning with TTT_EVAL_ONLY=1")
-        orders = [s.token_order, *map(int, re.findall(r"\d+", s.token_backoff))]
-        falling = all(a > b > 1 for a, b in itertools.pairwise(orders)) or s.token_backoff == Settings.token_backoff
-        require(re.fullmatch(r"(\d{1,3}(,(?=\d)|$))*", s.token_backoff) and falling, f"TOKEN_BACKOFF: {s.token_backoff!r} is "
-                f"no list of falling orders from 2 to below TOKEN_ORDER={s.token_order}")
-        largest = max(s.ttt_chunk_size, s.ttt_chunk_max * (s.ttt_chunk_growth > 0),
-                      *s.short_chunks.values() if s.ttt_short_score_first_enabled else ())
-        require(s.ttt_eval_seq_len >= largest, f"TTT_EVAL_SEQ_LEN: {s.ttt_eval_seq_len} is below the largest chunk, {largest}")
-        require(not s.ttt_short_score_first_enabled or s.ttt_order == "length",
-                "TTT_SHORT_SCORE_FIRST_ENABLED: a chunk by the document's length cannot be decoded; set TTT_ORDER=length")
-        require(re.fullmatch(r"([1-9]\d*[:=][1-9]\d*(,(?=\d)|$))*", s.ttt_short_score_first_steps)
-                and (s.ttt_short_score_first_steps or not s.ttt_short_score_first_enabled),
-                f"TTT_SHORT_SCORE_FIRST_STEPS: {s.ttt_short_score_first_steps!r} is no list like 256:16,2000:32")
-        return found
+            single_lane.append(s.loop_end)
+        first_lane = max(single_lane, default=-1) + 1
+        ends = [end for _, end in s.context_stages]
+        longest = max(length for length, _ in s.context_stages)
+        orders = [s.token_order, *s.backoff_orders]
+        falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
+        chunks = [s.ttt_chunk_size]
+        if s.ttt_chunk_growth:
+            chunks.append(s.ttt_chunk_max)
+        if s.ttt_short_score_first_enabled:
+            chunks += s.short_chunks.values()
+
+        must_hold = [
+            (s.world_size == 1 or s.rank >= 0, "WORLD_SIZE",
+             "it is above 1 but RANK is not set; launch with torchrun"),
+            (s.rank < s.world_size, "RANK",
+             f"{s.rank} is not below WORLD_SIZE={s.world_size}; launch with torchrun"),
+            (not s.ttt_eval_only or not s.prequant_only, "PREQUANT_ONLY",
+             "it has no meaning with TTT_EVAL_ONLY=1"),
+            (not s.ttt_eval_only or not s.quantize_only, "QUANTIZE_ONLY",
+             "it has no meaning with TTT_EVAL_ONLY=1"),
+            (s.accumulation, "TRAIN_BATCH_TOKENS",
+             f"{s.train_batch_tokens} does not split evenly over WORLD_SIZE={s.world_size} ranks x "
+             f"{s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)"),
+            (s.model_dim % s.num_heads == 0, "NUM_HEADS",
+             f"{s.num_heads} does not divide MODEL_DIM={s.model_dim}"),
+            (s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS",
+             f"{s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}"),
+            (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
+             f"{s.rotary_dims} must be even and at most the head width {s.head_dim}"),
+            ((s.model_dim * s.mlp_mult).is_integer(), "MLP_MULT",
+             f"{s.mlp_mult} x MODEL_DIM={s.model_dim} is not a whole width"),
+            (s.gate_window <= s.model_dim, "GATE_WINDOW",
+             f"{s.gate_window} is above MODEL_DIM={s.model_dim}"),
+            (s.xsa_last_n <= s.num_layers, "XSA_LAST_N",
+             f"{s.xsa_last_n} is above NUM_LAYERS={s.num_layers}"),
+            (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_START, LOOP_END",
+             f"{s.loop_start}..{s.loop_end} is not a range of {s.num_layers} blocks"),
+            (not s.parallel_start_layer or s.parallel_start_layer >= first_lane, "PARALLEL_START_LAYER",
+             f"{s.parallel_start_layer} must come after the encoder and LOOP_END, from {first_lane} on"),
+            (s.parallel_start_layer < s.num_layers, "PARALLEL_START_LAYER",
+             f"{s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}"),
+            (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
+             f"{s.train_seq_schedule!r} needs an end of its own in (0, 1] for every length"),
+            (longest == s.train_seq_len, "TRAIN_SEQ_LEN",
+             f"{s.train_seq_len} is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; "
+             "make them equal"),
+            (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
+             "it is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset"),
+            (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
+             "GPTQ_RESERVE_SECONDS",
+             f"{s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
+            (s.gptq_calibration_batches or s.step_rule != "loss", "GPTQ_CALIBRATION_BATCHES",
+             "STEP_RULE=loss needs calibration; raise it"),
+            (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
+             f"{s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it"),
+            (not s.lqer_enabled or s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim) % s.lqer_asym_group == 0,
+             "LQER_ASYM_GROUP",
+             f"{s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns"),
+            (not s.lqer_enabled or s.lqer_rank <= s.kv_dim, "LQER_RANK",
+             f"{s.lqer_rank} is above {s.kv_dim}, the rows of the key and value matrices"),
+            (s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS",
+             f"one eighth of {s.val_batch_tokens} is below EVAL_SEQ_LEN={s.eval_seq_len}"),
+            (s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE",
+             f"{s.eval_stride} is above EVAL_SEQ_LEN={s.eval_seq_len}"),
+            (s.ttt_eval_seq_len >= max(chunks), "TTT_EVAL_SEQ_LEN",
+             f"{s.ttt_eval_seq_len} is below the largest chunk, {max(chunks)}"),
+            (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_STEPS",
+             "TTT_SHORT_SCORE_FIRST_ENABLED=1 needs a list like 256:16,2000:32"),
+            (falling or s.token_backoff == Settings.token_backoff, "TOKEN_BACKOFF",
+             f"{s.token_backoff!r} is no list of falling orders from 2 to below TOKEN_ORDER={s.token_order}"),
+        ]
+        return [f"{name}: {message}" for good, name, message in must_hold if not good]
 
     # Derived values; none of them is a setting of its own.
-    head_dim = property(lambda s: s.model_dim // s.num_heads)
-    kv_dim = property(lambda s: s.num_kv_heads * s.head_dim)
-    mlp_dim = property(lambda s: int(s.model_dim * s.mlp_mult))
-    rotary_dims = property(lambda s: s.rope_dims or s.head_dim)
-    eval_batch_tokens = property(lambda s: s.val_batch_tokens // 8)
-    loops_at_end = property(lambda s: s.num_loops > 0 and s.enable_looping_at < 1)
-    shards_dir = property(lambda s: s.data_path or os.path.join(
-        s.data_dir, "datasets/fineweb10B_sp8192_caseops/datasets/datasets", f"fineweb10B_sp8192_{CASEOPS_NAME}"))
-    tokenizer_file = property(lambda s: s.tokenizer_path or os.path.join(
-        s.data_dir, "datasets/fineweb10B_sp8192_caseops/datasets/tokenizers", f"fineweb_8192_bpe_{CASEOPS_NAME}.model"))
-    log_dir = property(lambda s: s.artifact_dir or "logs")
-    artifact_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.int6.ptz"))
-    checkpoint_path = property(lambda s: os.path.join(s.artifact_dir, "final_model.fp32.ptz"))
-    ttt_slots = property(lambda s: 8 * s.ttt_batch_size)
-    token_orders = property(lambda s: [s.token_order] + [k for k in map(int, re.findall(r"\d+", s.token_backoff)) if
-                                                         k < s.token_order and s.ngram_boost == "learned"])
-    uses_curvature = property(lambda s: s.step_rule == "loss")
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank and step, 0 if none fits. The published systems fix ranks x micro-batches at 8."""
-        candidates = [self.grad_accum_steps] if self.grad_accum_steps else range(-(-8 // self.world_size), 65)
-        return next((a for a in candidates if self.train_batch_tokens % (self.world_size * a) == 0), 0)
+        """Micro-batches per rank and step, 0 if none fits. Published systems: ranks x micro-batches is 8."""
+        candidates = range(-(-8 // self.world_size), 65)
+        if self.grad_accum_steps:
+            candidates = [self.grad_accum_steps]
+        fitting = [a for a in candidates if self.train_batch_tokens % (self.world_size * a) == 0]
+        return fitting[0] if fitting else 0
 
     @property
     def micro_batch_tokens(self) -> int:
         return self.train_batch_tokens // (self.world_size * self.accumulation)
 
-    @staticmethod
-    def stages(text: str) -> list[tuple[float, float]] | None:
-        """The (value, point) pairs of a list like 1024@0.1,2048@1.0 in the order of their points; None if it is none."""
-        if not re.fullmatch(r"([\d.]+@[\d.]+(,(?=[\d.])|$))*", text):
-            return None
-        pairs = [tuple(map(number, pair.split("@"))) for pair in text.split(",") if pair]
-        sound = len({point for _, point in pairs}) == len(pairs) and all(v > 0 and 0 <= point <= 1 for v, point in pairs)
-        return sorted(pairs, key=lambda pair: pair[1]) if sound else None
+    @property
+    def eval_batch_tokens(self) -> int:
+        return self.val_batch_tokens // 8
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def loops_at_end(self) -> bool:
+        return self.num_loops > 0 and self.enable_looping_at < 1
+
+    @property
+    def context_stages(self) -> list[tuple[int, float]]:
+        """(length at which documents are cut, progress until which it holds), in order of progress."""
+        if not self.train_seq_schedule:
+            return [(self.train_seq_len, 1.0)]
+        pairs = [stage.split("@") for stage in self.train_seq_schedule.split(",")]
+        return sorted(((int(length), float(end)) for length, end in pairs), key=lambda stage: stage[1])
 
     def context_at(self, progress: float) -> int:
         """The length at which documents are cut at this progress."""
-        stages = self.stages(self.train_seq_schedule) or [(self.train_seq_len, 1.0)]
-        return int(next((length for length, end in stages if progress <= end), stages[-1][0]))
-
-    def first_chunk(self, length: int) -> int:
-        """The size of a document's first chunk; its `length`, in targets, counts with TTT_SHORT_SCORE_FIRST_ENABLED alone."""
-        if not self.ttt_short_score_first_enabled:
-            return self.ttt_chunk_size
-        return next((size for limit, size in self.short_chunks.items() if length < limit), self.ttt_chunk_size)
+        for length, end in self.context_stages:
+            if progress <= end:
+                return length
+        return length
 
     @functools.cached_property
     def short_chunks(self) -> dict[int, int]:
         """Chunk sizes by the length, both BOS counted, up to which they hold, shortest first."""
         pairs = re.findall(r"(\d+)[:=](\d+)", self.ttt_short_score_first_steps)
-        return dict(sorted(tuple(map(int, pair)) for pair in pairs))
+        return dict(sorted((int(length), int(size)) for length, size in pairs))
+
+    def first_chunk(self, length: int) -> int:
+        """Size of a document's first chunk; its `length` is in targets."""
+        if self.ttt_short_score_first_enabled:
+            for limit, size in self.short_chunks.items():
+                if length < limit:
+                    return size
+        return self.ttt_chunk_size
+
+    @property
+    def ttt_slots(self) -> int:
+        return 8 * self.ttt_batch_size
+
+    @property
+    def backoff_orders(self) -> list[int]:
+        return [int(order) for order in re.findall(r"\d+", self.token_backoff)]
+
+    @property
+    def token_orders(self) -> list[int]:
+        """The orders of the n-gram contexts, the longest first."""
+        if self.ngram_boost != "learned":
+            return [self.token_order]
+        return [self.token_order] + [order for order in self.backoff_orders if order < self.token_order]
+
+    @property
+    def shards_dir(self) -> str:
+        return self.data_path or os.path.join(self.data_dir, PUBLISHED_SET, "datasets",
+                                              f"fineweb10B_sp8192_{CASEOPS_NAME}")
+
+    @property
+    def tokenizer_file(self) -> str:
+        return self.tokenizer_path or os.path.join(self.data_dir, PUBLISHED_SET, "tokenizers",
+                                                   f"fineweb_8192_bpe_{CASEOPS_NAME}.model")
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether calibration takes the gradients of outputs too, not inputs alone."""
+        return self.step_rule == "loss"
+
+    @property
+    def log_dir(self) -> str:
+        return self.artifact_dir or "logs"
+
+    @property
+    def artifact_path(self) -> str:
+        return os.path.join(self.artifact_dir, "final_model.int6.ptz")
+
+    @property
+    def checkpoint_path(self) -> str:
+        return os.path.join(self.artifact_dir, "final_model.fp32.ptz")
 
     def function_settings(self) -> dict:
-        """The settings that change what function a set of weights computes; they travel in the artifact."""
-        free = {"tied_embed_init_std", "qk_gain_init"}
-        chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                  if f.metadata["group"] in ("Model", "Gates") and f.name not in free}
-        return chosen | {"vocab_size": self.vocab_size}
+        """The settings that decide what function a set of weights computes; they travel in the artifact."""
+        names = {field.name for group in ("Model", "Gates") for field in fields_by_group(Settings)[group]}
+        names -= {"tied_embed_init_std", "qk_gain_init"}  # where training starts
+        return {name: getattr(self, name) for name in sorted(names | {"vocab_size"})}
 
 
 def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
@@ -1802,7 +1861,7 @@ def warm_up(take_step, passes: Passes, data: TrainingData, calibration: Callable
 def training_shapes(s: Settings) -> list[tuple[int, bool]]:
     """Every (context length, looping) that training can meet, in the order in which it meets them."""
     loop_at = s.enable_looping_at if s.num_loops else 1.0
-    shapes, begin, stages = [], 0.0, s.stages(s.train_seq_schedule) or [(s.train_seq_len, 1.0)]
+    shapes, begin, stages = [], 0.0, s.context_stages
     for length, end in [*stages[:-1], (stages[-1][0], 1.0)]:  # the last goes on to the end
         if begin <= loop_at:
             shapes.append((int(length), False))

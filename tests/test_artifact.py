@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import train_gpt as g
+from env_settings import fields_by_group
 from tools import pack_submission as pack
 from tests.synthetic import ROOT, changed, environment, events, launch, main_here, record, runtime, tiny, write_corpus
 
@@ -362,7 +363,8 @@ def test_another_function_is_refused_by_name(small, changes):
 
 def test_every_setting_of_model_and_gates_travels():
     free = {"tied_embed_init_std", "qk_gain_init"}
-    expected = {name for name, f in g.Settings.__dataclass_fields__.items() if f.metadata["group"] in ("Model", "Gates")}
+    groups = fields_by_group(g.Settings)
+    expected = {field.name for field in groups["Model"] + groups["Gates"]}
     assert tiny().function_settings().keys() == expected - free | {"vocab_size"} and free < expected
 
 

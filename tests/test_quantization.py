@@ -839,7 +839,7 @@ def test_windows_come_from_the_stream_whatever_the_number_of_ranks(stream_of):
     (dict(STEP_RULE="loss", MLP_CLIP_SIGMAS=12), "MLP_CLIP_SIGMAS", "STEP_RULE=sigma"),
     (dict(STEP_RULE="loss", EMBED_CLIP_SIGMAS=12), "EMBED_CLIP_SIGMAS", "STEP_RULE=sigma"),
     (dict(GPTQ_CALIBRATION_BATCHES=0), "GPTQ_CALIBRATION_BATCHES", "STEP_RULE=loss"),
-    (dict(STEP_RULE="loss", AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=loss"),
+    (dict(STEP_RULE="loss", AWQ_LITE_ENABLED=1), "AWQ_LITE_ENABLED", "STEP_RULE=sigma"),
     (dict(STEP_RULE="loss", LQER_ENABLED=1), "LQER_ENABLED", "STEP_RULE=sigma"),
     (dict(LQER_ENABLED=1, LQER_ASYM_GROUP=48), "LQER_ASYM_GROUP", "48"),
     (dict(QUANTIZE_ONLY=1, TTT_EVAL_ONLY=1), "QUANTIZE_ONLY", "TTT_EVAL_ONLY")])

@@ -1,6 +1,6 @@
 """The recipes of the published systems: their commands are understood, and what each of them names really happens.
 
-`python -m tests.test_recipes` prints the two tables of README.md that this file checks.
+`python -m tests.test_recipes` writes the tables of README.md that this file checks.
 """
 import dataclasses
 import functools
@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-import env_settings
 import train_gpt as g
+from env_settings import fields_by_group, setting_text
 from tests.synthetic import BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, write_data
 from tools import diff_recipes
 
 torch.set_num_threads(1)
-PUBLISHED = ("pr1787", "pr2118", "pr2123", "pr2135", "pr2140")
+PUBLISHED = tuple(sorted(path.stem for path in (ROOT / "recipes").glob("pr*.env")))
 RECIPES = (*PUBLISHED, "record")
+ALIASES = {}  # the settings that each alias stands for
+for name, field in g.Settings.__dataclass_fields__.items():
+    ALIASES.setdefault(field.metadata["rule"].alias, []).append(name.upper())
 README = ROOT / "README.md"
 SPEC = ROOT.parent / "shared" / "spec" / "settings.md"
 
@@ -92,17 +95,17 @@ def test_every_published_variable_is_a_setting_an_alias_or_refused():
     assert len(VARIABLES) == len(set(VARIABLES)) == 196
     fields = {f.name.upper() for f in dataclasses.fields(g.Settings)}
     for name in VARIABLES:
-        assert [name in fields, name in env_settings.ALIASES, name in env_settings.FIXED_SETTINGS].count(True) == 1, name
+        assert [name in fields, name in ALIASES, name in g.Settings.fixed].count(True) == 1, name
 
 
-@pytest.mark.parametrize("name", env_settings.FIXED_SETTINGS)
+@pytest.mark.parametrize("name", g.Settings.fixed)
 def test_what_is_no_setting_is_refused_with_its_reason(name):
-    accepted, why = env_settings.FIXED_SETTINGS[name]
+    accepted, why = g.Settings.fixed[name]
     assert len(why.split()) >= 3
-    other = {"": "1", "0": "1", "1": "0", ">1": "0.5"}.get(accepted, "something")
+    other = {None: "1", "": "1", "0": "1", "1": "0", ">1": "0.5"}.get(accepted, "something")
     [line] = complaints({name: other})
     assert line.startswith(f"{name}: {why}")
-    if accepted:
+    if accepted is not None:
         assert not complaints({name: accepted.replace(">1", "1.5")})
 
 
@@ -135,11 +138,13 @@ def fixed_by_code(recipe: str) -> dict[str, str]:
 def test_published_command_parses(recipe):
     command, ours = command_of(recipe), settings_of(recipe)
     assert len(command) > 40 and "SEED" in command
-    refused = {name for name in command if name in env_settings.FIXED_SETTINGS and not env_settings.FIXED_SETTINGS[name][0]}
+    refused = {name for name in command if g.Settings.fixed.get(name, ("",))[0] is None}
     assert refused == REFUSED[recipe]
     assert {line.split(":")[0] for line in complaints(command)} == refused
-    theirs = g.Settings.from_environment(fixed_by_code(recipe) | {k: v for k, v in command.items() if k not in refused})
-    named = {alias for name in command for alias in env_settings.ALIASES.get(name, (name,))} - env_settings.FIXED_SETTINGS.keys() - {"SEED"}
+    accepted = {name: value for name, value in command.items() if name not in refused}
+    theirs = g.Settings.from_environment(fixed_by_code(recipe) | accepted)
+    named = {setting for name in command for setting in ALIASES.get(name, [name])}
+    named -= g.Settings.fixed.keys() | {"SEED"}
     differing = {name for name in named if getattr(theirs, name.lower()) != getattr(ours, name.lower())}
     assert differing == NEVER_READ.get(recipe, set())
     told = header_of(recipe).split("train_gpt.py")[-1]
@@ -198,8 +203,11 @@ def once(method):
 @functools.cache
 def evaluated(recipe: str) -> list:
     """All that a recipe says of model and evaluation."""
-    groups = ("Model", "Gates", "Evaluation", "Test-time training", "Global test-time training", "N-gram tilt")
-    return [getattr(settings_of(recipe), f.name) for f in dataclasses.fields(g.Settings) if f.metadata["group"] in groups]
+    s, values = settings_of(recipe), []
+    for group, fields in fields_by_group(g.Settings).items():
+        if group not in ("Data", "Run", "Optimizer", "Schedule", "Artifact"):
+            values += [getattr(s, field.name) for field in fields]
+    return values
 
 
 def flat(model: g.GPT) -> torch.Tensor:
@@ -226,7 +234,7 @@ class Laboratory:
             changes |= dict(QUANTIZE_ONLY=1, TTT_ENABLED=0)
         # At toy size the average of a recipe would be the initial weights; `training` has the recipe's own.
         s = toy(recipe, EMA_DECAY=0.8, **changes, **self.places(run_id, folder))
-        environ = {f.name.upper(): g.setting_text(getattr(s, f.name)) for f in dataclasses.fields(s)
+        environ = {f.name.upper(): setting_text(getattr(s, f.name)) for f in dataclasses.fields(s)
                    if getattr(s, f.name) != f.default}
         windows, calibrate, read, opened = [], g.calibrate, g.read_container, []
 
@@ -242,7 +250,7 @@ class Laboratory:
             patch.setattr(g, "packed_code", lambda: b"")  # takes longer than the rest
             patch.setattr(g, "calibrate", calibrating)
             patch.setattr(g, "read_container", reading)
-            code = main_here({name: "" if text == "(empty)" else text for name, text in environ.items()}).returncode
+            code = main_here(environ).returncode
         model = g.GPT(s)
         (table, arrays), (_, trained) = opened[-1], read(s.checkpoint_path, model, s)
         looping = g.install(model, table, arrays, s)
@@ -676,45 +684,42 @@ def test_an_artifact_without_the_feature_does_not_pass_for_one(feature, lab):
 # --- Tables of README.md
 
 
-def readme_table() -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def features_table() -> str:
     """What each recipe has, and the test that shows it."""
-    rows = [["feature", *RECIPES, "test_feature_is_on[recipe-...]"], ["---"] * (len(RECIPES) + 2)]
-    rows += [[name, *(cell(name, recipe) for recipe in RECIPES), f"`{slug(name)}`"] for name in FEATURES]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[name, *(cell(name, recipe) for recipe in RECIPES), f"`{slug(name)}`"] for name in FEATURES]
+    return table(["feature", *RECIPES, "test_feature_is_on[recipe-...]"], rows)
 
 
 def settings_table() -> str:
     """The settings, grouped as --help groups them."""
-    groups = itertools.groupby(dataclasses.fields(g.Settings), key=lambda f: f.metadata["group"])
-    rows = [["group", "settings"], ["---", "---"]]
-    rows += [[group, " ".join(f"`{f.name.upper()}`" for f in fields)] for group, fields in groups]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[group, " ".join(f"`{field.name.upper()}`" for field in fields)]
+            for group, fields in fields_by_group(g.Settings).items()]
+    return table(["group", "settings"], rows)
 
 
-def table_of(text: str, header: str) -> list[list[str]]:
-    """The rows below the table header that begins so."""
-    found = re.search(rf"^{re.escape(header)}.*\n\|[ |-]+\n((?:\|.*(?:\n|$))+)", text, flags=re.M)
-    assert found, f"README.md has no table that begins with {header!r}; python -m tests.test_recipes prints it"
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+def with_tables(text: str) -> str:
+    """README.md with both tables as they are today, each in place of the one that begins with its first cell."""
+    for today in (features_table(), settings_table()):
+        first_cell = re.match(r"\| .*? \|", today)[0]
+        text, count = re.subn(rf"^{re.escape(first_cell)}.*\n(\|.*\n)+", lambda _: today, text, flags=re.M)
+        assert count == 1, f"README.md has {count} tables that begin with {first_cell}"
+    return text
 
 
-def test_readme_table_matches_the_recipes():
+def test_readme_has_the_tables_of_today():
     text = README.read_text()
-    rows = table_of(text, "| feature | " + " | ".join(RECIPES) + " |")
-    assert [row[0] for row in rows] == list(FEATURES)
-    for name, *cells, test in rows:
-        assert cells == [cell(name, recipe) for recipe in RECIPES], name
-        assert test == f"`{slug(name)}`"
+    assert text == with_tables(text), "python -m tests.test_recipes writes them"
 
 
-def test_readme_groups_settings_as_help_does():
-    rows = table_of(README.read_text(), "| group | settings |")
-    groups = {}
-    for f in dataclasses.fields(g.Settings):
-        groups.setdefault(f.metadata["group"], []).append(f.name.upper())
-    assert [(group, re.findall(r"`(\w+)`", names)) for group, names in rows] == list(groups.items())
-    titles = [line for line in g.settings_help(g.Settings).splitlines() if line in groups]
-    assert titles == list(groups)
+def test_help_groups_settings_as_readme_does():
+    groups = fields_by_group(g.Settings)
+    lines = g.settings_help(g.Settings).splitlines()
+    assert [line for line in lines if line in groups] == list(groups)
 
 
 # --- tools/diff_recipes.py
@@ -725,10 +730,11 @@ def test_diff_prints_what_two_recipes_differ_in(capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split() == ["pr2135", "pr2140"]
     one, other, expected = settings_of("pr2135"), settings_of("pr2140"), {}
-    for f in dataclasses.fields(g.Settings):
-        values = [g.setting_text(getattr(side, f.name)) for side in (one, other)]
-        if values[0] != values[1]:
-            expected.setdefault(f.metadata["group"], []).append([f.name.upper(), *values])
+    for group, fields in fields_by_group(g.Settings).items():
+        for f in fields:
+            values = [setting_text(getattr(side, f.name)) or "(empty)" for side in (one, other)]
+            if values[0] != values[1]:
+                expected.setdefault(group, []).append([f.name.upper(), *values])
     printed = {}
     for line in filter(None, lines):
         if line.startswith("  "):
@@ -755,4 +761,4 @@ def test_a_file_that_is_no_recipe_is_named(content, word, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    print(readme_table(), settings_table(), sep="\n\n")
+    README.write_text(with_tables(README.read_text()))

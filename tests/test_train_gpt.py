@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
-import env_settings
 import train_gpt as g
 from tests.synthetic import (BOS, ROOT, bytes_of, changed, documents, environment, runtime, tiny, write_corpus, write_data,
                              write_shard)
@@ -84,7 +83,7 @@ def test_recipes_are_settings_that_go_together(recipe, root):
     chosen = dict(line.split("=", 1) for line in lines)
     assert len(chosen) == len(lines)
     settings = g.Settings.from_environment(chosen)
-    for name in chosen.keys() - env_settings.FIXED_SETTINGS.keys():
+    for name in chosen.keys() - g.Settings.fixed.keys():
         value = chosen[name]
         assert str(getattr(settings, name.lower())) in (value, str(value == "1")) or float(value) == getattr(settings, name.lower())
 
@@ -100,7 +99,8 @@ def test_what_published_commands_switch_off_is_accepted():
 
 @pytest.mark.parametrize("environ, name, value", [
     (dict(MATRIX_BITS="6"), "step_rule", "sigma"), (dict(AWQ_LITE_ENABLED="1"), "step_rule", "sigma"),
-    (dict(AWQ_LITE_ENABLED="0"), "step_rule", "loss"), (dict(TTT_SHORT_SCORE_FIRST_ENABLED="1"), "ttt_order", "length")])
+    (dict(AWQ_LITE_ENABLED="0"), "step_rule", "loss"),
+    (dict(TTT_SHORT_SCORE_FIRST_ENABLED="1", TTT_SHORT_SCORE_FIRST_STEPS="256:16"), "ttt_order", "length")])
 def test_a_setting_chooses_its_reader(environ, name, value):
     assert getattr(g.Settings.from_environment(environ), name) == value
 

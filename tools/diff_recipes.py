@@ -4,8 +4,6 @@
 """
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
 import re
 import sys
@@ -14,17 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
 
-from env_settings import InputError, setting_text  # noqa: E402
+from env_settings import InputError, fields_by_group, setting_text  # noqa: E402
 from train_gpt import Settings  # noqa: E402
 
 
 def read_recipe(name: str) -> Settings:
-    """The settings of recipes/NAME.env, or of the file NAME: lines NAME=VALUE, empty ones, and comments that begin with #."""
+    """The settings of recipes/NAME.env, or of the file NAME: lines NAME=VALUE, empty ones, and # comments."""
     path = name if os.path.exists(name) else str(ROOT / "recipes" / f"{name}.env")
+    values = {}
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-        return Settings.from_environment(dict(re.fullmatch(r"(\w+)=(.*)", line).groups() for line in lines))
+            for line in file:
+                if line.strip() and not line.startswith("#"):
+                    variable, value = re.fullmatch(r"(\w+)=(.*)", line.strip()).groups()
+                    values[variable] = value
+        return Settings.from_environment(values)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name one of recipes/*.env or a file like them") from None
     except (UnicodeDecodeError, AttributeError):
@@ -34,13 +36,19 @@ def read_recipe(name: str) -> Settings:
 
 
 def settings_diff(names: list[str]) -> str:
-    """The settings in which two recipes differ, grouped like settings_help, a line each."""
-    sides, lines = [read_recipe(name) for name in names], []
-    for group, fields in itertools.groupby(dataclasses.fields(Settings), key=lambda f: f.metadata["group"]):
-        values = [(f.name.upper(), *(setting_text(getattr(side, f.name)) for side in sides)) for f in fields]
-        changed = [row for row in values if row[1] != row[2]]
-        lines += ["", group] * bool(changed) + [f"  {name:30} {a:>24} {b:>24}" for name, a, b in changed]
-    return "\n".join([f"{'':32} {names[0]:>24} {names[1]:>24}", *(lines or ["no difference"])])
+    """The settings in which two recipes differ, under the headings of --help, a line each."""
+    recipes = [read_recipe(name) for name in names]
+    lines = []
+    for group, fields in fields_by_group(Settings).items():
+        changed = []
+        for field in fields:
+            first, second = (setting_text(getattr(recipe, field.name)) or "(empty)" for recipe in recipes)
+            if first != second:
+                changed.append(f"  {field.name.upper():30} {first:>24} {second:>24}")
+        if changed:
+            lines += ["", group, *changed]
+    title = f"{'':32} {names[0]:>24} {names[1]:>24}"
+    return "\n".join([title, *(lines or ["no difference"])])
 
 
 def main(arguments: list[str]) -> int:

@@ -251,8 +251,15 @@ def schedule(run: Run) -> Schedule | str:
     s = train_gpt.Settings(**given)
     steps = run.events("step", "step", "seconds")
     last = int(max([run.figure("training", "steps") or 0, *(event["step"] for event in steps)]))
-    if not steps or s.iterations < 1 or s.stages(s.train_seq_schedule) is None:
-        return "no steps" if not steps else "settings of another version"
+    if not steps:
+        return "no steps"
+    try:
+        s.context_at(0.0)
+        sound = s.iterations >= 1
+    except ValueError:  # of a schedule in another notation
+        sound = False
+    if not sound:
+        return "settings of another version"
     reserve = next((event["reserve_seconds"] for event in run.events("warmup", "reserve_seconds")), s.gptq_reserve_seconds)
     budget = s.max_wallclock_seconds - reserve
     timed = s.max_wallclock_seconds > 0
