@@ -32,6 +32,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -39,7 +40,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import sys
 import threading
@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -58,14 +58,16 @@ from tqdm import tqdm
 import lossless_caps
 from lossless_caps import BOS, MAX_UINT16, Tokenizer, TokenizerError, pack_uint16
 
+# The shards of the challenge.
 MAGIC, VERSION = 20240520, 1
 HEADER = struct.Struct("<256i")
-VAL_DOCS = 50_000
+VAL_DOCS = 50_000  # as published
 SHARD_TOKENS = 10_000_000
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # some tenths of a second of a worker's time
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
-HOLDER = "held_by"
+HOLDER = "held_by"  # a file in STAGING: which process writes
+# All that is ever replaced in a folder.
 OWN_FILES = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin|manifest\.json")
 AGAIN = "write or fetch it again"
 ONE_PER_LINE = 'write one {"text": ...} object per line'
@@ -92,20 +94,20 @@ class Batch(NamedTuple):
     lines: list[tuple[int, bytes]]
 
 
-class CountedFile(io.RawIOBase):
-    """A file that is read once from front to back, as a pipe must be; `digest` is updated on the way."""
+class WatchedFile(io.RawIOBase):
+    """A file or pipe, read once from front to back; what is read moves the bar and goes into the digest."""
 
-    def __init__(self, file: io.RawIOBase, digest: "hashlib._Hash | None"):
+    def __init__(self, file: io.RawIOBase, bar: tqdm, digest: "hashlib._Hash | None"):
         self.file = file
+        self.bar = bar
         self.digest = digest
-        self.position = 0
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: memoryview) -> int:
         count = self.file.readinto(buffer)
-        self.position += count
+        self.bar.update(count)
         if self.digest:
             self.digest.update(memoryview(buffer)[:count])
         return count
@@ -120,36 +122,32 @@ def read_batches(docs: Path, val_docs: int, max_docs: int | None = None, digest=
     with disk_errors(docs):
         file = open(docs, "rb", buffering=0)
         size = os.fstat(file.fileno()).st_size or None  # a pipe has none
-    source = CountedFile(file, digest)
-    units = {"total": size, "unit": "B", "unit_scale": True}
-    if max_docs:
-        units = {"total": max_docs, "unit": " docs"}
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    lines, batch_bytes, count = [], 0, 0
-    with file, tqdm(desc=docs.name, mininterval=interval, **units) as bar:
-        for number, line in numbered_lines(source, docs):
-            lines.append((number, line))
-            batch_bytes += len(line)
+    with file, tqdm(desc=docs.name, total=size, unit="B", unit_scale=True, mininterval=interval) as bar:
+        source = WatchedFile(file, bar, digest)
+        count = batch_bytes = 0
+        lines = []
+        for number, line in itertools.islice(numbered_lines(source, docs), max_docs):
             count += 1
-            if batch_bytes >= BATCH_BYTES or count in (val_docs, max_docs):
+            batch_bytes += len(line)
+            lines.append((number, line))
+            if batch_bytes >= BATCH_BYTES or count == val_docs:
                 yield Batch("val" if count <= val_docs else "train", str(docs), lines)
-                lines, batch_bytes = [], 0
-                bar.update((count if max_docs else source.position) - bar.n)
-            if count == max_docs:
-                break
+                batch_bytes = 0
+                lines = []
         if lines:
             yield Batch("val" if count <= val_docs else "train", str(docs), lines)
         if not count:
             raise DataError(f"{docs}: holds no document; {ONE_PER_LINE}")
         with disk_errors(docs):
+            # The digest is the whole file's, wherever `max_docs` ends.
             while digest and source.read(BATCH_BYTES):
                 pass
-        bar.update((count if max_docs else source.position) - bar.n)
 
 
-def numbered_lines(source: CountedFile, docs: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(source: WatchedFile, docs: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of the decompressed lines that are not blank."""
-    number = 0
+    number = 0  # where an empty stream is damaged
     try:
         for number, line in enumerate(decompressed_lines(source, docs), 1):
             if not line.isspace():
@@ -158,8 +156,8 @@ def numbered_lines(source: CountedFile, docs: Path) -> Iterator[tuple[int, bytes
         raise DataError(f"{docs}:{number + 1}: cut or damaged ({error}); fetch or write it again") from error
 
 
-def decompressed_lines(source: CountedFile, docs: Path) -> Iterable[bytes]:
-    """The lines of `source`. Its name or its first bytes say how it is compressed: a pipe has no name."""
+def decompressed_lines(source: WatchedFile, docs: Path) -> Iterable[bytes]:
+    """The lines of `source`, decompressed as its name or its first bytes ask for; a pipe has no such name."""
     file = io.BufferedReader(source, BATCH_BYTES)
     start = file.peek()[:512]
     name = docs.name.lower()
@@ -173,6 +171,7 @@ def decompressed_lines(source: CountedFile, docs: Path) -> Iterable[bytes]:
         return io.BufferedReader(bz2.open(file), BATCH_BYTES)
     if name.endswith((".zst", ".zstd")) or start.startswith(b"\x28\xb5\x2f\xfd"):
         return _zstandard_lines(file, docs)
+    # A bad byte behind the first document is a fault of a line, found with its number.
     if not start.lstrip().startswith(b"{") and not is_text(start):
         raise DataError(f"{docs}: neither text nor .xz, .gz, .bz2 or .zst; decompress it and {ONE_PER_LINE}")
     return file
@@ -219,7 +218,8 @@ def parse_document(line: bytes, where: str) -> tuple[str, bytes]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)
+        # JSON's own "line 1" would contradict the line of the file.
+        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
         raise DataError(f"{where}: not valid JSON ({reason}); {ONE_PER_LINE}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -270,9 +270,10 @@ def encode_batch(batch: Batch) -> tuple[str, list[Document]]:
 def encode_document(line: bytes, number: int, batch: Batch) -> Document:
     where = f"{batch.source}:{number}"
     text, utf8 = parse_document(line, where)
-    encoded, sidecar = lossless_caps.encode(text), b""
+    encoded = lossless_caps.encode(text)
     if batch.split == "train":
         tokens = _tokenizer.encode(encoded)
+        sidecar = b""
     else:
         tokens, counts = _tokenizer.encode_with_bytes(encoded)
         if max(counts, default=0) > MAX_UINT16:
@@ -286,12 +287,13 @@ def encode_document(line: bytes, number: int, batch: Batch) -> Document:
 
 def map_in_order(function: Callable, items: Iterable, workers: int, model: bytes) -> Iterator:
     """`map(function, items)` in `workers` processes (1: this one), a bounded number of items in flight."""
-    if workers == 1:
+    if workers == 1:  # easier to debug and profile, and nothing to pickle
         start_worker(model)
         yield from map(function, items)
         return
+    # Forked workers would inherit the progress bar's thread in an unknown state, and all open files.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (model,))
-    window = deque()
+    window = deque()  # in order; what is in it, not the file, bounds the memory
     try:
         # Processes inherit an ignored Ctrl-C: it is for the main process to act on.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -321,8 +323,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = {errno.ENOSPC: "; free some space or choose another --out", errno.ENOENT: "; check the path"}
-        raise DataError(f"{path}: {error.strerror or error}{remedy.get(error.errno, '')}") from error
+        remedy = "check the path"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space or choose another --out"
+        raise DataError(f"{path}: {error.strerror or error}; {remedy}") from error
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -337,18 +341,21 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def write_file(path: Path, content: bytes) -> None:
     """Writes a whole file; `path` names it only when all of it is on disk."""
     part = path.with_name(path.name + STAGING)
-    with disk_errors(path):
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+    try:
+        with disk_errors(path):
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     with disk_errors(path), open(path, "rb") as file:
-        while block := file.read(BATCH_BYTES):
+        for block in iter(lambda: file.read(BATCH_BYTES), b""):
             digest.update(block)
     return digest.hexdigest()
 
@@ -369,7 +376,7 @@ def held(out: Path) -> Iterator[Path]:
             with disk_errors(out):
                 shutil.rmtree(stage, ignore_errors=True)
                 stage.mkdir()
-                (stage / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                (stage / HOLDER).write_text(f"process {os.getpid()} on {os.uname().nodename}")
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -384,7 +391,7 @@ def lock(folder: int, out: Path) -> None:
         holder = "another run"
         with contextlib.suppress(OSError):  # it has only just begun, or is about to end
             holder = (out / STAGING / HOLDER).read_text() or holder
-        raise DataError(f"{out}: {holder} is writing here; wait for its end or choose another --out") from None
+        raise DataError(f"{out}: {holder} is writing here; wait for it or choose another --out") from None
     except OSError:
         print(f"{out}: its file system has no locks, so start nothing else that writes there")
 
@@ -392,27 +399,30 @@ def lock(folder: int, out: Path) -> None:
 def old_files(out: Path, overwrite: bool) -> list[str]:
     """The names of the data set in `out`, the manifest first.
 
-    Raises DataError when there are some and `overwrite` is off: two runs may disagree about which documents are
-    validation, and a mixture of their shards would train on what it is scored on.
+    Raises DataError when there are some and `overwrite` is off: two runs may disagree about which documents
+    are validation, and a mixture of their shards would train on what it is scored on.
     """
     names = sorted(filter(OWN_FILES.fullmatch, os.listdir(out)), key=lambda name: name != MANIFEST)
     if names and not overwrite:
         raise DataError(
-            f"{out}: holds a data set already ({names[0]} and {len(names) - 1} more), and splits of different "
-            "runs may share documents; choose another --out, or replace all of it with --overwrite"
+            f"{out}: holds a data set already ({names[0]} and {len(names) - 1} more), and splits of "
+            "different runs may share documents; choose another --out, or replace all of it with --overwrite"
         )
     return names
 
 
 def publish(stage: Path, out: Path, old: list[str]) -> None:
-    """Gives the files in `stage` their final names in `out`, the manifest last, in place of the files `old`."""
+    """Moves the files in `stage` to their final names in `out`, in place of the files `old`.
+
+    The old manifest goes first and the new one comes last, so that none ever vouches for a mixture.
+    """
     with disk_errors(out):
         os.remove(stage / HOLDER)
         for name in old:
             os.remove(out / name)
         for file in sorted(stage.iterdir(), key=lambda file: file.name == MANIFEST):
             if file.name == MANIFEST:
-                sync_folder(out)
+                sync_folder(out)  # without this a crash could keep the manifest and lose a shard
             os.replace(file, out / file.name)
         sync_folder(out)
 
@@ -462,11 +472,13 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         with disk_errors(self.path), self.file as file:
+            # Only now is the count known: a shard without its header is unfinished.
             file.seek(0)
             file.write(HEADER.pack(MAGIC, VERSION, self.count, *[0] * 253))
             file.flush()
             os.fsync(file.fileno())
         self.file = None
+        # Read back from the disk's cache: the header, which comes last, is hashed first.
         self.shards.append({"file": self.path.name, "tokens": self.count, "sha256": sha256_file(self.path)})
 
 
@@ -491,12 +503,14 @@ class Split:
     def __init__(self, name: str, first_doc: int, stage: Path, shard_tokens: int):
         self.shards = ShardWriter(stage, f"fineweb_{name}", shard_tokens)
         self.sidecar = ShardWriter(stage, f"fineweb_{name}_bytes", shard_tokens)
+        self.sidecar_bytes = 0
         self.text_hashes = hashlib.sha256()
         self.totals = {"docs": 0, "first_doc": first_doc, "tokens": 0, "text_bytes": 0}
 
     def add(self, document: Document) -> None:
         self.shards.write(document.tokens)
         self.sidecar.write(document.sidecar)
+        self.sidecar_bytes += int(np.frombuffer(document.sidecar, "<u2").sum(dtype=np.int64))
         self.text_hashes.update(document.text_hash)
         self.totals["docs"] += 1
         self.totals["tokens"] += len(document.tokens) // 2
@@ -520,43 +534,44 @@ def write_splits(stage: Path, docs: Path, model: Path, options: Options) -> dict
         print(f"{model.name} is not lossless: {NOT_LOSSLESS}")
     val = Split("val", 0, stage, options.shard_tokens)
     train = Split("train", options.val_docs, stage, options.shard_tokens)
-    val_lines, val_bytes, repeated = {}, 0, []
-    docs_digest = hashlib.sha256()
-    with contextlib.closing(read_batches(docs, options.val_docs, options.max_docs, docs_digest)) as batches:
+    val_lines = {}  # of each validation document, by the hash of its tokens
+    repeated = []
+    digest = hashlib.sha256()
+    with contextlib.closing(read_batches(docs, options.val_docs, options.max_docs, digest)) as batches:
         for name, documents in map_in_order(encode_batch, batches, options.workers, tokenizer.model):
             for document in documents:
                 token_hash = hash_tokens(document.tokens).digest()
                 if name == "val":
                     val_lines[token_hash] = document.line
-                    val_bytes += int(np.frombuffer(document.sidecar, "<u2").sum(dtype=np.int64))
                     val.add(document)
-                    continue
-                if token_hash in val_lines:
-                    repeated.append(document.line)
-                    if options.duplicates == "refuse":
-                        raise DataError(
-                            f"{docs}:{document.line}: this training document repeats the validation document "
-                            f"of line {val_lines[token_hash]}; leave such out with --duplicates drop"
-                        )
-                if token_hash not in val_lines or options.duplicates == "keep":
+                elif token_hash not in val_lines:
                     train.add(document)
+                elif options.duplicates == "refuse":
+                    raise DataError(
+                        f"{docs}:{document.line}: this training document repeats the validation document of "
+                        f"line {val_lines[token_hash]}; leave such documents out with --duplicates drop"
+                    )
+                else:
+                    repeated.append(document.line)
+                    if options.duplicates == "keep":
+                        train.add(document)
     if not train.totals["docs"]:
         raise no_training_documents(docs, val.totals["docs"], options.val_docs)
     write_file(stage / model.name, tokenizer.model)
     manifest = make_manifest(
         tokenizer,
         model.name,
-        source={"file": docs.name, "sha256": docs_digest.hexdigest()},
-        splits={"val": val.record() | {"bytes": val_bytes}, "train": train.record()},
+        source={"file": docs.name, "sha256": digest.hexdigest()},
+        splits={"val": val.record() | {"bytes": val.sidecar_bytes}, "train": train.record()},
         duplicates={"rule": options.duplicates, "count": len(repeated), "lines": repeated},
         shards=[*train.close(), *val.close()],
     )
-    write_file(stage / MANIFEST, manifest_bytes(manifest))
+    write_manifest(stage, manifest)
     return manifest
 
 
 def hash_tokens(tokens: bytes) -> "hashlib._Hash":
-    return hashlib.blake2b(tokens, digest_size=16)
+    return hashlib.blake2b(tokens, digest_size=16)  # 16 bytes: it is kept for every validation document
 
 
 def no_training_documents(docs: Path, found: int, val_docs: int) -> DataError:
@@ -577,7 +592,7 @@ def make_manifest(
     if not tokenizer.lossless:
         about_tokenizer["note"] = NOT_LOSSLESS
     return {
-        "format": 1,
+        "format": 1,  # of this manifest
         "transform": lossless_caps.TRANSFORM,
         "tokenizer": about_tokenizer,
         "bos_id": BOS,
@@ -589,8 +604,8 @@ def make_manifest(
     }
 
 
-def manifest_bytes(manifest: dict) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+def write_manifest(folder: Path, manifest: dict) -> None:
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def prepare(docs: Path, out: Path, model: Path, overwrite: bool = False, **options) -> dict:
@@ -633,7 +648,7 @@ TOOLS = {
 class Console:
     """A stream that outlives its terminal, pipe or disk: files count, not what is said about them."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
 
     def write(self, text: str) -> int:
@@ -645,7 +660,7 @@ class Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
 
@@ -672,7 +687,7 @@ def positive(text: str) -> int:
 
 
 def command_parser(text: str) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring `text`."""
+    """A parser without options yet, whose help is the docstring `text`."""
     summary, _, details = text.partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=summary, epilog=details, formatter_class=layout)
@@ -681,7 +696,7 @@ def command_parser(text: str) -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> None:
     number = {"type": positive, "metavar": "N"}
     parser = command_parser(__doc__)
-    parser.add_argument("--docs", type=Path, required=True, help="documents, a JSON object a line; /dev/stdin: a pipe")
+    parser.add_argument("--docs", type=Path, required=True, help="documents; /dev/stdin reads a pipe")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--sp", type=Path, required=True, metavar="MODEL", help="SentencePiece model")
     parser.add_argument("--val-docs", **number, default=VAL_DOCS, help="for validation (%(default)s)")

@@ -367,7 +367,7 @@ def test_documents_from_a_pipe(kind, max_docs, docs, model, tmp_path):
     assert manifest["source"] == {"file": "pipe", "sha256": hashlib.sha256(content).hexdigest()}
     prep.prepare(tmp_path / "docs", tmp_path / "read", model, **options)
     found, expected = snapshot(tmp_path / "piped"), snapshot(tmp_path / "read")
-    found.pop("manifest.json"), expected.pop("manifest.json")
+    del found["manifest.json"], expected["manifest.json"]
     assert found == expected
 
 
@@ -380,7 +380,7 @@ def test_blank_lines_are_no_documents(blank, built, docs, model, tmp_path, capsy
                      b"".join(lines[52:]) + 2 * blank + blank.strip(b"\n"))
     prep.prepare(path, tmp_path / "out", model, val_docs=50, shard_tokens=4000)
     found, expected = snapshot(tmp_path / "out"), snapshot(built)
-    found.pop("manifest.json"), expected.pop("manifest.json")
+    del found["manifest.json"], expected["manifest.json"]
     assert found == expected
     assert check_data.check(tmp_path / "out", path)["splits"]["val"]["docs"] == 50
     path.write_bytes(b"".join(lines[:20]) + 2 * blank + b"{\n")
@@ -556,6 +556,16 @@ def test_unknown_compressions(name, docs, model, tmp_path, capsys):
 def test_missing_files(docs, model, tmp_path, capsys):
     expect_fault(tmp_path / "no.jsonl", model, tmp_path / "out", capsys, f"{tmp_path / 'no.jsonl'}: No such file")
     expect_fault(docs, tmp_path / "no.model", tmp_path / "out", capsys, f"{tmp_path / 'no.model'}: No such file")
+    expect_fault(tmp_path, model, tmp_path / "out", capsys, f"{tmp_path}: Is a directory; check the path")
+    expect_fault(docs, tmp_path, tmp_path / "out", capsys, f"{tmp_path}: Is a directory; check the path")
+
+
+def test_folder_that_is_a_file(docs, model, capsys):
+    reads = ["--docs", str(docs), "--val-docs", "50"]
+    for arguments in (["--sp", str(model), *reads], ["--train-tokenizer", "--vocab-size", "420", *reads],
+                      ["--demo"], ["--download"]):
+        assert prep.main([*arguments, "--out", str(docs)]) == 2
+        assert capsys.readouterr().err == f"error: {docs}: File exists; check the path\n"
 
 
 def test_too_few_documents(model, tmp_path, capsys):

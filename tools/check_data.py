@@ -6,7 +6,6 @@ Reads every shard: headers, sizes, ids, BOS, sidecar, hashes, documents that are
 per fault.
 """
 
-import argparse
 import contextlib
 import hashlib
 import itertools
@@ -62,7 +61,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def document_hashes(shards: Iterable[np.ndarray]) -> Iterator[bytes]:
     """One digest per document of a split; documents may run over shard ends."""
-    digest = None
+    digest = None  # of the document that the last shard ended in
     for tokens in shards:
         cuts = [0, *np.flatnonzero(tokens == BOS).tolist(), len(tokens)]
         for begin, end in itertools.pairwise(cuts):
@@ -86,7 +85,7 @@ def audit(folder: Path, vocab_size: int) -> Audit:
             values = open_shard(path)
         except DataError as error:
             result.faults.append(str(error))
-            continue
+            continue  # one run finds all faults
         kind = OWN_FILES.fullmatch(path.name)[1]
         arrays[kind].append(values)
         result.shards.append({"file": path.name, "tokens": len(values), "sha256": prep.sha256_file(path)})
@@ -140,6 +139,7 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_bytes())
         wanted = {"docs", "tokens", "text_bytes", "docs_sha256"}
+        # Only what is compared is asked for: other tools may add to a manifest.
         for name, keys in {"val": wanted | {"bytes"}, "train": wanted}.items():
             lacking = keys - manifest["splits"][name].keys()
             if lacking:
@@ -165,6 +165,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
     model = folder / tokenizer["file"]
     found = audit(folder, tokenizer["vocab_size"])
     faults = found.faults
+    # Ids mean nothing without the tokenizer, so it is part of the data set.
     if not model.is_file() or prep.sha256_file(model) != tokenizer["sha256"]:
         faults.append(f"{model}: missing, or not the tokenizer that the manifest names; put it back")
     for shard in found.shards:
@@ -177,6 +178,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
             if value != splits[name][key]:
                 stated_value = splits[name][key]
                 faults.append(f"{folder}: {value} {name} {key}, the manifest says {stated_value}; {AGAIN}")
+    # What a lossy tokenizer drops whole has no token to count it.
     if tokenizer["lossless"] and splits["val"]["text_bytes"] not in (None, splits["val"]["bytes"]):
         faults.append(f"{folder}: the sidecar's bytes do not sum to the validation text's; {AGAIN}")
     if found.shared_docs != shared_docs:
@@ -194,6 +196,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
 def document_faults(manifest: dict, docs: Path) -> Iterator[str]:
     """Whether `docs` are the documents that the manifest's splits were made of."""
     duplicates = manifest["duplicates"]
+    # Left out documents are lines of the file, but belong to no split.
     dropped = set(duplicates["lines"]) if duplicates["rule"] == "drop" else set()
     val_docs, train_docs = (manifest["splits"][name]["docs"] for name in ("val", "train"))
     digests = {"val": hashlib.sha256(), "train": hashlib.sha256()}
@@ -227,7 +230,7 @@ def text_hashes(batches: Iterable[prep.Batch]) -> Iterator[tuple[str, int, bytes
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Verify a data set against its manifest and its documents.")
+    parser = prep.command_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--docs", type=Path, help="the documents it was made of")
     options = parser.parse_args(arguments)

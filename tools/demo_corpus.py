@@ -5,7 +5,6 @@
 Writes documents, tokenizer, shards and manifest. The same Python version gives the same files.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -23,7 +22,8 @@ import prepare_caseops_data as prep  # noqa: E402
 from prepare_caseops_data import DataError  # noqa: E402
 from tools.train_tokenizer import model_name, train_tokenizer  # noqa: E402
 
-DOCUMENT_CHARACTERS = 2_000
+DOCUMENT_CHARACTERS = 2_000  # some 700 tokens: the demo's model sees 512 at most
+# What users install differs from machine to machine; tests and tables are no text to learn from.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
 
 
@@ -77,7 +77,8 @@ def make_documents() -> dict[str, list[str]]:
     A tenth of the sources, chosen by a hash of their names, is validation; a source lies in one split whole,
     so that no document is scored whose other half was trained on. Raises DataError where there is too little.
     """
-    documents, seen = {"val": [], "train": []}, set()
+    documents = {"val": [], "train": []}
+    seen = set()  # licences and boilerplate repeat
     for name, text in sources():
         split = "val" if hashlib.sha256(name.encode()).digest()[0] % 10 == 0 else "train"
         for document in cut_documents(text):
@@ -106,7 +107,7 @@ def write_demo(stage: Path, vocab_size: int, shard_tokens: int, workers: int) ->
 
 def run(arguments: list[str]) -> None:
     number = {"type": prep.positive, "metavar": "N"}
-    parser = argparse.ArgumentParser(description="Make a small data set of the text that Python carries.")
+    parser = prep.command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     parser.add_argument("--vocab-size", **number, default=1024, help="pieces of the tokenizer (%(default)s)")
     parser.add_argument("--shard-tokens", **number, default=prep.SHARD_TOKENS, help="per shard (%(default)s)")
@@ -116,6 +117,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     started = time.monotonic()
     with prep.held(options.out) as stage:
+        # Asked under the lock: another run may just have finished it.
         if options.keep and (options.out / prep.MANIFEST).exists():
             print(f"{options.out}: holds a data set already")
             return

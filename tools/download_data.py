@@ -1,11 +1,10 @@
-"""Fetch the published data set.
+"""Fetch the published data set, or what is still missing of it.
 
     python tools/download_data.py [--train-shards N] [--out DIR]
 
-Fetches what is still missing of it; prints the DATA_PATH to set.
+It is romeerp/parameter-golf-caseops-v1 of the Hugging Face hub. Prints the DATA_PATH to set.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -74,11 +73,11 @@ def describe(folder: Path, model: Path, train_shards: int | None) -> None:
         duplicates={"rule": "keep", "count": found.shared_docs, "lines": []},
         shards=found.shards,
     )
-    prep.write_file(folder / prep.MANIFEST, prep.manifest_bytes(manifest))
+    prep.write_manifest(folder, manifest)
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=f"Fetch {REPO}, or what is still missing of it.")
+    parser = prep.command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (%(default)s)")
     parser.add_argument("--train-shards", type=prep.positive, metavar="N", help="so many training shards")
     options = parser.parse_args(arguments)

@@ -5,7 +5,6 @@
 Writes caseops_<V>_bpe_identity_v1.model. The first --val-docs documents are validation and are not looked at.
 """
 
-import argparse
 import contextlib
 import io
 import re
@@ -43,12 +42,13 @@ class Sentences:
                     self.docs[batch.split] += len(batch.lines)
                     if batch.split == "train":
                         yield from self.words(batch)
-        except BaseException as error:
+        except (Exception, KeyboardInterrupt) as error:
             self.failure = error
 
     def words(self, batch: prep.Batch) -> Iterator[str]:
         for number, line in batch.lines:
             text, _ = prep.parse_document(line, f"{batch.source}:{number}")
+            # A literal word mark is written as its bytes (Tokenizer.encode), so pieces end there.
             yield from filter(None, lossless_caps.encode(text).split(lossless_caps.WORD_MARK))
 
 
@@ -73,7 +73,7 @@ def train_tokenizer(docs: Path, vocab_size: int, val_docs: int, max_docs: int | 
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            character_coverage=0.9999,
+            character_coverage=0.9999,  # the rest are bytes
             byte_fallback=True,
             split_digits=True,
             allow_whitespace_only_pieces=True,
@@ -85,13 +85,14 @@ def train_tokenizer(docs: Path, vocab_size: int, val_docs: int, max_docs: int | 
             eos_id=2,
             unk_id=3,
             user_defined_symbols=list(lossless_caps.OPERATORS),
-            max_sentence_length=1 << 30,
+            max_sentence_length=1 << 30,  # longer ones would be skipped without a word
             shuffle_input_sentence=False,
-            num_threads=1,
-            minloglevel=2,
+            num_threads=1,  # and no shuffling: the same documents give the same file
+            minloglevel=2,  # errors alone
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+    # In the order of cause: an error while reading is why there are too few sentences.
     if sentences.failure:
         raise sentences.failure
     if not sentences.docs["train"]:
@@ -114,9 +115,7 @@ def remedy(reason: str) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    summary, _, details = __doc__.partition("\n\n")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=layout)
+    parser = prep.command_parser(__doc__)
     number = {"type": prep.positive, "metavar": "N"}
     parser.add_argument("--docs", type=Path, required=True, help="documents, one JSON object a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
