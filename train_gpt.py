@@ -28,7 +28,6 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shutil
 import signal
@@ -36,12 +35,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -638,48 +638,24 @@ def write_atomically(path: str, data: bytes) -> None:
         os.close(folder)
 
 
-@contextmanager
 def ahead(items, depth: int):
-    """The items, an iterable, taken by a thread that runs up to `depth` of them ahead; it ends with the context.
+    """Yield the items, computed up to `depth` ahead by a thread that ends with this generator.
 
-    What is raised while taking an item is raised where that item is asked for.
+    What is raised while computing an item is raised where that item is asked for.
     """
-    ready, stopped, end = queue.Queue(depth), threading.Event(), object()
-
-    def put(item) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def produce():
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
         try:
-            for item in items:
-                if not put((item, None)):
+            pending = deque(thread.submit(next, source, end) for _ in range(depth))
+            while True:
+                item = pending.popleft().result()
+                if item is end:
                     return
-            put((end, None))
-        except Exception as error:
-            put((end, error))
-
-    def consume():
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        yield consume()
-    finally:
-        stopped.set()
-        thread.join()
+                pending.append(thread.submit(next, source, end))
+                yield item
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 def file_sha256(path: str) -> str:
@@ -933,7 +909,7 @@ class TrainingData:
         """Yield this rank's micro-batches on the device, from step `first` on."""
         order = ((step, micro, max_seqlen) for step in itertools.count(first)
                  for micro in range(self.settings.accumulation))
-        with ahead(itertools.starmap(self.batch, order), 4) as batches:
+        with closing(ahead(itertools.starmap(self.batch, order), 4)) as batches:
             for batch in batches:
                 yield batch.to(self.runtime)
 
@@ -2935,33 +2911,43 @@ def install(model: GPT, table: dict, arrays: dict[str, np.ndarray], s: Settings)
 # ======================================================================================================================
 
 
-def evaluation_windows(tokens: np.ndarray, s: Settings) -> list[tuple[int, int, int]]:
-    """(begin, end, first scored) of the windows over the inputs tokens[:-1]; together they score every target once.
+class Window(NamedTuple):
+    """A piece of the inputs tokens[:-1] that plain evaluation reads at once; it scores the end of it."""
+
+    begin: int
+    end: int
+    first_scored: int
+
+
+def evaluation_windows(tokens: np.ndarray, s: Settings) -> list[Window]:
+    """Windows over the inputs tokens[:-1] that together score every target once.
 
     A window never crosses a document border. With EVAL_STRIDE = 0 a long document is cut into disjoint windows.
     """
-    last = len(tokens) - 1
-    starts = np.unique(np.concatenate(([0], np.flatnonzero(tokens[:last] == BOS_ID))))
+    starts = document_starts(tokens[:-1]).tolist()
     windows = []
-    for a, b in zip(starts.tolist(), starts[1:].tolist() + [last]):
-        end = min(a + s.eval_seq_len, b)
-        windows.append((a, end, a))
-        while end < b:
-            scored_from, end = end, min(end + (s.eval_stride or s.eval_seq_len), b)
-            windows.append((max(a, end - s.eval_seq_len) if s.eval_stride else scored_from, end, scored_from))
+    for start, document_end in zip(starts, starts[1:] + [len(tokens) - 1]):
+        end = min(start + s.eval_seq_len, document_end)
+        windows.append(Window(start, end, start))
+        while end < document_end:
+            first_scored = end
+            end = min(end + (s.eval_stride or s.eval_seq_len), document_end)
+            begin = max(start, end - s.eval_seq_len) if s.eval_stride else first_scored
+            windows.append(Window(begin, end, first_scored))
     return windows
 
 
-def pack_windows(windows: list[tuple[int, int, int]], capacity: int) -> list[list[tuple[int, int, int]]]:
+def pack_windows(windows: list[Window], capacity: int) -> list[list[Window]]:
     """Whole windows in order, as many to a batch as fit into `capacity` tokens."""
-    batches, room = [], 0
+    batches = []
+    free = 0
     for window in windows:
-        length = window[1] - window[0]
-        if length > room:
+        length = window.end - window.begin
+        if length > free:
             batches.append([])
-            room = capacity
+            free = capacity
         batches[-1].append(window)
-        room -= length
+        free -= length
     return batches
 
 
@@ -2973,29 +2959,36 @@ class Evaluator:
     """
 
     def __init__(self, data: ValidationData, settings: Settings, runtime: Runtime):
-        self.data, self.settings, self.runtime = data, settings, runtime
+        self.data = data
+        self.settings = settings
+        self.runtime = runtime
         self.batches = pack_windows(evaluation_windows(data.tokens, settings), settings.eval_batch_tokens)
-        self.targets, self.bytes = len(data.tokens) - 1, int(data.bytes[1:].sum(dtype=np.int64))
+        self.targets = len(data.tokens) - 1
+        self.bytes = int(data.bytes[1:].sum(dtype=np.int64))
         if not self.bytes:
             raise InputError(f"DATA_PATH: the validation tokens in {settings.shards_dir} stand for no bytes; prepare again")
         self.rehearsed = set()
 
     def batch(self, index: int) -> tuple[Batch, Tensor]:
-        """Batch `index`, filled up to its fixed length, and the (T,) mask of the targets that it scores."""
-        s, tokens = self.settings, self.data.tokens
+        """Batch `index`, padded to its fixed length, and the mask (T,) of the targets that it scores."""
+        s = self.settings
+        tokens = self.data.tokens
         inputs = np.full(s.eval_batch_tokens, BOS_ID, dtype=np.int64)
-        targets, scored = np.zeros_like(inputs), np.zeros(len(inputs), dtype=bool)
-        starts, at = [], 0
-        for begin, end, first in self.batches[index]:
+        targets = np.zeros_like(inputs)
+        scored = np.zeros(len(inputs), dtype=bool)
+        starts = []
+        at = 0
+        for window in self.batches[index]:
             starts.append(at)
-            stop = at + end - begin
-            inputs[at:stop], targets[at:stop] = tokens[begin:end], tokens[begin + 1:end + 1]
-            scored[at + first - begin:stop] = True
+            stop = at + window.end - window.begin
+            inputs[at:stop] = tokens[window.begin:window.end]
+            targets[at:stop] = tokens[window.begin + 1:window.end + 1]
+            scored[at + window.first_scored - window.begin:stop] = True
             at = stop
-        bounds = segment_bounds(np.array(starts + [at]), len(inputs), s.eval_seq_len)
+        bounds = segment_bounds(np.array([*starts, at]), len(inputs), s.eval_seq_len)
         segments = make_segments(bounds, s.eval_seq_len)
-        mask = torch.from_numpy(scored).to(self.runtime.device)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments).to(self.runtime), mask
+        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments)
+        return batch.to(self.runtime), torch.from_numpy(scored).to(self.runtime.device)
 
     @torch.no_grad()
     def score(self, model: GPT, looping: bool) -> dict:
@@ -3015,11 +3008,30 @@ class Evaluator:
             raise AssertionError(f"{targets} of {self.targets} validation targets were scored")
         if not math.isfinite(nats):
             raise FloatingPointError("the validation loss is not finite: training diverged")
-        return dict(val_loss=round(nats / targets, 8), val_bpb=round(nats / math.log(2) / self.bytes, 8),
-                    targets=self.targets, bytes=self.bytes, seconds=round(time.perf_counter() - began, 3))
+        seconds = time.perf_counter() - began
+        return loss_and_bpb(nats, targets, self.bytes) | dict(seconds=round(seconds, 3))
 
 
-MOST_ROWS = 1000  # of one forward pass; grouped_mm takes fewer than 1,024 matrices
+def loss_and_bpb(nats: float, targets: float, size: int) -> dict:
+    """The figures of a score: nats summed over so many targets, which stand for `size` bytes."""
+    return dict(val_loss=round(nats / targets, 8), val_bpb=round(nats / math.log(2) / size, 8), targets=int(targets),
+                bytes=size)
+
+
+# --- Score-first test-time training -----------------------------------------------------------------------------------
+#
+# Each chunk of a document is scored, then the document's adapters are trained on it. Four guarantees make the scores code
+# lengths; each is marked with its name where it is kept:
+#
+#   C1 causal                a score depends on earlier tokens alone, in the order (step, slot, position)
+#   C2 normalized            the tilted distribution sums to one
+#   C3 score before update   no weight, adapter or count has seen a token that is still to be scored
+#   C4 single pass           every target is scored once, each document from left to right
+#
+# Scores and updates follow ttt_schedule step by step; ranks split its slots. From the Parameter Golf systems #1787 to
+# #2140, which count hints in one order and score in another, so that no decoder could follow; TTT_ORDER=stream has one.
+
+MAX_ROWS_PER_PASS = 1000  # grouped_product takes fewer than 1,024 matrices
 
 
 class Step(NamedTuple):
@@ -3027,157 +3039,356 @@ class Step(NamedTuple):
 
     document: np.ndarray  # its index, -1 for an idle slot
     begin: np.ndarray  # the chunk's first target
-    end: np.ndarray  # behind its last one, were the document to go on; 0 for an idle slot
+    end: np.ndarray  # one past the chunk's last target if the document did not end; 0 for an idle slot
     fresh: np.ndarray  # bool, whether the document is new to the slot
+
+
+def chunk_length(begin: int, document_length: int, s: Settings) -> int:
+    """Targets of the chunk that begins there: a whole multiple of the document's first chunk."""
+    first = s.first_chunk(document_length)
+    grown = min(int(begin * s.ttt_chunk_growth), s.ttt_chunk_max)
+    return max(first, grown // first * first)
 
 
 def ttt_schedule(lengths: np.ndarray, s: Settings):
     """Yield the Steps that score each target of documents of these lengths once, in the order (step, slot, position).
 
     The next document takes the first slot whose document has ended: in corpus order with TTT_ORDER=stream, the longest
-    first with TTT_ORDER=length. A chunk's end follows from its begin alone; only where TTT_ORDER=length may it follow from
-    the document's length. `lengths` is read after a step, when a decoder too knows which documents ended in it: at a BOS.
-    Beforehand it must be told only how many documents there are, and the length of the last, which no BOS ends.
+    first with TTT_ORDER=length. C1: a chunk's end follows from its begin alone; only with TTT_ORDER=length may it follow
+    from the document's length. `lengths` is read after a step, when a decoder too knows which documents ended in it: at a
+    BOS. In advance a decoder must be told only how many documents there are, and the length of the last, which no BOS ends.
     """
+    order = range(len(lengths)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable").tolist()
+    waiting = iter(order)
     slots = min(s.ttt_slots, len(lengths))
-
-    def chunk(document: int, begin: int) -> int:
-        c = s.first_chunk(lengths[document])
-        return max(c, min(int(begin * s.ttt_chunk_growth), s.ttt_chunk_max) // c * c)
-
-    document, begin, end = (np.full(slots, value) for value in (-1, 0, 0))
-    waiting = iter(range(len(lengths)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable").tolist())
+    document = np.full(slots, -1)
+    begin = np.zeros(slots, np.int64)
+    end = np.zeros(slots, np.int64)
     while True:
         fresh = np.zeros(slots, bool)
         for slot, new in zip(np.flatnonzero(document < 0), waiting):
-            document[slot], begin[slot], fresh[slot] = new, 0, True
+            document[slot] = new
+            fresh[slot] = True
         active = np.flatnonzero(document >= 0)
         if not len(active):
             return
-        end[active] = [b + chunk(d, b) for d, b in zip(document[active].tolist(), begin[active].tolist())]
+        for slot in active.tolist():
+            end[slot] = begin[slot] + chunk_length(int(begin[slot]), lengths[document[slot]], s)
         yield Step(document.copy(), begin.copy(), end.copy(), fresh)
-        over = active[end[active] >= lengths[document[active]]]
+        ended = active[end[active] >= lengths[document[active]]]
         begin[active] = end[active]
-        document[over], begin[over], end[over] = -1, 0, 0
+        document[ended] = -1
+        begin[ended] = 0
+        end[ended] = 0
 
 
 class Rows(NamedTuple):
-    """Chunks of R documents for one forward pass: T packed inputs, of which C are scored, document by document."""
+    """Chunks of R documents for one forward pass: T packed inputs, of which C are scored, row by row.
+
+    Of the C targets n lie inside their documents; positions past a document's end are padded.
+    """
 
     slots: Tensor  # (R,) int64, among this rank's slots
     begins: Tensor  # (R,) int64, where the chunk begins in its document
-    trains: Tensor  # (R,) bool, whether the document goes on behind the chunk
-    ids: Tensor  # (T,) int64
-    previous: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64
+    continues: Tensor  # (R,) bool, whether the document continues after the chunk
+    chunk_ratio: Tensor  # (R,) float32, length of the chunk over that of the document's first
     cu_seqlens: Tensor  # (R + 1,) int32, borders of the rows in T
-    chunk: Tensor  # (C,) int64, which inputs are scored
-    chunk_ends: Tensor  # (R,) int32, borders of the rows in C
-    growth: Tensor  # (R,) float32, length of the chunk over that of the document's first
-    weights: Tensor  # (C,) float32, 0 on rows that do not train, else one over the length of the chunk
+    chunk_ends: Tensor  # (R,) int32, ends of the rows in C
+    ids: Tensor  # (T,) int64
+    previous: Tensor  # (T,) int64, the token before each in its document
+    positions: Tensor  # (T,) int64
+    scored: Tensor  # (C,) int64, which of the T inputs are scored
     targets: Tensor  # (C,) int64
+    weights: Tensor  # (C,) float32, of the losses: one over the length of the chunk, 0 where the document ends
     hints: Tensor  # (C,) int64
-    gate: Tensor  # (C,) bool
+    gate: Tensor  # (C,) bool, whether there is a hint
     boost: Tensor  # (C,) float32
-    expert: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
+    ngram_order_index: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
     visible: Tensor  # (n,) int64, which of the C lie inside their documents
-    longest: int  # of the R rows
-    training: bool  # whether any row trains
-    at: np.ndarray  # (n,) their targets' positions in the stream, of tokens[1:]
+    stream_positions: np.ndarray  # (n,) where these targets lie in tokens[1:]
+    max_row_len: int
+    training: bool  # whether any adapter trains
+
+    def to(self, runtime: Runtime) -> Rows:
+        """The rows on the device."""
+        return Rows(*(field.to(runtime.device, non_blocking=True) if isinstance(field, Tensor) else field
+                      for field in self))
 
 
 def ranges(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs first .. first + count - 1, one after another, and the number of the run that each element is of."""
+    """Runs first .. first + count - 1, one after another, and for each element the index of its run."""
     run = np.repeat(np.arange(len(counts)), counts)
-    return np.arange(len(run)) + (firsts - np.cumsum(counts) + counts)[run], run
+    offset = firsts - np.cumsum(counts) + counts
+    return np.arange(len(run)) + offset[run], run
+
+
+class Text:
+    """The text to be scored, on the host: its documents, their schedule, n-gram hints, and what a step needs, packed."""
+
+    def __init__(self, data: ValidationData, s: Settings, runtime: Runtime):
+        self.tokens = data.tokens
+        self.settings = s
+        self.runtime = runtime
+        targets = len(data.tokens) - 1
+        self.starts = document_starts(data.tokens[:-1])
+        self.lengths = np.diff(self.starts, append=targets)  # in targets
+        self.own_slots = np.arange(runtime.rank, min(s.ttt_slots, len(self.starts)), runtime.world_size)
+        self.finished = np.zeros(len(self.starts), bool)
+        prefix, phases = min(len(self.starts), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
+        # numbers of finished documents at which a global phase is due
+        self.phase_points = sorted({prefix * (k + 1) // phases for k in range(phases)} - {0})
+        self.hints = ngram.Hints(np.zeros(targets, np.uint16), np.zeros(targets, bool), np.zeros(targets, np.float32))
+        self.ngram_order_index = np.zeros(targets, np.uint8)
+        self.all_hints_counted = False
+        orders = s.token_orders if s.ngram_tilt_enabled else []
+        threshold = 0.0 if s.ngram_boost == "learned" else s.token_threshold
+        self.ngrams = [ngram.NgramState(order, threshold, s.token_boost, s.ngram_boost) for order in orders]
+
+    def packed_steps(self):
+        """Yield every Step of the schedule with the Rows, host tensors, of this rank's slots."""
+        for step in ttt_schedule(self.lengths, self.settings):
+            self.count_hints(step)
+            yield step, list(self.pack(step))
+
+    def count_hints(self, step: Step) -> None:
+        """Enter hints for the step's targets, each counted after its hint is given (C1, C3), in the schedule's order.
+
+        Contexts stay inside documents. With TTT_ORDER=length all hints are counted at once, in the order of the text.
+        """
+        if not self.ngrams or self.all_hints_counted:
+            return
+        if self.settings.ttt_order == "length":
+            self.enter_hints(slice(None), [state.feed(self.tokens[:-1]) for state in self.ngrams])
+            self.all_hints_counted = True
+            return
+        active = step.document >= 0
+        document = step.document[active]
+        first = self.starts[document]
+        begin = first + step.begin[active]
+        end = first + np.minimum(step.end[active], self.lengths[document])
+        targets, _ = ranges(begin, end - begin)
+        self.enter_hints(targets, [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams])
+
+    def enter_hints(self, targets: np.ndarray | slice, found: list[ngram.Hints]) -> None:
+        """Keep the hint of the longest context that has one; `found` has the longest first."""
+        for index, hints in reversed(list(enumerate(found))):
+            for kept, new in zip(self.hints, hints):
+                kept[targets] = np.where(hints.gate, new, kept[targets])
+            self.ngram_order_index[targets] = np.where(hints.gate, index, self.ngram_order_index[targets])
+
+    def first_inputs(self, step: Step) -> np.ndarray:
+        """Where the inputs of each slot's row begin in the document (slots,)."""
+        if self.settings.ttt_context == "cache":
+            return step.begin
+        return np.maximum(0, step.end - self.settings.ttt_eval_seq_len)
+
+    def pack(self, step: Step):
+        """Yield the Rows of this rank's active slots, as many to one as TTT_MICRO_BATCH_TOKENS allows."""
+        slots = np.flatnonzero(step.document[self.own_slots] >= 0)
+        ends = np.cumsum((step.end - self.first_inputs(step))[self.own_slots[slots]])
+        at = 0
+        while at < len(slots):
+            limit = (ends[at - 1] if at else 0) + self.settings.ttt_micro_batch_tokens
+            fitting = int(np.searchsorted(ends, limit, side="right"))
+            stop = min(max(at + 1, fitting), at + MAX_ROWS_PER_PASS)
+            yield self.pack_rows(step, slots[at:stop])
+            at = stop
+
+    def pack_rows(self, step: Step, slots: np.ndarray) -> Rows:
+        """The Rows of these slots (R,), given by their indices among this rank's.
+
+        C1: what is past a document's end is padded with BOS, so that no shape depends on where it ends.
+        """
+        s = self.settings
+        own = self.own_slots[slots]
+        document, first = step.document[own], self.first_inputs(step)[own]
+        begin, end = step.begin[own], step.end[own]
+        start, length = self.starts[document], self.lengths[document]
+        chunk, continues = end - begin, end < length
+
+        at, row = ranges(first, end - first)  # (T,) of every input: its position in the document, its row
+        inside = at < length[row]
+        stream = np.where(inside, start[row] + at, 0)
+        ids = np.where(inside, self.tokens[stream], BOS_ID)
+        previous = np.where(inside & (at > 0), self.tokens[stream - 1], BOS_ID)
+        positions = at if s.ttt_context == "cache" else at - first[row]
+        cu_seqlens = np.concatenate(([0], np.cumsum(end - first)))
+
+        position, owner = ranges(begin, chunk)  # (C,) of every target: its position in the document, its row
+        real = position < length[owner]
+        visible = np.flatnonzero(real)
+        target = np.where(real, start[owner] + position, 0)
+
+        def tensor(array, dtype=np.int64) -> Tensor:
+            host = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+            return host.pin_memory() if self.runtime.on_cuda else host
+
+        def hinted(array, dtype=np.int64) -> Tensor:
+            return tensor(np.where(real, array[target], 0), dtype)
+
+        return Rows(
+            slots=tensor(slots),
+            begins=tensor(begin),
+            continues=tensor(continues, bool),
+            chunk_ratio=tensor(chunk / [s.first_chunk(n) for n in length.tolist()], np.float32),
+            cu_seqlens=tensor(cu_seqlens, np.int32),
+            chunk_ends=tensor(np.cumsum(chunk), np.int32),
+            ids=tensor(ids),
+            previous=tensor(previous),
+            positions=tensor(positions),
+            scored=tensor(position - first[owner] + cu_seqlens[owner]),
+            targets=tensor(self.tokens[target + 1]),
+            weights=tensor((continues / chunk)[owner], np.float32),
+            hints=hinted(self.hints.ids),
+            gate=hinted(self.hints.gate, bool),
+            boost=hinted(self.hints.boost, np.float32),
+            ngram_order_index=hinted(self.ngram_order_index),
+            visible=tensor(visible),
+            stream_positions=target[visible],
+            max_row_len=int((end - first).max()),
+            training=bool(continues.any()) and s.ttt_lora_lr > 0)
+
+    def phases_due(self, step: Step):
+        """Yield the finished documents (C3: completely scored), once for every global phase that is due after the step.
+
+        None is due after the last document, when it would help nothing.
+        """
+        ended = (step.document >= 0) & (step.end >= self.lengths[step.document])
+        self.finished[step.document[ended]] = True
+        while self.phase_points and self.phase_points[0] <= self.finished.sum() < len(self.finished):
+            self.phase_points.pop(0)
+            yield np.flatnonzero(self.finished)
+
+    def batch(self, inputs: np.ndarray, bounds: np.ndarray) -> Batch:
+        """The tokens at these places of the stream (T,) and the tokens after them, in segments with these bounds."""
+        ids = torch.from_numpy(self.tokens[inputs].astype(np.int64))
+        targets = torch.from_numpy(self.tokens[inputs + 1].astype(np.int64))
+        segments = make_segments(bounds.astype(np.int32), self.settings.eval_seq_len)
+        return Batch(ids, targets, segments).to(self.runtime)
+
+
+class AdapterSite(NamedTuple):
+    """Where a low-rank adapter adds to the outputs of one of a block's products."""
+
+    product: str  # one of PRODUCTS
+    rows: str  # how many of the product's outputs are its, as Settings names that size
+    scale: str = ""  # the GPT parameter (layers, rows) that scales these outputs before they join the stream
+
+
+PRODUCTS = ("qkv", "out", "up", "down")  # as Layer names a block's matrices
+
+# All adapters but the head's. To add one: a line here and a setting TTT_<NAME>_LORA that switches it on; memory, gradients,
+# updates and resets follow. Names at the same product share its outputs in this order. Each reads u (T, model_dim): qkv and
+# out the attention's normalized input, up and down the MLP's (see Adapters.at_visit).
+ADAPTER_SITES = {
+    "q": AdapterSite("qkv", "model_dim"),
+    "k": AdapterSite("qkv", "kv_dim"),
+    "v": AdapterSite("qkv", "kv_dim"),
+    "o": AdapterSite("out", "model_dim", "attn_scale"),
+    "mlp": AdapterSite("down", "model_dim", "mlp_scale"),
+}
 
 
 class Adapters:
-    """Low-rank adapters (Hu et al. 2021) of the documents in this rank's slots, a set per block visit, one at the head.
+    """Low-rank adapters (LoRA, Hu et al. 2021) of the documents in this rank's slots: a set per block visit, one at the head.
 
-    Each adds alpha / r B A u to a projection: q, k, v and o from the attention's normalized input u, mlp from the MLP's; o
-    and mlp before the residual scale, head before the soft cap. A slot's A (r, in) and B (out, r), all of them, are one row
-    of `value` (slots, n), float32, first every A, then every B; `work` is its copy in the compute dtype.
+    Each adds alpha / r B A u to its outputs, before the residual scale or the soft cap. A slot's A (r, in) and B (out, r),
+    all of them, are one row of `value` (slots, n), float32, first every A, then every B; `work` is its copy in the compute
+    dtype.
     """
 
     def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
-        self.model, self.settings, self.runtime = model, s, runtime
-        outputs = dict(q=s.model_dim, k=s.kv_dim, v=s.kv_dim, o=s.model_dim, mlp=s.model_dim)
-        visits, r = sum(map(len, model.orders[looping])), s.ttt_lora_rank
-        self.sites = {(name, visit): rows for visit in range(visits) for name, rows in outputs.items()
-                      if getattr(s, f"ttt_{name}_lora")} | {("head", 0): s.vocab_size}
-        self.shapes = [(r, s.model_dim)] * len(self.sites) + [(rows, r) for rows in self.sites.values()]
-        self.first_b = len(self.sites) * r * s.model_dim
-        size = sum(rows * columns for rows, columns in self.shapes)
-
-        def zeros(*shape, dtype=torch.float32):
-            return torch.zeros(shape, dtype=dtype, device=runtime.device)
-
-        self.value, self.work = zeros(len(slots), size), zeros(len(slots), size, dtype=runtime.compute_dtype)
-        self.square, self.count = zeros(len(slots), size), zeros(len(slots))
+        self.model = model
+        self.settings = s
+        self.runtime = runtime
+        self.names_at = {product: [] for product in PRODUCTS}
+        for name, site in ADAPTER_SITES.items():
+            self.names_at[site.product].append(name)
+        names = [name for name in ADAPTER_SITES if getattr(s, f"ttt_{name}_lora")]
+        visits = range(sum(map(len, model.orders[looping])))
+        self.sites = {(name, visit): self.rows(name) for visit in visits for name in names}
+        self.sites["head", 0] = s.vocab_size
+        rank = s.ttt_lora_rank
+        self.shapes = [(rank, s.model_dim)] * len(self.sites) + [(rows, rank) for rows in self.sites.values()]
+        self.sizes = [rows * columns for rows, columns in self.shapes]
+        self.first_b = len(self.sites) * rank * s.model_dim
+        shape = len(slots), sum(self.sizes)
+        self.value = torch.zeros(shape, device=runtime.device)
+        self.work = torch.zeros(shape, dtype=runtime.compute_dtype, device=runtime.device)
+        self.square = torch.zeros(shape, device=runtime.device)  # AdamW's running mean of squared gradients
+        self.count = torch.zeros(len(slots), device=runtime.device)  # its steps
         for row, slot in enumerate(slots.tolist()):
             self.draw(row, slot)
 
+    def rows(self, name: str) -> int:
+        return getattr(self.settings, ADAPTER_SITES[name].rows)
+
     @torch.no_grad()
-    def draw(self, row: int, number: int) -> None:
-        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, number)."""
-        seed = int(np.random.SeedSequence((self.settings.seed, number)).generate_state(1, np.uint64)[0] >> 1)
-        draw = torch.Generator(self.runtime.device).manual_seed(seed)
+    def draw(self, row: int, stream: int) -> None:
+        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, stream)."""
+        seed = int(np.random.SeedSequence((self.settings.seed, stream)).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator(self.runtime.device).manual_seed(seed)
         bound = 1 / math.sqrt(self.settings.model_dim)
-        self.value[row, :self.first_b].uniform_(-bound, bound, generator=draw)
+        self.value[row, :self.first_b].uniform_(-bound, bound, generator=generator)
         self.work[row] = self.value[row]
 
     @torch.no_grad()
     def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
-        """Start these slots anew for other documents: B and the optimizer's state 0, A kept or drawn."""
+        """Start these slots over for other documents: B and the optimizer's state 0, A kept or drawn by the document."""
         index = torch.from_numpy(rows)
         if self.runtime.on_cuda:
             index = index.pin_memory().to(self.runtime.device, non_blocking=True)
-        for state in (self.square, self.count):
-            state.index_fill_(0, index, 0)
-        for copy_of in (self.value, self.work):
-            copy_of[:, self.first_b:].index_fill_(0, index, 0)
+        self.square.index_fill_(0, index, 0)
+        self.count.index_fill_(0, index, 0)
+        self.value[:, self.first_b:].index_fill_(0, index, 0)
+        self.work[:, self.first_b:].index_fill_(0, index, 0)
         if not self.settings.ttt_warm_start_a:
             for row, document in zip(rows.tolist(), documents.tolist()):
                 self.draw(row, document)
 
     def take(self, rows: Rows) -> None:
-        """The next forward passes are those of these rows' adapters."""
-        parts = self.work[rows.slots].split([a * b for a, b in self.shapes], dim=1)
+        """The next forward passes are those of these rows: their A and B become leaves of the graph."""
+        parts = self.work[rows.slots].split(self.sizes, dim=1)
         self.leaves = [part.detach().unflatten(1, shape).requires_grad_() for part, shape in zip(parts, self.shapes)]
         self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
-        self.ends = rows.cu_seqlens[1:]
+        self.row_ends = rows.cu_seqlens[1:]
 
-    def delta(self, site: tuple, u: Tensor, ends: Tensor) -> Tensor:
-        """What the adapters add for packed inputs u (T, in), rows ending at `ends`: (T, out)."""
+    def delta(self, site: tuple[str, int], u: Tensor, ends: Tensor) -> Tensor:
+        """alpha / r B A u for packed inputs u (T, in), rows ending at `ends`: (T, out)."""
         a, b = self.pairs[site]
-        low = grouped_product(u, a.mT, ends)
+        low = grouped_product(u, a.mT, ends)  # (T, r)
         return self.settings.ttt_lora_alpha / self.settings.ttt_lora_rank * grouped_product(low, b.mT, ends)
 
-    def block(self, visit: int, layer: int) -> Callable:
+    def at_visit(self, visit: int, layer: int) -> Callable:
         """The Layer.adapter of this visit."""
-        s = self.settings
-
-        def add(site: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
-            if site == "qkv":
-                parts = zip("qkv", y.split((s.model_dim, s.kv_dim, s.kv_dim), dim=-1))
-                return torch.cat([part + self.delta((name, visit), u, self.ends) if (name, visit) in self.pairs else part
-                                  for name, part in parts], dim=-1)
-            name, scales = {"out": ("o", self.model.attn_scale), "down": ("mlp", self.model.mlp_scale)}.get(site, ("", None))
-            if (name, visit) not in self.pairs:
+        def add(product: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
+            names = self.names_at[product]  # a product that nobody listed is an error
+            if not any((name, visit) in self.pairs for name in names):
                 return y
-            return y + (scales[layer] * self.delta((name, visit), u, self.ends)).to(y.dtype)
+            parts = y.split([self.rows(name) for name in names], dim=-1)
+            parts = [self.add_to(part, name, visit, layer, u) for name, part in zip(names, parts)]
+            return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return add
+
+    def add_to(self, y: Tensor, name: str, visit: int, layer: int, u: Tensor) -> Tensor:
+        """y (T, rows), the adapter's share of a product's outputs, with what it adds."""
+        if (name, visit) not in self.pairs:
+            return y
+        delta = self.delta((name, visit), u, self.row_ends)
+        scale = ADAPTER_SITES[name].scale
+        if scale:
+            delta = (getattr(self.model, scale)[layer] * delta).to(y.dtype)
+        return y + delta
 
     @torch.no_grad()
     def update(self, rows: Rows, gradients: tuple[Tensor, ...]) -> None:
-        """One AdamW step, with these gradients of self.leaves, of the slots of the rows that train."""
+        """One AdamW step, with these gradients of the leaves, for the rows whose documents continue."""
         s = self.settings
         flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
-        count = self.count.index_add_(0, rows.slots, rows.trains.float())[rows.slots]
-        rate = s.ttt_lora_lr * s.ttt_local_lr_mult * rows.growth
-        adamw_rows(self.value, self.work, self.square, rows.slots, rows.trains, flat, count, rate, s.ttt_weight_decay,
-                   s.ttt_beta2)
+        count = self.count.index_add_(0, rows.slots, rows.continues.float())[rows.slots]
+        rate = s.ttt_lora_lr * s.ttt_local_lr_mult * rows.chunk_ratio
+        adamw_rows(self.value, self.work, self.square, rows.slots, rows.continues, flat, count, rate,
+                   s.ttt_weight_decay, s.ttt_beta2)
 
 
 class ContextCache:
@@ -3185,39 +3396,282 @@ class ContextCache:
 
     def __init__(self, visits: int, slots: int, s: Settings, runtime: Runtime):
         self.window = s.ttt_eval_seq_len
-        self.rings = torch.zeros(visits, 2, slots, self.window, s.num_kv_heads, s.head_dim, dtype=runtime.compute_dtype,
-                                 device=runtime.device)
+        shape = visits, 2, slots, self.window, s.num_kv_heads, s.head_dim
+        self.rings = torch.zeros(shape, dtype=runtime.compute_dtype, device=runtime.device)
 
     def take(self, rows: Rows) -> None:
-        """The next forward pass is that of these rows; its keys and values stay."""
+        """The next forward pass is that of these rows."""
         self.rows = rows
-        self.ring = ring_index(rows.cu_seqlens, rows.slots, rows.begins, len(rows.ids), self.window)
+        self.places = ring_index(rows.cu_seqlens, rows.slots, rows.begins, len(rows.ids), self.window)
 
-    def block(self, visit: int) -> Callable:
+    def at_visit(self, visit: int) -> Callable:
         """The Layer.context of this visit."""
         keys, values = self.rings[visit]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = self.rows
-            y = cached_attention(q, k, v, rows.cu_seqlens, rows.longest, keys, values, rows.slots, rows.begins, self.window)
-            store(keys, values, k, v, self.ring)  # over what the rows' own window has left behind: a backward pass finds the rest
+            y = cached_attention(q, k, v, rows.cu_seqlens, rows.max_row_len, keys, values, rows.slots, rows.begins,
+                                 self.window)
+            # Only what the rows' own window has left behind is overwritten: the backward pass finds the rest.
+            store(keys, values, k, v, self.places)
             return y
         return attend
+
+
+class Learner(Rider):
+    """The documents in this rank's slots: adapters, cached context and the tilt's boosts; how they score and learn."""
+
+    def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
+        self.model = model
+        self.looping = looping
+        self.slots = slots
+        self.settings = s
+        self.runtime = runtime
+        self.view = model.frozen()
+        self.refresh_layers()
+        self.adapters = Adapters(self.view, looping, slots, s, runtime)
+        visits = sum(map(len, model.orders[looping]))
+        self.cache = ContextCache(visits, len(slots), s, runtime) if s.ttt_context == "cache" else None
+        learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
+        self.learned_boost = ngram.LearnedBoost(len(s.token_orders), runtime.device) if learned else None
+        self.scored = None
+
+    def refresh_layers(self) -> None:
+        """Cut the weights into layers, once for all forward passes until they change."""
+        self.view.__dict__.pop("layers", None)
+        layers = self.view.layers()
+        self.view.layers = lambda *_: layers
+
+    def block(self, visit: int, layer: int) -> dict:
+        context = self.cache.at_visit(visit) if self.cache else None
+        return dict(adapter=self.adapters.at_visit(visit, layer), context=context)
+
+    def begin(self, step: Step) -> None:
+        """A document that is new to its slot starts with fresh adapters."""
+        fresh = np.flatnonzero(step.fresh[self.slots])
+        if len(fresh):
+            self.adapters.reset(fresh, step.document[self.slots[fresh]])
+
+    def score(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Nats of the rows' targets, tilted and not, (n,) each. Keeps the graph for `train`."""
+        self.adapters.take(rows)
+        with torch.set_grad_enabled(rows.training):
+            self.nll, self.log_q = self.losses(rows)
+        self.scored = rows
+        plain = self.nll.detach()
+        return self.tilted(plain, rows)[rows.visible], plain[rows.visible]
+
+    def train(self, rows: Rows) -> None:
+        """Learn from the rows just scored: what hints were worth, and one AdamW step on the adapters."""
+        if rows is not self.scored:
+            raise AssertionError("C3: rows must be scored before anything learns from them")
+        if self.learned_boost:
+            hit = rows.hints == rows.targets
+            self.learned_boost.observe(self.log_q, rows.boost, rows.ngram_order_index, hit, rows.gate)
+        if rows.training:
+            loss = (self.nll * rows.weights).sum()
+            self.adapters.update(rows, torch.autograd.grad(loss, self.adapters.leaves))
+
+    def end_step(self) -> None:
+        """Fit the tilt's boosts to all that the ranks observed in this step."""
+        if self.learned_boost:
+            self.learned_boost.step(self.runtime.sum)
+
+    def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """NLL of each target, with gradients to the adapters' leaves, and log-probability of its hint, (C,) nats."""
+        if self.cache:
+            self.cache.take(rows)
+        segments = Segments(rows.cu_seqlens, rows.positions, rows.max_row_len, rows.previous)
+        hidden = self.view(rows.ids, segments, self.looping, self)
+        if not self.cache:
+            hidden = hidden[rows.scored]
+        scores = self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
+        return two_value_nll(scores, *self.view.caps(), rows.targets, rows.hints)
+
+    def tilted(self, nll: Tensor, rows: Rows) -> Tensor:
+        """Nats (C,) under the tilted distribution. C2: neither hint nor boost nor gate knows the target."""
+        if not self.settings.ngram_tilt_enabled:
+            return nll
+        boost = rows.boost
+        if self.learned_boost:
+            boost = self.learned_boost(self.log_q, rows.boost, rows.ngram_order_index)
+        return -ngram.tilt(-nll, self.log_q, rows.hints == rows.targets, boost, rows.gate)
+
+    def rehearse(self, text: Text) -> None:
+        """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
+        s = self.settings
+        if not self.runtime.on_cuda:
+            return
+        if s.phased_ttt_prefix_docs:
+            few = np.arange(min(s.eval_seq_len, len(text.tokens) - 1))
+            weight_gradients(self.model, text.batch(few, np.array([0, len(few)])), self.looping)
+        if not len(self.slots):
+            return
+        zeros = np.zeros(self.slots[-1] + 1, np.int64)
+        step = Step(document=zeros, begin=zeros, end=zeros + s.ttt_chunk_size, fresh=zeros > 0)
+        most = max(1, min(MAX_ROWS_PER_PASS, s.ttt_micro_batch_tokens // s.ttt_chunk_size))
+        rows = text.pack_rows(step, np.arange(min(len(self.slots), most)))
+        rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
+        for max_row_len in (rows.max_row_len, s.ttt_eval_seq_len):  # attention has a kernel for one tile of keys
+            for training in (False, True):
+                tried = rows._replace(max_row_len=max_row_len, training=training).to(self.runtime)
+                self.score(tried)
+                self.train(tried)
+        self.end_step()
+
+
+def weight_gradients(model: GPT, batch: Batch, looping: bool) -> list[Tensor]:
+    """Gradients of the batch's summed losses at every weight that trains."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    losses = model.plain().token_losses(*batch, looping)
+    gradients = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(weights, gradients)]
+
+
+def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bool, s: Settings,
+                      runtime: Runtime) -> dict:
+    """A global phase: SGD on every weight over these documents, GLOBAL_TTT_CHUNK_TOKENS a step; returns its figures.
+
+    Whole segments are dealt to the ranks. The rate falls to 0 as a cosine.
+    """
+    began = time.perf_counter()
+    inputs, _ = ranges(text.starts[documents], text.lengths[documents])
+    size = s.global_ttt_chunk_tokens
+    steps = -(-len(inputs) // size)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    sizes = [p.numel() for p in weights]
+    momentum = torch.zeros(sum(sizes), device=runtime.device)
+    for step in range(steps):
+        chunk = inputs[step * size:(step + 1) * size]
+        bounds = segment_bounds(np.flatnonzero(text.tokens[chunk] == BOS_ID), len(chunk), s.eval_seq_len)
+        shares = [len(chunk) * (runtime.rank + k) // runtime.world_size for k in (0, 1)]
+        low, high = bounds[np.searchsorted(bounds, shares)]
+        gradient = torch.zeros_like(momentum)
+        if high > low:
+            own = bounds[(bounds >= low) & (bounds <= high)] - low
+            found = weight_gradients(model, text.batch(chunk[low:high], own), looping)
+            gradient = torch.cat([(g / len(chunk)).flatten() for g in found])
+        runtime.sum(gradient)
+        rate = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            if s.global_ttt_grad_clip:
+                gradient *= (s.global_ttt_grad_clip / (gradient.norm() + 1e-6)).clamp(max=1)
+            momentum.mul_(s.global_ttt_momentum).add_(gradient)
+            for p, update in zip(weights, momentum.split(sizes)):
+                p.sub_(rate * update.view_as(p))
+    runtime.synchronize()
+    return dict(documents=len(documents), tokens=len(inputs), steps=steps, seconds=round(time.perf_counter() - began, 3))
+
+
+class Score:
+    """The score so far and its clock: nats, tilted and not, bytes, and how often each target was scored."""
+
+    def __init__(self, data: ValidationData, runtime: Runtime, log: RunLog):
+        self.data = data
+        self.runtime = runtime
+        self.log = log
+        self.targets = len(data.tokens) - 1
+        self.nats = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # tilted, not
+        self.times = np.zeros(self.targets, np.uint8)  # each target was scored
+        self.seen_targets = 0  # by this rank
+        self.seen_bytes = 0
+        self.logged_share = 0.0
+
+    @contextmanager
+    def timer(self):
+        """Everything that the score needs is computed inside; all ranks begin together."""
+        self.runtime.synchronize()
+        self.runtime.from_rank0([0.0])
+        graphs = compiled_graphs()
+        self.began = time.perf_counter()
+        with progress_bar(self.targets, "tokens", "test-time training", self.runtime) as self.show:
+            yield
+        self.runtime.sum(self.nats)
+        self.check_single_pass()
+        if compiled_graphs() != graphs:
+            raise AssertionError("test-time training compiled something inside its timer")
+        self.seconds = time.perf_counter() - self.began
+
+    def add(self, rows: Rows, tilted: Tensor, plain: Tensor) -> None:
+        """Count the rows' nats (n,), and log a line every 5 % of the text."""
+        self.nats += torch.stack((tilted.double().sum(), plain.double().sum()))
+        np.add.at(self.times, rows.stream_positions, 1)
+        self.seen_targets += len(rows.stream_positions)
+        self.seen_bytes += int(self.data.bytes[rows.stream_positions + 1].sum(dtype=np.int64))
+        share = min(1.0, self.runtime.world_size * self.seen_targets / self.targets)
+        self.show(share * self.targets)
+        if share >= self.logged_share + 0.05:
+            self.logged_share = share
+            seconds = time.perf_counter() - self.began
+            bits = float(self.nats[0]) / math.log(2)  # the one place where the host waits for the device
+            self.log.event("progress", share=round(share, 3), val_bpb=round(bits / max(1, self.seen_bytes), 6),
+                           tokens_per_second=round(share * self.targets / seconds),
+                           eta_seconds=round(seconds * (1 / share - 1), 1))
+
+    def check_single_pass(self) -> None:
+        """C4: every target was scored once, by one of the ranks."""
+        times = self.runtime.sum(torch.from_numpy(self.times).to(self.runtime.device))
+        fewest, most = int(times.min()), int(times.max())
+        if fewest != 1 or most != 1:
+            raise AssertionError(f"{int(times.sum())} of {self.targets} validation targets were scored, from {fewest} "
+                                 f"to {most} times each")
+
+    def results(self) -> dict:
+        """val_loss (nats per token) and val_bpb, without the tilt too, and the time they took."""
+        nats, untilted = self.nats.tolist()
+        if not math.isfinite(nats):
+            raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
+        size = int(self.data.bytes[1:].sum(dtype=np.int64))
+        return loss_and_bpb(nats, self.targets, size) | dict(
+            untilted_bpb=round(untilted / math.log(2) / size, 8), seconds=round(self.seconds, 3),
+            tokens_per_second=round(self.targets / self.seconds), process_seconds=round(process_seconds(), 3))
+
+
+def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Settings, runtime: Runtime,
+                       log: RunLog) -> dict:
+    """Score the text once (C4), adapting to what has been scored; returns the figures.
+
+    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model` train on the
+    complete ones. Adapters and cached context of documents that are under way stay.
+    """
+    text = Text(data, s, runtime)
+    learner = Learner(model, looping, text.own_slots, s, runtime)
+    total = Score(data, runtime, log)
+    phases = []
+    learner.rehearse(text)
+    with total.timer(), closing(ahead(text.packed_steps(), 4)) as packed_steps:
+        for step, groups in packed_steps:
+            learner.begin(step)
+            for rows in groups:
+                rows = rows.to(runtime)
+                total.add(rows, *learner.score(rows))  # C3: scored ...
+                learner.train(rows)  # ... before anything has learned from it
+            learner.end_step()
+            for documents in text.phases_due(step):
+                phases.append(train_all_weights(model, text, documents, looping, s, runtime))
+                learner.refresh_layers()
+    return total.results() | dict(
+        documents=len(text.lengths), whole_text=s.val_doc_fraction == 1, phases=phases,
+        hints=int(text.hints.gate.sum()), hints_inside_timer=True, decodable=s.ttt_order == "stream")
 
 
 def check_machine(s: Settings, runtime: Runtime) -> None:
     """Raise InputError, before anything is trained, if test-time training will not run here."""
     problems = []
+
+    def require(condition: bool, line: str) -> None:
+        if not condition:
+            problems.append(line)
+
     if runtime.on_cuda:
-        problems += ["triton: test-time training on CUDA needs it; pip install triton"] * (not HAS_TRITON)
-        group = s.num_heads // s.num_kv_heads
-        for name, value, good in (("TTT_LORA_RANK", s.ttt_lora_rank, s.ttt_lora_rank % 8 == 0), ("MODEL_DIM", s.model_dim,
-                                  s.model_dim % 8 == 0), ("VOCAB_SIZE", s.vocab_size, s.vocab_size % 8 == 0)):
-            problems += [f"{name}: {value} is no multiple of 8, which test-time training on CUDA needs"] * (not good)
-        for name, value, good in (("NUM_HEADS", s.num_heads, group & (group - 1) == 0), ("MODEL_DIM", s.model_dim,
-                                  s.head_dim >= 16 and s.head_dim & (s.head_dim - 1) == 0)):
-            problems += [f"{name}: {value}: test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query "
-                         "heads per key/value head; set TTT_ENABLED=0"] * (not good)
+        require(HAS_TRITON, "triton: test-time training on CUDA needs it; pip install triton")
+        for name in ("ttt_lora_rank", "model_dim", "vocab_size"):
+            value = getattr(s, name)
+            require(value % 8 == 0, f"{name.upper()}: {value} is no multiple of 8, which test-time training on CUDA needs")
+        shapes = ("test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads per "
+                  "key/value head; set TTT_ENABLED=0")
+        require(is_power_of_two(s.num_heads // s.num_kv_heads), f"NUM_HEADS: {s.num_heads}: {shapes}")
+        require(s.head_dim >= 16 and is_power_of_two(s.head_dim), f"MODEL_DIM: {s.model_dim}: {shapes}")
     if problems:
         raise InputError("\n".join(problems))
     if s.ngram_tilt_enabled:
@@ -3226,263 +3680,8 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
         runtime.from_rank0([0.0])
 
 
-class TestTimeTraining(Rider):
-    """Score-first test-time training: each chunk is scored, then its document's adapters are trained on it.
-
-    Scores and updates go step by step through ttt_schedule, which follows from where documents end; ranks split its slots.
-    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model` train on the
-    complete ones. Adapters and cached context of documents that are under way stay. From the Parameter Golf systems #1787
-    to #2140, whose hints and scores follow two orders, so that no decoder could; TTT_ORDER=stream has one order.
-    """
-
-    def __init__(self, model: GPT, data: ValidationData, looping: bool, s: Settings, runtime: Runtime):
-        self.model, self.data, self.looping, self.settings, self.runtime = model, data, looping, s, runtime
-        self.tokens, last = data.tokens, len(data.tokens) - 1
-        self.starts = np.unique(np.concatenate(([0], np.flatnonzero(data.tokens[:last] == BOS_ID))))
-        self.lengths = np.diff(self.starts, append=last)
-        self.mine = np.arange(runtime.rank, min(s.ttt_slots, len(self.lengths)), runtime.world_size)
-        self.plain = model.frozen()
-        self.cut_layers()
-        visits = sum(map(len, model.orders[looping]))
-        self.adapters = Adapters(self.plain, looping, self.mine, s, runtime)
-        self.cache = ContextCache(visits, len(self.mine), s, runtime) if s.ttt_context == "cache" else None
-        self.hints = ngram.Hints(np.zeros(last, np.uint16), np.zeros(last, bool), np.zeros(last, np.float32))
-        self.counted = False  # whether self.hints are complete
-        self.phases: list[dict] = []  # figures of the global phases
-        self.experts = np.zeros(last, np.uint8)
-        self.ngrams = [ngram.NgramState(order, s.token_threshold * (s.ngram_boost != "learned"), s.token_boost, s.ngram_boost)
-                       for order in s.token_orders * s.ngram_tilt_enabled]
-        learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
-        self.learned = ngram.LearnedBoost(len(self.ngrams), runtime.device) if learned else None
-
-    def cut_layers(self) -> None:
-        """Cut the weights into layers, once for all forward passes until they change."""
-        self.plain.__dict__.pop("layers", None)
-        layers = self.plain.layers()
-        self.plain.layers = lambda *_: layers
-
-    def block(self, visit: int, layer: int) -> dict:
-        return dict(adapter=self.adapters.block(visit, layer), context=self.cache.block(visit) if self.cache else None)
-
-    # Host: what every step needs, packed by a thread while the device is at earlier steps.
-
-    def prepared(self):
-        """Every Step of the schedule with the Rows, host tensors, of this rank's slots."""
-        for step in ttt_schedule(self.lengths, self.settings):
-            self.count_hints(step)
-            yield step, list(self.pack(step))
-
-    def count_hints(self, step: Step) -> None:
-        """Enter the step's hints into self.hints, counted target by target in the order of the schedule.
-
-        Contexts stay inside documents. With TTT_ORDER=length all hints are counted at once, in the order of the text.
-        """
-        if self.counted or not self.settings.ngram_tilt_enabled:
-            return
-        entered = slice(None)
-        if self.settings.ttt_order == "stream":
-            active = step.document >= 0
-            first = self.starts[step.document[active]]
-            begin, count = step.begin[active], np.minimum(step.end, self.lengths[step.document])[active] - step.begin[active]
-            entered, rows = ranges(first + begin, count)[0], (first, first + begin, first + begin + count)
-        for number, state in reversed(list(enumerate(self.ngrams))):  # what a longer context says goes over a shorter one's
-            if self.settings.ttt_order == "stream":
-                found = state.feed_rows(self.tokens, *rows)
-            else:
-                found, self.counted = state.feed(self.tokens[:-1]), True
-            for array, entries in zip((*self.hints, self.experts), (*found, number)):
-                array[entered] = np.where(found.gate, entries, array[entered])
-
-    def pack(self, step: Step):
-        """Yield the Rows of this rank's slots, as many to one as TTT_MICRO_BATCH_TOKENS allows.
-
-        What lies behind a document's end is filled up with BOS: no shape depends on it.
-        """
-        s = self.settings
-        slots = np.flatnonzero(step.document[self.mine] >= 0)
-        document, begin, end, _ = (field[self.mine[slots]] for field in step)
-        first = begin if self.cache else np.maximum(0, end - s.ttt_eval_seq_len)  # of the row, in the document
-        ends, at = np.cumsum(end - first), 0
-        while at < len(slots):  # greedily
-            before = ends[at - 1] if at else 0
-            fitting = np.searchsorted(ends, before + s.ttt_micro_batch_tokens, side="right")
-            some = slice(at, min(max(at + 1, int(fitting)), at + MOST_ROWS))
-            yield self.pack_rows(slots[some], document[some], begin[some], end[some], first[some])
-            at = some.stop
-
-    def pack_rows(self, slots: np.ndarray, document: np.ndarray, begin: np.ndarray, end: np.ndarray,
-                  first: np.ndarray) -> Rows:
-        """The Rows of these slots; all (R,). A row's inputs begin at `first` in the document."""
-        s, length, start = self.settings, self.lengths[document], self.starts[document]
-        at, row = ranges(first, end - first)
-        inside = at < length[row]
-        stream = np.where(inside, start[row] + at, 0)
-        ids = np.where(inside, self.tokens[stream], BOS_ID)
-        previous = np.where(inside & (at > 0), self.tokens[stream - 1], BOS_ID)
-        cu_seqlens = np.concatenate(([0], np.cumsum(end - first)))
-        scored, owner = ranges(begin, end - begin)
-        real = scored < length[owner]
-        visible, target = np.flatnonzero(real), np.where(real, start[owner] + scored, 0)
-        hints, gate, boost, expert = (np.where(real, array[target], 0) for array in (*self.hints, self.experts))
-        trains = end < length
-
-        def tensor(array, dtype=np.int64):
-            found = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
-            return found.pin_memory() if self.runtime.on_cuda else found
-
-        return Rows(tensor(slots), tensor(begin), tensor(trains, bool), tensor(ids), tensor(previous),
-                    tensor(at if self.cache else at - first[row]), tensor(cu_seqlens, np.int32),
-                    tensor(scored - first[owner] + cu_seqlens[owner]), tensor(np.cumsum(end - begin), np.int32),
-                    tensor((end - begin) / [s.first_chunk(x) for x in length.tolist()], np.float32),
-                    tensor((trains / (end - begin))[owner], np.float32),
-                    tensor(self.tokens[target + 1]), tensor(hints), tensor(gate, bool), tensor(boost, np.float32),
-                    tensor(expert), tensor(visible), int((end - first).max()), bool(trains.any()), target[visible])
-
-    # Device
-
-    def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """NLL of each target (C,), nats, with gradients to the adapters' leaves, and log-probabilities of the hints."""
-        if self.cache:
-            self.cache.take(rows)
-        segments = Segments(rows.cu_seqlens, rows.positions, rows.longest, rows.previous)
-        hidden = self.plain(rows.ids, segments, self.looping, self)
-        if not self.cache:
-            hidden = hidden[rows.chunk]
-        scores = self.plain.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
-        return two_value_nll(scores, *self.plain.caps(), rows.targets, rows.hints)
-
-    def score_and_train(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """NLL of the rows' targets, tilted and not, nats, (n,) each, as they were before the adapters trained on them."""
-        s, training = self.settings, rows.training and self.settings.ttt_lora_lr > 0
-        self.adapters.take(rows)
-        with torch.set_grad_enabled(training):
-            losses, log_q = self.losses(rows)
-        scores = tilted = losses.detach()
-        if s.ngram_tilt_enabled:
-            hit, boost = rows.hints == rows.targets, rows.boost
-            if self.learned:
-                boost = self.learned(log_q, rows.boost, rows.expert)
-                self.learned.observe(log_q, rows.boost, rows.expert, hit, rows.gate)
-            tilted = -ngram.tilt(-scores, log_q, hit, boost, rows.gate)
-        if training:
-            gradients = torch.autograd.grad((losses * rows.weights).sum(), self.adapters.leaves)
-            self.adapters.update(rows, gradients)
-        return tilted[rows.visible], scores[rows.visible]
-
-    def rehearse(self) -> None:
-        """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
-        if self.runtime.on_cuda and self.settings.phased_ttt_prefix_docs:
-            few = np.arange(min(self.settings.eval_seq_len, len(self.tokens) - 1))
-            self.weight_gradients(few, np.array([0, len(few)]))
-        if self.runtime.on_cuda and len(self.mine):
-            most = max(1, min(MOST_ROWS, self.settings.ttt_micro_batch_tokens // self.settings.ttt_chunk_size))
-            slots = np.arange(min(len(self.mine), most))
-            zero = np.zeros_like(slots)
-            rows = self.pack_rows(slots, zero, zero, zero + self.settings.ttt_chunk_size, zero)
-            nothing = dict(trains=torch.zeros_like(rows.trains), gate=torch.zeros_like(rows.gate))
-            for longest in (rows.longest, self.settings.ttt_eval_seq_len):  # attention has a kernel for one tile of keys
-                for training in (False, True):
-                    self.score_and_train(self.to_device(rows._replace(**nothing, longest=longest, training=training)))
-            if self.learned:
-                self.learned.step()
-
-    def to_device(self, rows: Rows) -> Rows:
-        return Rows(*(x.to(self.runtime.device, non_blocking=True) if isinstance(x, Tensor) else x for x in rows))
-
-    def steps(self):
-        """Yield where targets lie in the stream (n,), of tokens[1:], and their NLL, tilted and not, nats, (n,) each.
-
-        Each rank yields the targets of its own slots and takes part in every global phase.
-        """
-        s, finished = self.settings, np.zeros(len(self.lengths), bool)
-        prefix, phases = min(len(self.lengths), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
-        pauses = sorted({prefix * (k + 1) // phases for k in range(phases)} - {0})
-        with ahead(self.prepared(), 4) as prepared:
-            for step, groups in prepared:
-                fresh = np.flatnonzero(step.fresh[self.mine])
-                if len(fresh):
-                    self.adapters.reset(fresh, step.document[self.mine[fresh]])
-                for rows in groups:
-                    yield rows.at, *self.score_and_train(self.to_device(rows))
-                if self.learned:
-                    self.learned.step(self.runtime.sum)
-                over = (step.document >= 0) & (step.end >= self.lengths[step.document])
-                finished[step.document[over]] = True
-                while pauses and pauses[0] <= finished.sum() < len(finished):  # after the last document it would help none
-                    pauses.pop(0)
-                    self.train_all_weights(np.flatnonzero(finished))
-
-    def weight_gradients(self, inputs: np.ndarray, bounds: np.ndarray) -> list[Tensor | None]:
-        """Gradients of the summed losses at these places of the stream, in segments, for every weight that trains."""
-        ids, labels = (torch.from_numpy(self.tokens[inputs + k].astype(np.int64)) for k in (0, 1))
-        batch = Batch(ids, labels, make_segments(bounds.astype(np.int32), self.settings.eval_seq_len)).to(self.runtime)
-        losses = self.model.plain().token_losses(*batch, self.looping)
-        return torch.autograd.grad(losses.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
-
-    def train_all_weights(self, documents: np.ndarray) -> None:
-        """Train every weight on these documents, GLOBAL_TTT_CHUNK_TOKENS a step, whole segments dealt to the ranks."""
-        s, r, size, began = self.settings, self.runtime, self.settings.global_ttt_chunk_tokens, time.perf_counter()
-        inputs = ranges(self.starts[documents], self.lengths[documents])[0]
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        momentum = [torch.zeros_like(p) for p in weights]
-        count = -(-len(inputs) // size)
-        for number in range(count):
-            chunk = inputs[number * size:(number + 1) * size]
-            bounds = segment_bounds(np.flatnonzero(self.tokens[chunk] == BOS_ID), len(chunk), s.eval_seq_len)
-            low, high = bounds[np.searchsorted(bounds, [len(chunk) * (r.rank + k) // r.world_size for k in (0, 1)])]
-            gradients = [torch.zeros_like(p) for p in weights]
-            if high > low:
-                found = self.weight_gradients(chunk[low:high], bounds[(bounds >= low) & (bounds <= high)] - low)
-                gradients = [zero if g is None else g / len(chunk) for g, zero in zip(found, gradients)]
-            lr = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / count))
-            with torch.no_grad():
-                flat = r.sum(torch.cat([g.flatten() for g in gradients]))
-                clip = (s.global_ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1) if s.global_ttt_grad_clip else 1.0
-                gradients = [g.view_as(p) for g, p in zip((flat * clip).split([p.numel() for p in weights]), weights)]
-                for p, g, m in zip(weights, gradients, momentum):
-                    p.sub_(lr * m.mul_(s.global_ttt_momentum).add_(g))
-        self.cut_layers()
-        r.synchronize()
-        self.phases.append(dict(documents=len(documents), tokens=len(inputs), steps=count,
-                                seconds=round(time.perf_counter() - began, 3)))
-
-    def score(self, log: RunLog) -> dict:
-        """Adapt and score, with a line every 5 %: val_loss (nats per token), val_bpb, without tilt too, and what it took."""
-        s = self.settings
-        self.rehearse()
-        self.runtime.synchronize()
-        self.runtime.from_rank0([0.0])  # all ranks begin together
-        began, graphs = time.perf_counter(), compiled_graphs()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)  # nats tilted, nats, targets
-        times, seen, total, shown = np.zeros(len(self.tokens) - 1, np.uint8), [0, 0], len(self.tokens) - 1, 0.0
-        with progress_bar(total, "tokens", "test-time training", self.runtime) as show:
-            for at, tilted, plain in self.steps():
-                sums += torch.stack((tilted.double().sum(), plain.double().sum(), torch.ones_like(plain).double().sum()))
-                np.add.at(times, at, 1)
-                seen = [seen[0] + len(at), seen[1] + int(self.data.bytes[at + 1].sum(dtype=np.int64))]
-                share, seconds = min(1.0, self.runtime.world_size * seen[0] / total), time.perf_counter() - began
-                show(share * total)
-                if share >= shown + 0.05:
-                    shown = share
-                    bpb = float(sums[0]) / math.log(2) / max(1, seen[1])  # the one place where the host waits for the device
-                    log.event("progress", share=round(share, 3), val_bpb=round(bpb, 6),
-                              tokens_per_second=round(share * total / seconds), eta_seconds=round(seconds * (1 / share - 1), 1))
-        nats, untilted, count = self.runtime.sum(sums).tolist()
-        size, times = int(self.data.bytes[1:].sum(dtype=np.int64)), self.runtime.sum(torch.from_numpy(times).to(sums.device))
-        if count != total or int(times.min()) != 1 or int(times.max()) != 1:
-            raise AssertionError(f"{count:.0f} of {total} validation targets were scored, from {times.min()} to {times.max()} "
-                                 "times each")
-        if not math.isfinite(nats):
-            raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
-        if compiled_graphs() != graphs:
-            raise AssertionError("test-time training compiled something inside its timer")
-        seconds = time.perf_counter() - began
-        return dict(val_loss=round(nats / total, 8), val_bpb=round(nats / math.log(2) / size, 8),
-                    untilted_bpb=round(untilted / math.log(2) / size, 8), targets=total, bytes=size,
-                    documents=len(self.lengths), whole_text=s.val_doc_fraction == 1, phases=self.phases,
-                    hints=int(self.hints.gate.sum()), hints_inside_timer=True,
-                    decodable=s.ttt_order == "stream", seconds=round(seconds, 3), tokens_per_second=round(total / seconds),
-                    process_seconds=round(process_seconds(), 3))
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
 
 
 # ======================================================================================================================
@@ -3630,7 +3829,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         text = validation.data
         if s.val_doc_fraction < 1:
             text = text.sample(s.val_doc_fraction, s.seed)
-        log.result("ttt", **TestTimeTraining(model, text, looping, s, runtime).score(log))
+        log.result("ttt", **test_time_training(model, text, looping, s, runtime, log))
     size = log.record["results"].get("size")  # of rank 0
     if size and not size["within_cap"]:
         raise OverCapError(f"artifact and code take {size['total_bytes']:,} bytes, not below {SIZE_CAP:,}: "

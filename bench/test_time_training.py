@@ -65,7 +65,7 @@ def main() -> None:
             if runtime.on_cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            figures = g.TestTimeTraining(model, documents, looping, settings, runtime).score(Silent())
+            figures = g.test_time_training(model, documents, looping, settings, runtime, Silent())
             per_bit = np.log(2) * figures["bytes"] / figures["targets"]
             memory = round(torch.cuda.max_memory_allocated() / 2**30, 1) if runtime.on_cuda else None
             rows.append(dict(variant=variant, loss=figures["val_loss"], untilted=round(figures["untilted_bpb"] * per_bit, 6),

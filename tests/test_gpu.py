@@ -509,7 +509,7 @@ def test_test_time_training_scores_like_float32_on_the_host(context):
         model = g.GPT(s, dtype)
         liven(model)
         data = Stream(3)
-        results.append(g.TestTimeTraining(model.to(where), data, True, s, g.Runtime(0, 1, torch.device(where))).score(data))
+        results.append(g.test_time_training(model.to(where), data, True, s, g.Runtime(0, 1, torch.device(where)), data))
     got, expected = results
     assert got["hints"] == expected["hints"] > 100
     for name in ("val_loss", "untilted_bpb"):

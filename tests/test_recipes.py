@@ -330,12 +330,24 @@ class Laboratory:
         model = g.GPT(run.settings)
         model.load_state_dict(run.model.state_dict())
         data = SimpleNamespace(tokens=self.text, bytes=bytes_of(self.text))
-        training = g.TestTimeTraining(model, data, run.looping, s, runtime())
-        nats = torch.full((len(self.text) - 1,), math.nan)
-        for at, tilted, _ in training.steps():
-            nats[at] = tilted
+        nats, learners = torch.full((len(self.text) - 1,), math.nan), []
+
+        class Learner(g.Learner):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                learners.append(self)
+
+        class Score(g.Score):
+            def add(self, rows, tilted, plain):
+                nats[rows.stream_positions] = tilted
+                super().add(rows, tilted, plain)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(g, "Learner", Learner)
+            patch.setattr(g, "Score", Score)
+            g.test_time_training(model, data, run.looping, s, runtime(), SimpleNamespace(event=lambda *_, **__: None))
         assert nats.isfinite().all()
-        return SimpleNamespace(nats=nats, adapters=training.adapters)
+        return SimpleNamespace(nats=nats, adapters=learners[0].adapters)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -554,7 +566,7 @@ def off(**changes) -> Callable[[g.Settings], list[dict]]:
 
 
 def sites(s: g.Settings) -> list[str]:
-    return [site for site in ("q", "k", "v", "o", "mlp") if getattr(s, f"ttt_{site}_lora")]
+    return [site for site in g.ADAPTER_SITES if getattr(s, f"ttt_{site}_lora")]
 
 
 def flipped(name: str) -> Callable[[g.Settings], dict]:

@@ -3,6 +3,7 @@
 A decoder that reads the text back proves that the scores are code lengths. The other tests say where it would break,
 and that adapters and weights learn what a plain loop learns.
 """
+import contextlib
 import itertools
 import math
 import re
@@ -93,27 +94,70 @@ def model_of(s: g.Settings) -> g.GPT:
     return model
 
 
-def training_of(s: g.Settings, tokens=None, kind=g.TestTimeTraining, model=None) -> g.TestTimeTraining:
-    return kind(model or model_of(s), Stream(stream() if tokens is None else tokens), s.num_loops > 0, s, runtime())
+def text_of(s: g.Settings, tokens=None, kind=g.Text) -> g.Text:
+    return kind(Stream(stream() if tokens is None else tokens), s, runtime())
 
 
-def adapt(s: g.Settings, tokens=None, kind=g.TestTimeTraining, model=None) -> np.ndarray:
+def learner_of(s: g.Settings, text: g.Text, kind=g.Learner, model=None) -> g.Learner:
+    return kind(model or model_of(s), s.num_loops > 0, text.own_slots, s, runtime())
+
+
+def parts_of(s: g.Settings, tokens=None) -> tuple[g.Text, g.Learner]:
+    text = text_of(s, tokens)
+    return text, learner_of(s, text)
+
+
+def run_of(s: g.Settings, tokens=None, text=g.Text, learner=g.Learner, score=g.Score, model=None,
+           watch=lambda *_: None) -> SimpleNamespace:
+    """Test-time training with these classes in the place of the script's, its parts and what it computed.
+
+    at: positions of the targets of each pass; order: all of them; nll, untilted: theirs, (n,). `watch` is called with the
+    positions and scores of each pass when it is scored.
+    """
+    run = SimpleNamespace(model=model or model_of(s), tokens=stream() if tokens is None else tokens, log=Log(), at=[],
+                          passes=[])
+
+    class Recorder(score):
+        def add(self, rows, tilted, plain):
+            watch(rows.stream_positions, tilted, plain)
+            run.at.append(rows.stream_positions)
+            run.passes.append((tilted, plain))
+            super().add(rows, tilted, plain)
+
+    def kept(name, kind):
+        def make(*arguments):
+            part = kind(*arguments)
+            setattr(run, name, part)
+            return part
+        return make
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g, "Text", kept("text", text))
+        patch.setattr(g, "Learner", kept("learner", learner))
+        patch.setattr(g, "Score", Recorder)
+        run.result = g.test_time_training(run.model, Stream(run.tokens), s.num_loops > 0, s, runtime(), run.log)
+    run.order = np.concatenate(run.at)
+    run.nll, run.untilted = map(torch.cat, zip(*run.passes))
+    if isinstance(run.learner, Open):
+        run.table = torch.cat(run.learner.tables)
+    return run
+
+
+def adapt(s: g.Settings, tokens=None, **parts) -> np.ndarray:
     """NLL of every target, (len(tokens) - 1, 2) float32: tilted, not."""
-    training = training_of(s, tokens, kind, model)
-    result = np.full((len(training.tokens) - 1, 2), np.nan, np.float32)
-    for at, *scores in training.steps():
-        assert np.isnan(result[at]).all()
-        result[at] = np.stack([x.numpy() for x in scores], 1)
+    run = run_of(s, tokens, **parts)
+    result = np.full((len(run.tokens) - 1, 2), np.nan, np.float32)
+    result[run.order] = torch.stack((run.nll, run.untilted), 1).numpy()
     assert not np.isnan(result).any()
     return result
 
 
-class Open(g.TestTimeTraining):
-    """Keeps, in the order of scoring, `order` (n,) and the whole distribution behind each score, `table` (n, vocab)."""
+class Open(g.Learner):
+    """Keeps the whole distribution behind each score, `tables`: (n, vocab) for each pass."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.tables, self.at, self.tilted = [], [], []
+        self.tables = []
 
     def losses(self, rows):
         function = g.two_value_nll
@@ -126,6 +170,17 @@ class Open(g.TestTimeTraining):
             patch.setattr(g, "two_value_nll", watched)
             return super().losses(rows)
 
+    def tilted(self, nll, rows):
+        function, self.boost = ngram.tilt, rows.boost
+
+        def watched(log_p, log_q, hit, boost, gate):
+            self.boost = boost
+            return function(log_p, log_q, hit, boost, gate)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ngram, "tilt", watched)
+            return super().tilted(nll, rows)
+
     def distribution(self, seen, hints, gate, boost) -> torch.Tensor:
         """Tilted log-probabilities (n, vocab) of all tokens, by the functions and from the scores of the loss."""
         scores, caps = seen
@@ -137,28 +192,12 @@ class Open(g.TestTimeTraining):
             return -nll.view(n, size)
         return ngram.tilt(-nll, log_q, hints == target, boost, gate).view(n, size)
 
-    def score_and_train(self, rows):
-        function, self.boost = ngram.tilt, rows.boost
-
-        def watched(log_p, log_q, hit, boost, gate):
-            self.boost = boost
-            return function(log_p, log_q, hit, boost, gate)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ngram, "tilt", watched)
-            tilted, plain = super().score_and_train(rows)
+    def score(self, rows):
+        tilted, plain = super().score(rows)
         table = self.distribution(self.seen, rows.hints, rows.gate, self.boost)[rows.visible]
         torch.testing.assert_close(-table[range(len(tilted)), rows.targets[rows.visible]], tilted, rtol=0, atol=1e-6)
         self.tables.append(table)
-        self.at.append(rows.at)
-        self.tilted.append(tilted)
         return tilted, plain
-
-    def run(self):
-        for _ in self.steps():
-            pass
-        self.order, self.table, self.nll = np.concatenate(self.at), torch.cat(self.tables), torch.cat(self.tilted)
-        return self
 
 
 # --- Mutants: each breaks what a test below must notice
@@ -167,34 +206,37 @@ class Open(g.TestTimeTraining):
 class UpdatesFirst(Open):
     """Trains on the chunk that it is about to score."""
 
-    def score_and_train(self, rows):
-        self.adapters.take(rows)
-        losses, _ = self.losses(rows)
-        self.adapters.update(rows, torch.autograd.grad((losses * rows.weights).sum(), self.adapters.leaves))
-        return super().score_and_train(rows)
+    def score(self, rows):
+        super(Open, self).score(rows)
+        super().train(rows)
+        return super().score(rows)
 
 
-class HintsInTextOrder(Open):
+class HintsInTextOrder(g.Text):
     """Counts hints as the published systems do: in the order of the text, far ahead of what has been scored."""
 
     def count_hints(self, step):
         s = self.settings
-        self.hints, self.counted = ngram.token_hints(self.tokens, s.token_order, s.token_threshold, s.token_boost,
-                                                     s.ngram_boost), True
+        self.hints = ngram.token_hints(self.tokens, s.token_order, s.token_threshold, s.token_boost, s.ngram_boost)
 
 
-class PhaseTooEarly(Open):
+class PhaseTooEarly(g.Text):
     """Trains all weights on documents that are still under way or have not begun."""
 
-    def train_all_weights(self, documents):
-        super().train_all_weights(np.arange(len(self.lengths)))
+    def phases_due(self, step):
+        for _ in super().phases_due(step):
+            yield np.arange(len(self.lengths))
 
 
-class ChunksByLength(Open):
+class ChunksByLength(g.Text):
     """Cuts a document's last chunk where the document ends, so that the shape of the pass depends on it."""
 
     def pack(self, step):
         yield from super().pack(step._replace(end=np.minimum(step.end, self.lengths[step.document])))
+
+
+MUTANTS = dict(updates_first=dict(learner=UpdatesFirst), hints_in_text_order=dict(text=HintsInTextOrder),
+               phase_too_early=dict(text=PhaseTooEarly))
 
 
 # --- The decoder
@@ -207,8 +249,8 @@ class Encoder(Open):
         super().__init__(*arguments)
         self.coder = constriction.stream.queue.RangeEncoder()
 
-    def score_and_train(self, rows):
-        result = super().score_and_train(rows)
+    def score(self, rows):
+        result = super().score(rows)
         for token, log_p in zip(rows.targets[rows.visible].tolist(), self.tables[-1]):
             self.coder.encode(token, categorical(log_p))
         return result
@@ -219,7 +261,7 @@ def categorical(log_p: torch.Tensor):
     return constriction.stream.model.Categorical(p / p.sum(), perfect=False)
 
 
-class Decoder(Open):
+class Decoder:
     """Reads the text back from the code words, the initial model and the settings.
 
     Its header: the number of documents and of targets, and the length of the last document, which no BOS follows.
@@ -228,76 +270,85 @@ class Decoder(Open):
 
     def __init__(self, words, documents: int, targets: int, last: int, model: g.GPT, s: g.Settings):
         stride = targets + 2 * s.ttt_eval_seq_len
-        super().__init__(model, Stream(np.full(documents * stride + 1, BOS, np.uint16)), s.num_loops > 0, s, runtime())
-        self.starts, self.lengths = np.arange(documents) * stride, np.full(documents, 1 << 40)
-        self.lengths[-1], self.left = last, targets
+        self.text = text_of(s, np.full(documents * stride + 1, BOS, np.uint16))
+        self.text.starts, self.text.lengths = np.arange(documents) * stride, np.full(documents, 1 << 40)
+        self.text.lengths[-1], self.left = last, targets
+        self.model, self.settings = model, s
+        self.learner = learner_of(s, self.text, Open, model)
         self.coder = constriction.stream.queue.RangeDecoder(words)
 
     def next_token(self, step: g.Step, slot: int, position: int) -> int:
         """The token behind the position: from a pass over all chunks of the step, BOS where nothing is decoded yet."""
-        for rows in self.pack(step):
+        learner = self.learner
+        for rows in self.text.pack(step):
             if slot in rows.slots:
                 at = int(rows.chunk_ends[rows.slots.tolist().index(slot)]) - int(step.end[slot]) + position
-                self.adapters.take(rows)
+                learner.adapters.take(rows)
                 with torch.no_grad():
-                    _, log_q = self.losses(rows)
-                boost = self.learned(log_q, rows.boost, rows.expert) if self.learned else rows.boost
-                scores, hints, gate, boost = (x[at:at + 1] for x in (self.seen[0], rows.hints, rows.gate, boost))
-                table = self.distribution((scores, self.seen[1]), hints, gate, boost)
+                    _, log_q = learner.losses(rows)
+                boost = rows.boost
+                if learner.learned_boost:
+                    boost = learner.learned_boost(log_q, rows.boost, rows.ngram_order_index)
+                scores, hints, gate, boost = (x[at:at + 1] for x in (learner.seen[0], rows.hints, rows.gate, boost))
+                table = learner.distribution((scores, learner.seen[1]), hints, gate, boost)
                 return int(self.coder.decode(categorical(table[0])))
 
     def decode_step(self, step: g.Step) -> None:
         for slot in np.flatnonzero(step.document >= 0).tolist():
             document, begin = int(step.document[slot]), int(step.begin[slot])
-            start = self.starts[document]
-            text = self.tokens[start:]
-            for state in self.ngrams:
+            start = self.text.starts[document]
+            text = self.text.tokens[start:]
+            for state in self.text.ngrams:
                 state.restart()
             fed = [text[max(0, begin - order + 2):begin + 1] for order in self.settings.token_orders]
             for position in range(begin, int(step.end[slot])):
                 if not self.left:
                     raise ValueError("more targets than there are")
                 self.left -= 1
-                found = [state.feed(tokens) for state, tokens in zip(self.ngrams, fed)]
+                found = [state.feed(tokens) for state, tokens in zip(self.text.ngrams, fed)]
                 for number in reversed(range(len(found))):
                     if found[number].gate[-1]:
-                        self.experts[start + position] = number
-                        for array, entries in zip(self.hints, found[number]):
+                        self.text.ngram_order_index[start + position] = number
+                        for array, entries in zip(self.text.hints, found[number]):
                             array[start + position] = entries[-1]
                 text[position + 1] = self.next_token(step, slot, position)
                 fed = [text[position + 1:position + 2]] * len(fed)
-                if fed[0][0] == BOS or position + 1 == self.lengths[document]:
-                    self.lengths[document] = position + 1
+                if fed[0][0] == BOS or position + 1 == self.text.lengths[document]:
+                    self.text.lengths[document] = position + 1
                     break
-            for state, tokens in zip(self.ngrams, fed):
+            for state, tokens in zip(self.text.ngrams, fed):
                 state.feed(tokens)
 
     def run(self):
-        s, finished = self.settings, np.zeros(len(self.lengths), bool)
-        prefix, phases = min(len(self.lengths), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
+        s, text, learner = self.settings, self.text, self.learner
+        finished = np.zeros(len(text.lengths), bool)
+        prefix, phases = min(len(finished), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
         pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
-        for step in g.ttt_schedule(self.lengths, s):
-            fresh = np.flatnonzero(step.fresh)
-            if len(fresh):
-                self.adapters.reset(fresh, step.document[fresh])
+        for step in g.ttt_schedule(text.lengths, s):
+            learner.begin(step)
             self.decode_step(step)
-            for rows in self.pack(step):
-                self.score_and_train(rows)
-            if self.learned:
-                self.learned.step()
-            finished[step.document[(step.document >= 0) & (step.end >= self.lengths[step.document])]] = True
+            for rows in text.pack(step):
+                learner.score(rows)
+                learner.train(rows)
+            learner.end_step()
+            finished[step.document[(step.document >= 0) & (step.end >= text.lengths[step.document])]] = True
             while pauses and pauses[0] <= finished.sum() < len(finished):
                 pauses.pop(0)
-                self.train_all_weights(np.flatnonzero(finished))
-        return np.concatenate([self.tokens[a:a + n] for a, n in zip(self.starts, self.lengths)]
-                              + [self.tokens[self.starts[-1] + self.lengths[-1]:][:1]])
+                g.train_all_weights(self.model, text, np.flatnonzero(finished), s.num_loops > 0, s, runtime())
+                learner.refresh_layers()
+        return np.concatenate([text.tokens[a:a + n] for a, n in zip(text.starts, text.lengths)]
+                              + [text.tokens[text.starts[-1] + text.lengths[-1]:][:1]])
 
 
-def coded(s: g.Settings, tokens: np.ndarray, kind=Encoder) -> tuple[Encoder, Decoder]:
-    """Encoder after its run, decoder before it."""
-    encoder = training_of(s, tokens, kind).run()
-    header = len(encoder.starts), len(tokens) - 1, int(encoder.lengths[-1])
-    return encoder, Decoder(encoder.coder.get_compressed(), *header, model_of(s), s)
+def coded(s: g.Settings, tokens: np.ndarray, text=g.Text, learner=Open) -> tuple[SimpleNamespace, Decoder]:
+    """The encoder's run, and the decoder before its own."""
+    class EncodingLearner(Encoder, learner):
+        pass
+
+    encoder = run_of(s, tokens, text, EncodingLearner)
+    encoder.words = encoder.learner.coder.get_compressed()
+    header = len(encoder.text.starts), len(tokens) - 1, int(encoder.text.lengths[-1])
+    return encoder, Decoder(encoder.words, *header, model_of(s), s)
 
 
 CODED = dict(TTT_MICRO_BATCH_TOKENS=50, PHASED_TTT_PREFIX_DOCS=8, PHASED_TTT_NUM_PHASES=2)
@@ -315,24 +366,22 @@ def test_a_decoder_reads_the_text_back(changes):
     encoder, decoder = coded(s, tokens)
     np.testing.assert_array_equal(decoder.run(), tokens)
     for name in ("value", "work", "square", "count"):
-        assert torch.equal(*(getattr(run.adapters, name) for run in (encoder, decoder))), name
+        assert torch.equal(*(getattr(run.learner.adapters, name) for run in (encoder, decoder))), name
     for (name, ours), theirs in zip(encoder.model.named_parameters(), decoder.model.parameters()):
         assert torch.equal(ours, theirs), name
-    assert not encoder.learned or torch.equal(encoder.learned.weights, decoder.learned.weights)
-    assert encoder.adapters.count.sum() > 0 and not torch.equal(encoder.model.qo_bank, model_of(s).qo_bank)
-    assert encoder.hints.gate.sum() > 20
-    bits, reported = 32 * len(encoder.coder.get_compressed()), float(encoder.nll.double().sum()) / math.log(2)
+    boosts = encoder.learner.learned_boost, decoder.learner.learned_boost
+    assert not boosts[0] or torch.equal(*(boost.weights for boost in boosts))
+    assert encoder.learner.adapters.count.sum() > 0 and not torch.equal(encoder.model.qo_bank, model_of(s).qo_bank)
+    assert encoder.text.hints.gate.sum() > 20
+    bits, reported = 32 * len(encoder.words), float(encoder.nll.double().sum()) / math.log(2)
     assert abs(bits - reported) < 0.01 * reported + 64
     assert bits < len(tokens) * math.log2(VOCAB)
 
 
-@pytest.mark.parametrize("mutant", [UpdatesFirst, HintsInTextOrder, PhaseTooEarly])
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_decoder_fails_on_what_looks_ahead(mutant):
-    class MutantEncoder(Encoder, mutant):
-        pass
-
-    tokens = stream(10, 6, 30)
-    _, decoder = coded(small(**CODED | dict(PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1)), tokens, MutantEncoder)
+    s, tokens = small(**CODED | dict(PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1)), stream(10, 6, 30)
+    _, decoder = coded(s, tokens, **MUTANTS[mutant])
     try:
         read = decoder.run()
     except (AssertionError, ValueError):  # no such code word, or a text that does not end
@@ -343,35 +392,35 @@ def test_the_decoder_fails_on_what_looks_ahead(mutant):
 # --- C1: what a score may depend on
 
 
-def continued(run: Open, cut: int, draw) -> np.ndarray:
+def continued(run, cut: int, draw) -> np.ndarray:
     """Another text that has the first `cut` targets, in the order of scoring, in common with the run's.
 
     Documents that are not complete by then go on in another way and end elsewhere.
     """
-    known = np.bincount(np.searchsorted(run.starts, run.order[:cut], "right") - 1, minlength=len(run.starts))
-    pieces = []
-    for i, (a, length, kept) in enumerate(zip(run.starts, run.lengths, known)):
-        final = i == len(run.starts) - 1
+    starts, lengths, pieces = run.text.starts, run.text.lengths, []
+    known = np.bincount(np.searchsorted(starts, run.order[:cut], "right") - 1, minlength=len(starts))
+    for i, (a, length, kept) in enumerate(zip(starts, lengths, known)):
+        final = i == len(starts) - 1
         new = draw.integers(2, VOCAB, draw.integers(final, 30)) if kept < length else []
         pieces += [run.tokens[a:a + min(kept + 1, length + final)], np.array(new, np.uint16)]
     return np.concatenate(pieces)
 
 
-def agree(one: Open, other: Open, cut: int) -> bool:
+def agree(one, other, cut: int) -> bool:
     """Whether the first `cut` scores and distributions are the same, bit for bit, and the distribution behind them."""
     return (np.array_equal(places(one)[:cut], places(other)[:cut]) and torch.equal(one.nll[:cut], other.nll[:cut])
             and torch.equal(one.table[:cut + 1], other.table[:cut + 1]))
 
 
-def places(run: Open) -> np.ndarray:
-    document = np.searchsorted(run.starts, run.order, "right") - 1
-    return np.stack((document, run.order - run.starts[document]), 1)
+def places(run) -> np.ndarray:
+    document = np.searchsorted(run.text.starts, run.order, "right") - 1
+    return np.stack((document, run.order - run.text.starts[document]), 1)
 
 
-def depends_on_the_past_alone(s: g.Settings, kind=Open, cuts=(0, 1, 37, 130, 210, 300)) -> bool:
-    run, draw = training_of(s, kind=kind).run(), np.random.default_rng(3)
+def depends_on_the_past_alone(s: g.Settings, cuts=(0, 1, 37, 130, 210, 300), text=g.Text, learner=Open) -> bool:
+    run, draw = run_of(s, None, text, learner), np.random.default_rng(3)
     for cut in cuts:
-        other = training_of(s, continued(run, cut, draw), kind).run()
+        other = run_of(s, continued(run, cut, draw), text, learner)
         if not agree(run, other, cut):
             return False
         size = min(len(run.table), len(other.table))
@@ -383,8 +432,8 @@ def depends_on_the_past_alone(s: g.Settings, kind=Open, cuts=(0, 1, 37, 130, 210
                                             ("recompute", "learned")])
 def test_c1_scores_and_distributions_depend_on_what_is_scored_alone(context, boost):
     s = small(TTT_CONTEXT=context, PHASED_TTT_NUM_PHASES=2, **BOOSTS[boost])
-    run = training_of(s, kind=Open).run()
-    assert run.hints.gate.sum() > 50 and not torch.equal(run.model.qo_bank, model_of(s).qo_bank)
+    run = run_of(s)
+    assert run.text.hints.gate.sum() > 50 and not torch.equal(run.model.qo_bank, model_of(s).qo_bank)
     assert depends_on_the_past_alone(s)
 
 
@@ -392,37 +441,38 @@ def test_c1_scores_and_distributions_depend_on_what_is_scored_alone(context, boo
 @pytest.mark.parametrize("more", [1, 5, 30])
 def test_c1_where_a_document_ends_changes_nothing_before(context, more):
     """A document turns out longer and nothing else changes: in stream order the schedule may not have looked ahead."""
-    run = training_of(small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=3, **BOOSTS["learned"]), kind=Open).run()
-    longest = int(run.lengths[:8].argmax())
-    end = run.starts[longest] + run.lengths[longest]
-    other = training_of(run.settings, np.insert(run.tokens, end, np.full(more, 5, np.uint16)), Open).run()
+    s = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=3, **BOOSTS["learned"])
+    run = run_of(s, learner=Open)
+    longest = int(run.text.lengths[:8].argmax())
+    end = run.text.starts[longest] + run.text.lengths[longest]
+    other = run_of(s, np.insert(run.tokens, end, np.full(more, 5, np.uint16)), learner=Open)
     cut = run.order.tolist().index(end - 1)
     assert cut > 150 and agree(run, other, cut) and not torch.equal(run.nll[cut], other.nll[cut])
 
 
-@pytest.mark.parametrize("mutant, changes", [
-    (UpdatesFirst, {}), (HintsInTextOrder, {}), (PhaseTooEarly, {}), (Open, dict(TTT_ORDER="length"))])
-def test_c1_fails_for_what_looks_ahead(mutant, changes):
-    assert not depends_on_the_past_alone(small(PHASED_TTT_PREFIX_DOCS=1, **changes), mutant, [130])
+@pytest.mark.parametrize("mutant", [*MUTANTS, "length_order"])
+def test_c1_fails_for_what_looks_ahead(mutant):
+    s = small(PHASED_TTT_PREFIX_DOCS=1, TTT_ORDER="length" if mutant == "length_order" else "stream")
+    assert not depends_on_the_past_alone(s, [130], **MUTANTS.get(mutant, {}))
 
 
 @contexts
-@pytest.mark.parametrize("kind", [Open, ChunksByLength])
+@pytest.mark.parametrize("kind", [g.Text, ChunksByLength])
 def test_no_shape_follows_from_where_a_document_ends(context, kind):
     """All of a pass but the text is known before its step: it is the same for documents without end."""
-    one, endless = (training_of(small(TTT_CONTEXT=context, TTT_MICRO_BATCH_TOKENS=60), kind=kind) for _ in range(2))
+    one, endless = (text_of(small(TTT_CONTEXT=context, TTT_MICRO_BATCH_TOKENS=60), kind=kind) for _ in range(2))
     endless.starts, endless.lengths = np.zeros_like(one.starts), np.full(len(one.starts), 1000)
     endless.tokens = np.full(2000, 5, np.uint16)
     endless.hints = ngram.Hints(*(np.zeros(2000, x.dtype) for x in one.hints))
-    endless.experts = np.zeros(2000, np.uint8)
+    endless.ngram_order_index = np.zeros(2000, np.uint8)
 
-    def known(run, step):
-        return [[x.tolist() for x in (rows.slots, rows.begins, rows.positions, rows.cu_seqlens, rows.chunk,
-                                      rows.chunk_ends, rows.growth)]
-                + [rows.longest, rows.ids.shape, rows.previous.shape, rows.targets.shape] for rows in run.pack(step)]
+    def known(text, step):
+        return [[x.tolist() for x in (rows.slots, rows.begins, rows.positions, rows.cu_seqlens, rows.scored,
+                                      rows.chunk_ends, rows.chunk_ratio)]
+                + [rows.max_row_len, rows.ids.shape, rows.previous.shape, rows.targets.shape] for rows in text.pack(step)]
 
     same = [known(one, step) == known(endless, step) for step in g.ttt_schedule(one.lengths, one.settings)]
-    assert all(same) == (kind is Open)
+    assert all(same) == (kind is g.Text)
 
 
 # --- C2 to C4: distributions, scores before updates, each target once
@@ -431,15 +481,16 @@ def test_no_shape_follows_from_where_a_document_ends(context, kind):
 @pytest.mark.parametrize("scale", [0.1, 3, 30])
 def test_c2_the_tilted_distribution_sums_to_one(scale):
     draw, n = torch.Generator().manual_seed(7), 200
-    run = training_of(small(), kind=Open)
+    s = small()
+    learner = learner_of(s, text_of(s), Open)
     scores = scale * torch.randn(n, VOCAB, generator=draw)
     caps = torch.tensor(30.0), torch.tensor(17.0)
     hints, gate = torch.randint(VOCAB, (n,), generator=draw), torch.rand(n, generator=draw) < 0.8
     hints[:50] = scores[:50].argmax(1)
     boost = 4 * torch.rand(n, generator=draw)
-    table = run.distribution((scores, caps), hints, gate, boost)
+    table = learner.distribution((scores, caps), hints, gate, boost)
     np.testing.assert_allclose(table.double().exp().sum(1), 1, atol=1e-6)
-    plain = run.distribution((scores, caps), hints, torch.zeros_like(gate), boost)
+    plain = learner.distribution((scores, caps), hints, torch.zeros_like(gate), boost)
     np.testing.assert_allclose(plain.double().exp().sum(1), 1, atol=1e-6)
     moved = table[range(n), hints] - plain[range(n), hints]
     assert (moved[~gate] == 0).all() and (moved >= -1e-6).all()
@@ -448,7 +499,7 @@ def test_c2_the_tilted_distribution_sums_to_one(scale):
 
 @boosts
 def test_c2_every_distribution_of_a_run_sums_to_one(boost):
-    run = training_of(small(**BOOSTS[boost]), kind=Open).run()
+    run = run_of(small(**BOOSTS[boost]), learner=Open)
     np.testing.assert_allclose(run.table.double().exp().sum(1), 1, atol=1e-6)
 
 
@@ -461,35 +512,45 @@ def test_c3_scores_come_before_the_update(context):
     first = at - starts[np.searchsorted(starts, at, "right") - 1] < s.ttt_chunk_size
     mild, huge = (adapt(changed(s, ttt_lora_lr=lr), tokens)[:, 1] for lr in (0.01, 0.5))
     assert (mild == huge)[first].all() and (mild != huge)[~first].mean() > 0.9
-    mild, huge = (adapt(changed(s, ttt_lora_lr=lr), tokens, UpdatesFirst)[:, 1] for lr in (0.01, 0.5))
+    mild, huge = (adapt(changed(s, ttt_lora_lr=lr), tokens, learner=UpdatesFirst)[:, 1] for lr in (0.01, 0.5))
     assert (mild != huge)[first].mean() > 0.5
+
+
+def test_c3_what_was_not_scored_cannot_be_trained_on():
+    text, learner = parts_of(small())
+    [first, second, *_] = [rows for _, groups in text.packed_steps() for rows in groups]
+    for before in (None, first):
+        if before:
+            learner.score(before)
+        with pytest.raises(AssertionError, match="C3"):
+            learner.train(second)
 
 
 @pytest.mark.parametrize("fault", ["drops", "repeats", "mistakes", "doubles"])
 def test_c4_scoring_a_target_never_or_twice_is_an_error(fault):
-    class Faulty(g.TestTimeTraining):
-        def steps(self):
-            before = None
-            for number, (at, tilted, plain) in enumerate(super().steps()):
-                if number == 2 and fault == "mistakes":  # one target for another that was scored before
-                    at = np.concatenate((before[:1], at[1:]))
-                if number == 2 and fault == "doubles":  # one target for another of the same pass
-                    at = np.concatenate((at[1:2], at[1:]))
-                if number != 2 or fault != "drops":
-                    yield at, tilted, plain
-                if number == 2 and fault == "repeats":
-                    yield at, tilted, plain
-                before = at
+    class Faulty(g.Score):
+        passes, before = 0, None
 
-    assert training_of(small(**FROZEN)).score(Log())["targets"] == len(stream()) - 1
+        def add(self, rows, tilted, plain):
+            at, times = rows.stream_positions, 1
+            if self.passes == 2:
+                if fault == "mistakes":  # one target for another that was scored before
+                    at = np.concatenate((self.before[:1], at[1:]))
+                if fault == "doubles":  # one target for another of the same pass
+                    at = np.concatenate((at[1:2], at[1:]))
+                times = dict(drops=0, repeats=2).get(fault, 1)
+            for _ in range(times):
+                super().add(rows._replace(stream_positions=at), tilted, plain)
+            self.passes, self.before = self.passes + 1, at
+
+    assert run_of(small(**FROZEN)).result["targets"] == len(stream()) - 1
     with pytest.raises(AssertionError, match="were scored"):
-        training_of(small(**FROZEN), kind=Faulty).score(Log())
+        run_of(small(**FROZEN), score=Faulty)
 
 
 def test_progress_is_the_score_so_far():
-    s, log = small(**BOOSTS["learned"]), Log()
-    training_of(s).score(log)
-    run = training_of(s, kind=Open).run()
+    run = run_of(small(**BOOSTS["learned"]))
+    log = run.log
     seen = np.cumsum([len(at) for at in run.at])
     assert len(log.events) > 5 and log.events[-1]["share"] > 0.9
     for event in log.events:
@@ -549,8 +610,8 @@ def test_in_length_order_chunks_may_follow_from_the_length():
             if document >= 0:
                 assert seen.setdefault(document, end - begin) == end - begin
     assert [seen[i] for i in range(6)] == [2, 2, 4, 4, 8, 8]
-    for _, groups in training_of(s).prepared():  # no chunk is a grown one, whatever its size
-        assert all((rows.growth == 1).all() for rows in groups)
+    for _, groups in text_of(s).packed_steps():  # no chunk is a grown one, whatever its size
+        assert all((rows.chunk_ratio == 1).all() for rows in groups)
 
 
 # --- What is scored
@@ -597,11 +658,11 @@ def test_windows_slide_over_long_documents(context, layers):
 def test_the_split_into_passes_changes_nothing(context):
     s = small(TTT_CONTEXT=context)
     split = changed(s, ttt_micro_batch_tokens=20)
-    for _, groups in training_of(split).prepared():  # as much to a pass as fits
+    for _, groups in text_of(split).packed_steps():  # as much to a pass as fits
         sizes = [rows.cu_seqlens.diff().tolist() for rows in groups]
         assert all(sum(size) <= 20 or len(size) == 1 for size in sizes)
         assert all(sum(one) + other[0] > 20 for one, other in itertools.pairwise(sizes))
-    assert sum(len(groups) for _, groups in training_of(split).prepared()) > 1.5 * len(list(training_of(s).prepared()))
+    assert sum(len(groups) for _, groups in text_of(split).packed_steps()) > 1.5 * len(list(text_of(s).packed_steps()))
     np.testing.assert_allclose(adapt(split), adapt(s), atol=1e-4)
 
 
@@ -635,42 +696,39 @@ def dictionary_hints(tokens, s: g.Settings) -> tuple[np.ndarray, np.ndarray, np.
 @boosts
 def test_hints_are_counted_in_the_order_of_scoring(boost):
     s, tokens = small(**FROZEN, **BOOSTS[boost]), stream(30)
-    expected, run = dictionary_hints(tokens, s), training_of(s, tokens)
-    run.score(Log())
-    for ours, theirs in zip((run.hints.ids, run.hints.gate, run.experts), expected):
+    expected, text = dictionary_hints(tokens, s), run_of(s, tokens).text
+    for ours, theirs in zip((text.hints.ids, text.hints.gate, text.ngram_order_index), expected):
         np.testing.assert_array_equal(ours, theirs)
     assert expected[1].sum() > 200 and np.bincount(expected[2][expected[1]]).min() > 50
     assert (expected[0] != ngram.token_hints(tokens, s.token_order).ids).sum() > 20
-    assert boost == "learned" or set(run.hints.boost.tolist()) == {0, s.token_boost}
+    assert boost == "learned" or set(text.hints.boost.tolist()) == {0, s.token_boost}
 
 
 @boosts
 def test_in_length_order_hints_are_those_of_the_text(boost):
     """As in the published systems; only the last word is the longest context's."""
     s, tokens = small(TTT_ORDER="length", **FROZEN, **BOOSTS[boost]), stream(30)
-    run = training_of(s, tokens)
-    run.score(Log())
+    text = run_of(s, tokens).text
     threshold = 0 if boost == "learned" else s.token_threshold
     orders = [ngram.token_hints(tokens, order, threshold, mode=boost) for order in s.token_orders]
     for number, hints in enumerate(orders):
-        mine = run.hints.gate & (run.experts == number)
+        mine = text.hints.gate & (text.ngram_order_index == number)
         assert mine.sum() > 30 and hints.gate[mine].all()
         assert not any(longer.gate[mine].any() for longer in orders[:number])
-        for ours, theirs in zip(run.hints, hints):
+        for ours, theirs in zip(text.hints, hints):
             np.testing.assert_array_equal(ours[mine], theirs[mine])
-    assert (run.hints.gate == np.any([hints.gate for hints in orders], 0)).all()
+    assert (text.hints.gate == np.any([hints.gate for hints in orders], 0)).all()
 
 
 @boosts
 def test_the_tilt_moves_scores_within_its_bounds(boost):
     s, tokens = small(**FROZEN, **BOOSTS[boost]), stream(30)
-    run = training_of(s, tokens)
-    scores = np.zeros((len(tokens) - 1, 2), np.float32)
-    for at, *pair in run.steps():
-        scores[at] = np.stack([x.numpy() for x in pair], 1)
-    gained, hit = scores[:, 1] - scores[:, 0], run.hints.gate & (run.hints.ids == tokens[1:])
-    assert (gained[~run.hints.gate] == 0).all() and (gained[hit] > 0.1).sum() > 100
-    assert (gained[hit] >= 0).all() and (gained[run.hints.gate & ~hit] <= 0).all() and (gained < -0.01).sum() > 10
+    run = run_of(s, tokens)
+    gained, hints = np.zeros(len(tokens) - 1, np.float32), run.text.hints
+    gained[run.order] = (run.untilted - run.nll).numpy()
+    hit = hints.gate & (hints.ids == tokens[1:])
+    assert (gained[~hints.gate] == 0).all() and (gained[hit] > 0.1).sum() > 100
+    assert (gained[hit] >= 0).all() and (gained[hints.gate & ~hit] <= 0).all() and (gained < -0.01).sum() > 10
     assert gained.mean() > 0.05
     if boost == "fixed":
         assert gained.max() <= s.token_boost
@@ -678,19 +736,20 @@ def test_the_tilt_moves_scores_within_its_bounds(boost):
 
 def test_the_learned_boost_learns_from_what_was_scored_in_earlier_steps():
     """From the distributions of a run without tilt; nothing behind the end of a document counts."""
-    run = training_of(small(**BOOSTS["learned"], **FROZEN), stream(30), Open).run()
-    plain = training_of(small(NGRAM_TILT_ENABLED=0, **FROZEN), stream(30), Open).run()
-    learned = ngram.LearnedBoost(3, "cpu")
-    assert len(run.at) == len(list(g.ttt_schedule(run.lengths, run.settings)))
-    for at, tilted, table in zip(run.at, run.tables, plain.tables):
-        hints = run.hints.ids[at].astype(np.int64)
+    s = small(**BOOSTS["learned"], **FROZEN)
+    run = run_of(s, stream(30), learner=Open)
+    plain = run_of(small(NGRAM_TILT_ENABLED=0, **FROZEN), stream(30), learner=Open)
+    learned, text = ngram.LearnedBoost(3, "cpu"), run.text
+    assert len(run.at) == len(list(g.ttt_schedule(text.lengths, s)))
+    for at, tilted, table in zip(run.at, run.learner.tables, plain.learner.tables):
+        hints = text.hints.ids[at].astype(np.int64)
         log_q, log_p = (x[range(len(at)), hints].double() for x in (table, tilted))
-        gate, expert, odds = (torch.from_numpy(x[at]) for x in (run.hints.gate, run.experts, run.hints.boost))
+        gate, expert, odds = (torch.from_numpy(x[at]) for x in (text.hints.gate, text.ngram_order_index, text.hints.boost))
         boost = learned(log_q, odds, expert.long())
         torch.testing.assert_close(log_p[gate], ngram.tilt(log_q, log_q, gate, boost, gate)[gate], rtol=0, atol=1e-4)
         learned.observe(log_q, odds, expert.long(), torch.from_numpy(hints == run.tokens[at + 1]), gate)
         learned.step()
-    torch.testing.assert_close(run.learned.weights, learned.weights, rtol=0, atol=1e-3)
+    torch.testing.assert_close(run.learner.learned_boost.weights, learned.weights, rtol=0, atol=1e-3)
     assert ((learned.weights - torch.tensor([0.0, 1.0, 0.0])).abs().amax(1) > 0.05).all()
 
 
@@ -783,20 +842,19 @@ def pairs_of(adapters: g.Adapters, row: int) -> dict:
 
 def scores_by_hand(s: g.Settings, tokens) -> np.ndarray:
     """What `adapt` returns in its second column, a document after another; from the real path come only the first A."""
-    run, model = training_of(s, tokens), model_of(s)
-    result, kept = np.zeros(len(tokens) - 1, np.float32), {}
-    for step in g.ttt_schedule(run.lengths, s):
+    text, model = text_of(s, tokens), model_of(s)
+    adapters, result, kept = learner_of(s, text).adapters, np.zeros(len(tokens) - 1, np.float32), {}
+    for step in g.ttt_schedule(text.lengths, s):
         for slot in np.flatnonzero(step.fresh).tolist():
             document = int(step.document[slot])
-            pairs = pairs_of(run.adapters, slot)
+            pairs = pairs_of(adapters, slot)
             if s.ttt_warm_start_a:
                 pairs = {site: (kept.get((slot, site), a), b) for site, (a, b) in pairs.items()}
             else:
-                run.adapters.draw(0, document)
-                pairs = pairs_of(run.adapters, 0)
-            dense, a = Dense(model, pairs, s), run.starts[document]
-            text = torch.from_numpy(tokens[a:a + run.lengths[document] + 1].astype(np.int64))
-            result[a:a + run.lengths[document]] = torch.cat(list(dense.run(text))).numpy()
+                adapters.draw(0, document)
+                pairs = pairs_of(adapters, 0)
+            dense, a, length = Dense(model, pairs, s), text.starts[document], text.lengths[document]
+            result[a:a + length] = torch.cat(list(dense.run(torch.from_numpy(tokens[a:a + length + 1].astype(np.int64))))).numpy()
             kept |= {(slot, site): pair[0].detach() for site, pair in dense.pairs.items()}
     return result
 
@@ -815,8 +873,8 @@ def compared():
     A document of whole chunks, not trained on its last one, leaves its A to another.
     """
     tokens = stream(11, 36, 60)
-    run = training_of(small(), tokens)
-    assert run.lengths[0] % 8 == 0 and any(step.document[0] > 0 for step in g.ttt_schedule(run.lengths, run.settings))
+    text = text_of(small(), tokens)
+    assert text.lengths[0] % 8 == 0 and any(step.document[0] > 0 for step in g.ttt_schedule(text.lengths, text.settings))
     return tokens, {context: [adapt(small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, TTT_LORA_LR=lr), tokens)[:, 1]
                               for lr in (0, 0.01)] for context in ("cache", "recompute")}
 
@@ -847,14 +905,14 @@ def test_adapting_to_repetitive_text_pays(context):
 class Row(SimpleNamespace):
     """What Adapters.update reads of Rows."""
 
-    def __init__(self, slots, trains, growth=(1.0,)):
-        super().__init__(slots=torch.tensor(slots), trains=torch.tensor(trains),
-                         growth=torch.tensor(growth).expand(len(slots)))
+    def __init__(self, slots, continues, ratio=(1.0,)):
+        super().__init__(slots=torch.tensor(slots), continues=torch.tensor(continues),
+                         chunk_ratio=torch.tensor(ratio).expand(len(slots)))
 
 
 def adapters_of(s: g.Settings, slots: int) -> g.Adapters:
     """Adapters that are not zero."""
-    adapters, draw = training_of(s).adapters, torch.Generator().manual_seed(2)
+    adapters, draw = learner_of(s, text_of(s)).adapters, torch.Generator().manual_seed(2)
     adapters.value.copy_(0.2 * torch.randn(adapters.value.shape, generator=draw))
     adapters.work.copy_(adapters.value)
     return adapters
@@ -887,20 +945,31 @@ def test_the_optimizer_is_that_of_torch_with_a_clock_for_each_slot(changes):
     assert torch.equal(adapters.value[others], before[others])
 
 
-@pytest.mark.parametrize("site", ["q", "k", "v", "o", "mlp", "none"])
+@pytest.mark.parametrize("site", [*g.ADAPTER_SITES, "none"])
 @contexts
 def test_each_adapter_learns_where_it_is_switched_on(context, site):
-    switches = {f"TTT_{name.upper()}_LORA": int(name == site) for name in ("q", "k", "v", "o", "mlp")}
+    switches = {f"TTT_{name.upper()}_LORA": int(name == site) for name in g.ADAPTER_SITES}
     s = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, **switches)
-    run = training_of(s, np.tile(np.array([BOS, 5, 9, 7, 8, 11, 5, 6, 7, 9, 30, 31], np.uint16), 4)[:48])
-    first = pairs_of(run.adapters, 0)
-    for _ in zip(range(1), run.steps()):
-        pass
-    visits = range(sum(map(len, run.model.orders[True])))
+    text, learner = parts_of(s, np.tile(np.array([BOS, 5, 9, 7, 8, 11, 5, 6, 7, 9, 30, 31], np.uint16), 4)[:48])
+    first = pairs_of(learner.adapters, 0)
+    _, [rows] = next(text.packed_steps())
+    learner.score(rows)
+    learner.train(rows)
+    visits = range(sum(map(len, learner.model.orders[True])))
     assert len(visits) == 4 and set(first) == {("head", 0)} | {(site, visit) for visit in visits if site != "none"}
-    for site_of, (a, b) in pairs_of(run.adapters, 0).items():
+    for site_of, (a, b) in pairs_of(learner.adapters, 0).items():
         assert (first[site_of][1] == 0).all() and b.abs().max() > 0.5 * s.ttt_lora_lr
         assert first[site_of][0].abs().max() <= 1 / math.sqrt(s.model_dim) < 1.2 * first[site_of][0].abs().max()
+
+
+def test_an_unknown_adapter_site_is_refused(monkeypatch):
+    s = small()
+    add = adapters_of(s, 8).at_visit(0, 0)
+    with pytest.raises(KeyError, match="gate"):
+        add("gate", *torch.zeros(3, 4, s.model_dim))
+    monkeypatch.setitem(g.ADAPTER_SITES, "q", g.AdapterSite("gate", "model_dim"))
+    with pytest.raises(KeyError, match="gate"):
+        adapters_of(s, 8)
 
 
 @pytest.mark.parametrize("warm", [0, 1])
@@ -930,45 +999,44 @@ def test_reset_touches_only_its_slots(warm):
 
 
 @pytest.mark.parametrize("prefix, number, due", [(9, 3, [3, 6, 9]), (50, 5, [4, 8, 12, 16])])
-def test_global_phases_train_on_what_is_scored_completely(prefix, number, due):
+def test_global_phases_train_on_what_is_scored_completely(prefix, number, due, monkeypatch):
     """Each comes right behind the step in which enough documents end, unless they were the last. A prefix above their number
     is that number."""
     s = small(PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=number, GLOBAL_TTT_CHUNK_TOKENS=1000)
-    phases, model = [], model_of(s)
-
-    class Watched(g.TestTimeTraining):
-        def train_all_weights(self, documents):
-            assert documents.tolist() == complete()
-            phases.append(len(documents))
-            super().train_all_weights(documents)
-
-    run = training_of(s, stream(20), Watched, model)
-    scored = np.zeros(len(run.tokens) - 1, bool)
+    phases, model, tokens = [], model_of(s), stream(20)
+    text, train, scored = text_of(s, tokens), g.train_all_weights, np.zeros(len(tokens) - 1, bool)
 
     def complete():
-        return [i for i, (a, n) in enumerate(zip(run.starts, run.lengths)) if scored[a:a + n].all()]
+        return [i for i, (a, n) in enumerate(zip(text.starts, text.lengths)) if scored[a:a + n].all()]
 
-    for at, *_ in run.steps():
+    def watched(model, text, documents, *others):
+        assert documents.tolist() == complete()
+        phases.append(len(documents))
+        return train(model, text, documents, *others)
+
+    def watch(at, *_):
         assert len(phases) == sum(len(complete()) >= n for n in due)
         scored[at] = True
+
+    monkeypatch.setattr(g, "train_all_weights", watched)
+    run_of(s, tokens, model=model, watch=watch)
     assert len(phases) == len(due) and all(trained >= n for trained, n in zip(phases, due))
     for (name, p), before in zip(model.named_parameters(), model_of(s).parameters()):
         assert "softcap" in name or not torch.equal(before, p), name  # a step is below the last bit of the caps
 
 
-def test_a_phase_acts_on_all_scores_behind_it_and_on_none_before():
+def test_a_phase_acts_on_all_scores_behind_it_and_on_none_before(monkeypatch):
     """Without adapters: scores before it are those of the old weights, scores behind it those of the new ones."""
-    s, seen = small(TTT_CONTEXT="recompute", TTT_LORA_LR=0, TTT_EVAL_SEQ_LEN=64, PHASED_TTT_PREFIX_DOCS=5), []
+    s, seen, scored = small(TTT_CONTEXT="recompute", TTT_LORA_LR=0, TTT_EVAL_SEQ_LEN=64, PHASED_TTT_PREFIX_DOCS=5), [], []
+    train, model, tokens = g.train_all_weights, model_of(s), stream()
 
-    class Watched(g.TestTimeTraining):
-        def train_all_weights(self, documents):
-            seen.append(len(scored))
-            super().train_all_weights(documents)
+    def watched(*arguments):
+        seen.append(len(scored))
+        return train(*arguments)
 
-    scored, model, tokens = [], model_of(s), stream()
+    monkeypatch.setattr(g, "train_all_weights", watched)
     old = plain_scores(model, tokens, s)
-    for at, _, plain in training_of(s, tokens, Watched, model).steps():
-        scored.append((at, plain.numpy()))
+    run_of(s, tokens, model=model, watch=lambda at, _, plain: scored.append((at, plain.numpy())))
     new = plain_scores(model, tokens, s)
     assert len(seen) == 1 and 0 < seen[0] < len(scored) - 2 and np.abs(new - old).max() > 0.1
     for number, (at, scores) in enumerate(scored):
@@ -1003,10 +1071,10 @@ def phase_by_hand(model: g.GPT, tokens, documents, s: g.Settings) -> list[torch.
                                      dict(GLOBAL_TTT_CHUNK_TOKENS=100_000)])
 def test_a_phase_is_that_of_a_plain_loop(changes):
     s, tokens = small(**dict(GLOBAL_TTT_CHUNK_TOKENS=30, GLOBAL_TTT_MOMENTUM=0.5, EVAL_SEQ_LEN=20) | changes), stream(6)
-    run, documents = training_of(s, tokens), [0, 2, 3]
+    model, documents = model_of(s), [0, 2, 3]
     expected = phase_by_hand(model_of(s), tokens, documents, s)
-    run.train_all_weights(np.array(documents))
-    for (name, ours), p, before in zip(run.model.named_parameters(), expected, model_of(s).parameters()):
+    g.train_all_weights(model, text_of(s, tokens), np.array(documents), True, s, runtime())
+    for (name, ours), p, before in zip(model.named_parameters(), expected, model_of(s).parameters()):
         torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-6)
         assert "softcap" in name or not torch.equal(ours, before), name
 
@@ -1021,7 +1089,7 @@ def score_on(rank: int, ports: dict[int, int], s: g.Settings, folder) -> None:
         if rank < world:
             torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
             model, log = model_of(s), Log()
-            result = g.TestTimeTraining(model, Stream(stream()), True, s, runtime(rank, world)).score(log)
+            result = g.test_time_training(model, Stream(stream()), True, s, runtime(rank, world), log)
             if rank == world - 1:
                 weights = [p.detach() for p in model.parameters()]
                 torch.save((result, log.events[-1]["share"], weights), folder / f"{world}")
@@ -1031,7 +1099,7 @@ def score_on(rank: int, ports: dict[int, int], s: g.Settings, folder) -> None:
 def test_ranks_share_the_work_and_agree(tmp_path):
     s, ports = small(PHASED_TTT_PREFIX_DOCS=5, PHASED_TTT_NUM_PHASES=2, **BOOSTS["learned"]), {}
     model = model_of(s)
-    alone = training_of(s, model=model).score(Log())
+    alone = run_of(s, model=model).result
     for world in (2, 3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -1049,8 +1117,14 @@ def test_ranks_share_the_work_and_agree(tmp_path):
 
 def test_ranks_beyond_the_documents_have_nothing_to_score():
     s, tokens = small(PHASED_TTT_PREFIX_DOCS=0), stream(2)
-    ranks = [g.TestTimeTraining(model_of(s), Stream(tokens), True, s, runtime(rank, 3)) for rank in range(3)]
-    scored = [sum(len(at) for at, *_ in rank.steps()) for rank in ranks]
+    scored = [0, 0, 0]
+    for rank in range(3):
+        text = g.Text(Stream(tokens), s, runtime(rank, 3))
+        learner = learner_of(s, text)
+        for step, groups in text.packed_steps():
+            learner.begin(step)
+            for rows in groups:
+                scored[rank] += len(learner.score(rows)[0])
     assert sum(scored) == len(tokens) - 1 and scored[2] == 0 < min(scored[:2])
 
 
@@ -1104,7 +1178,7 @@ def test_length_order_is_reported_as_not_decodable(finished):
 def test_a_rank_that_dies_ends_the_launch(finished, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt as g\n"
-                      "if os.environ['RANK'] == '1':\n    g.TestTimeTraining.score_and_train = lambda *_: os._exit(9)\n"
+                      "if os.environ['RANK'] == '1':\n    g.Learner.score = lambda *_: os._exit(9)\n"
                       "code = g.main([], dict(os.environ))\nos._exit(code)\n")
     result = launch(environment(finished, **TTT, TTT_EVAL_ONLY=1, RUN_ID="dies"), ranks=2, script=script)  # or it times out
     assert result.returncode not in (0, None)
@@ -1164,17 +1238,20 @@ def test_published_command_lines_are_accepted():
 # --- Work ahead of the device
 
 
+def workers() -> int:
+    return sum(thread.name.startswith("ThreadPool") for thread in threading.enumerate())
+
+
 def test_ahead_keeps_the_order_and_stays_ahead():
-    taken, threads = [], threading.active_count()
-    with g.ahead((taken.append(i) or i for i in range(50)), 3) as items:
-        assert next(items) == 0
-        deadline = time.monotonic() + 120
-        while len(taken) < 5 and time.monotonic() < deadline:  # one handed out, three waiting, one in hand
-            time.sleep(0.01)
-        time.sleep(0.05)
-        assert taken == list(range(5))
-        assert list(items) == list(range(1, 50))
-    assert threading.active_count() == threads
+    taken, before = [], workers()
+    items = g.ahead((taken.append(i) or i for i in range(50)), 3)
+    assert next(items) == 0
+    deadline = time.monotonic() + 120
+    while len(taken) < 4 and time.monotonic() < deadline:  # one handed out, three waiting
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert taken == list(range(4)) and workers() == before + 1
+    assert list(items) == list(range(1, 50)) and workers() == before
 
 
 def test_ahead_raises_where_the_item_is_asked_for():
@@ -1182,32 +1259,35 @@ def test_ahead_raises_where_the_item_is_asked_for():
         yield from "ab"
         raise KeyError("broken")
 
-    with g.ahead(items(), 4) as found:
-        assert next(found) == "a"
-        time.sleep(0.05)
-        assert next(found) == "b"
-        with pytest.raises(KeyError, match="broken"):
-            next(found)
+    found = g.ahead(items(), 4)
+    assert next(found) == "a"
+    time.sleep(0.05)
+    assert next(found) == "b"
+    with pytest.raises(KeyError, match="broken"):
+        next(found)
 
 
 def test_ahead_ends_its_thread_when_the_user_leaves_early():
-    threads = threading.active_count()
-    with pytest.raises(ZeroDivisionError), g.ahead(itertools.count(), 2) as items:
+    before = workers()
+    with pytest.raises(ZeroDivisionError), contextlib.closing(g.ahead(itertools.count(), 2)) as items:
         assert next(items) == 0
         raise ZeroDivisionError
-    assert threading.active_count() == threads
-    run = training_of(small(**FROZEN)).steps()
-    next(run)
-    run.close()
-    assert threading.active_count() == threads
+    assert workers() == before
+
+    def leave(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_of(small(**FROZEN), watch=leave)
+    assert workers() == before
 
 
 def test_a_failure_of_the_host_thread_ends_the_scoring():
-    class Broken(g.TestTimeTraining):
+    class Broken(g.Text):
         def pack(self, step):
             if step.begin.max() > 10:
                 raise MemoryError("broken")
             yield from super().pack(step)
 
     with pytest.raises(MemoryError, match="broken"):
-        training_of(small(**FROZEN), kind=Broken).score(Log())
+        run_of(small(**FROZEN), text=Broken)
