@@ -338,26 +338,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path}: {error}") from error
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, *contents: bytes) -> None:
     """Writes a whole file; `path` names it only when all of it is on disk."""
     part = path.with_name(path.name + STAGING)
     try:
         with disk_errors(path):
             with open(part, "wb") as file:
-                file.write(content)
+                for content in contents:
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with disk_errors(path), open(path, "rb") as file:
-        for block in iter(lambda: file.read(BATCH_BYTES), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -439,47 +432,30 @@ class ShardWriter:
     def __init__(self, folder: Path, stem: str, shard_tokens: int):
         self.folder = folder
         self.stem = stem
-        self.shard_tokens = shard_tokens
-        self.file = None
-        self.count = 0
+        self.shard_bytes = 2 * shard_tokens
+        self.pending = bytearray()  # less than a shard
         self.shards: list[dict] = []
 
     def write(self, values: bytes) -> None:
-        rest = memoryview(values)
-        while rest:
-            if self.file is None:
-                self._begin_shard()
-            room = 2 * (self.shard_tokens - self.count)
-            part, rest = rest[:room], rest[room:]
-            with disk_errors(self.path):
-                self.file.write(part)
-            self.count += len(part) // 2
-            if self.count == self.shard_tokens:
-                self._finish_shard()
+        self.pending += values
+        while len(self.pending) >= self.shard_bytes:
+            self._write_shard(self.pending[: self.shard_bytes])
+            del self.pending[: self.shard_bytes]
 
     def close(self) -> list[dict]:
-        """Finishes the last shard; returns name, tokens and SHA-256 of all."""
-        if self.file:
-            self._finish_shard()
+        """Writes the last shard, which may be short; returns name, tokens and SHA-256 of all."""
+        if self.pending:
+            self._write_shard(self.pending)
         return self.shards
 
-    def _begin_shard(self) -> None:
-        self.path = self.folder / f"{self.stem}_{len(self.shards):06d}.bin"
-        self.count = 0
-        with disk_errors(self.path):
-            self.file = open(self.path, "wb")
-            self.file.write(bytes(HEADER.size))
-
-    def _finish_shard(self) -> None:
-        with disk_errors(self.path), self.file as file:
-            # Only now is the count known: a shard without its header is unfinished.
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, self.count, *[0] * 253))
-            file.flush()
-            os.fsync(file.fileno())
-        self.file = None
-        # Read back from the disk's cache: the header, which comes last, is hashed first.
-        self.shards.append({"file": self.path.name, "tokens": self.count, "sha256": sha256_file(self.path)})
+    def _write_shard(self, values: bytearray) -> None:
+        path = self.folder / f"{self.stem}_{len(self.shards):06d}.bin"
+        tokens = len(values) // 2
+        header = HEADER.pack(MAGIC, VERSION, tokens, *[0] * 253)
+        write_file(path, header, values)
+        digest = hashlib.sha256(header)
+        digest.update(values)
+        self.shards.append({"file": path.name, "tokens": tokens, "sha256": digest.hexdigest()})
 
 
 # -----------------------------------------------------------------------------------------------------------

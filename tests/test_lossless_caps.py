@@ -1,12 +1,15 @@
-"""lossless_caps against a character-by-character reference, and its invariants on arbitrary text."""
+"""lossless_caps against a character-by-character reference and SentencePiece, and its invariants on arbitrary text."""
 
 import string
 
+import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings, strategies as st
 
 import lossless_caps as caps
-from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE
+from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE, Tokenizer
+from tests.texts import make_texts, train_lossless, train_plain, write_docs
 
 LETTERS = set(string.ascii_letters)
 UPPER = set(string.ascii_uppercase)
@@ -14,6 +17,13 @@ UPPER = set(string.ascii_uppercase)
 # Plain st.text() hardly ever makes words or operators: both get a fair share here.
 any_text = st.text(st.one_of(st.characters(), st.sampled_from("aAbBzZ'- \n\t0\x00éÉİß" + OPERATORS)))
 utf8_text = any_text.map(lambda text: "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000))
+# What normalizers change and the tokenizer itself might take for its notation.
+token_text = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from("aAbB.,'- \n\t0\x00éﬁ½\u2581" + OPERATORS),
+    )
+)
 encoded_like = st.text(st.sampled_from("abXY .é" + OPERATORS), max_size=12)
 
 
@@ -196,3 +206,110 @@ def test_time_is_linear():
     """A run of a million letters is a word like any other: quadratic scanning would take hours."""
     for text in ("a" * 1_000_000 + "B", "aB" * 500_000, "A" * 1_000_000, ESC * 1_000_000):
         assert caps.decode(caps.encode(text)) == text
+
+
+# Tokens
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def model(work):
+    return train_lossless(work / "lossless.model", write_docs(work / "docs.jsonl", make_texts(300)))
+
+
+def surfaces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[str]]:
+    """SentencePiece's own ids and surfaces, read from the serialized form that all its releases share."""
+
+    def fields(message: bytes):
+        position = 0
+        while position < len(message):
+            numbers = []
+            for _ in range(2):
+                value = shift = 0
+                while True:
+                    byte = message[position]
+                    position += 1
+                    value |= (byte & 127) << shift
+                    shift += 7
+                    if byte < 128:
+                        break
+                numbers.append(value)
+                if len(numbers) == 1 and value & 7 == 5:
+                    numbers.append(None)
+                    position += 4
+                    break
+            key, value = numbers
+            if key & 7 == 2:
+                value, position = message[position : position + value], position + value
+            yield key >> 3, value
+
+    pieces = [dict(fields(value)) for key, value in fields(sp.encode(text, out_type="serialized_proto")) if key == 2]
+    return [piece.get(2, 0) for piece in pieces], [piece.get(3, b"").decode() for piece in pieces]
+
+
+@pytest.mark.parametrize("kind", ["lossy", "lossless", "digits joined", "unigram", "dummy prefix", "published"])
+def test_tokens_and_bytes_are_those_of_sentencepiece(kind, model, work, request):
+    if kind == "published":
+        path = next((request.getfixturevalue("corpus") / "tokenizers").glob("*.model"))
+    else:
+        path = {
+            "lossy": lambda: train_plain(
+                work / "lossy.model", normalization_rule_name="nmt_nfkc", split_digits=True),
+            "lossless": lambda: model,
+            "digits joined": lambda: train_plain(work / "digits.model", split_digits=False),
+            "unigram": lambda: train_plain(work / "unigram.model", model_type="unigram"),
+            "dummy prefix": lambda: train_plain(work / "prefix.model", add_dummy_prefix=True, split_digits=True),
+        }[kind]()
+    tokenizer = Tokenizer(path.read_bytes())
+    assert tokenizer.lossless == (kind == "lossless")
+    finest = {"digits joined": 1, "unigram": 2}.get(kind, 0)
+    assert caps.WORD_PATTERNS.index(tokenizer.word_pattern) == finest
+
+    @settings(max_examples=400, deadline=None)
+    @given(token_text)
+    @example("\n".join(make_texts(5)))
+    @example("  \u3000 Ab\u0301ﬁﬁ ①㎏ 한글 ｶﾞ x\u200b\ufeffy  ")
+    def same(text):
+        encoded = caps.encode(text)
+        if tokenizer.lossless:
+            encoded = encoded.replace(caps.WORD_MARK, "")
+        tokens, counts = tokenizer.encode_with_bytes(encoded)
+        ids, originals = surfaces(tokenizer.sp, encoded)
+        assert np.frombuffer(tokens, "<u2").tolist() == ids == tokenizer.sp.encode(encoded)
+        assert tokenizer.encode(encoded) == tokens
+        assert counts == caps.attribute_bytes(originals)
+
+    same()
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=token_text)
+@example(text=caps.PROBE)
+@example(text="▁ ▁▁  a▁B\n\n\t ▁")
+def test_lossless_tokenizer_gives_back_every_byte(model, text):
+    tokenizer = Tokenizer(model.read_bytes())
+    tokens, counts = tokenizer.encode_with_bytes(caps.encode(text))
+    ids = np.frombuffer(tokens, "<u2").tolist()
+    assert caps.decode(tokenizer.sp.decode(ids)) == text
+    assert len(counts) == len(ids) and sum(counts) == len(text.encode())
+
+
+def test_shipped_tokenizer(root):
+    (path,) = (root / "tokenizers").glob("*.model")
+    tokenizer = Tokenizer(path.read_bytes())
+    assert tokenizer.lossless and tokenizer.vocab_size == 8192
+    assert [tokenizer.sp.pad_id(), tokenizer.sp.bos_id(), tokenizer.sp.eos_id(), tokenizer.sp.unk_id()] == [0, 1, 2, 3]
+    assert tokenizer.sp.piece_to_id("<0x00>") == 8
+    assert tokenizer.sha256 in (root / "tokenizers" / "README.md").read_text()
+
+
+def test_words_are_forgotten_when_too_many(model, monkeypatch):
+    monkeypatch.setattr(caps._WordTokens, "MAX_WORDS", 10)
+    tokenizer = Tokenizer(model.read_bytes())
+    text = caps.encode(" ".join(make_texts(3)) + " " + "x" * 1000).replace(caps.WORD_MARK, "")
+    assert np.frombuffer(tokenizer.encode(text), "<u2").tolist() == tokenizer.sp.encode(text)
+    assert len(tokenizer.words) <= 10 and all(len(word) <= 64 for word in tokenizer.words)

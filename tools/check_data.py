@@ -37,6 +37,14 @@ class Audit:
     shared_docs: int = 0  # training documents with the tokens of a validation document
 
 
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with prep.disk_errors(path), open(path, "rb") as file:
+        for block in iter(lambda: file.read(prep.BATCH_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def open_shard(path: Path) -> np.ndarray:
     """The values of a shard, (count,) little-endian uint16, mapped.
 
@@ -88,7 +96,7 @@ def audit(folder: Path, vocab_size: int) -> Audit:
             continue  # one run finds all faults
         kind = OWN_FILES.fullmatch(path.name)[1]
         arrays[kind].append(values)
-        result.shards.append({"file": path.name, "tokens": len(values), "sha256": prep.sha256_file(path)})
+        result.shards.append({"file": path.name, "tokens": len(values), "sha256": sha256_file(path)})
         if kind != "val_bytes" and values.max() >= vocab_size:
             position = int(np.argmax(values >= vocab_size))
             result.faults.append(
@@ -166,7 +174,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
     found = audit(folder, tokenizer["vocab_size"])
     faults = found.faults
     # Ids mean nothing without the tokenizer, so it is part of the data set.
-    if not model.is_file() or prep.sha256_file(model) != tokenizer["sha256"]:
+    if not model.is_file() or sha256_file(model) != tokenizer["sha256"]:
         faults.append(f"{model}: missing, or not the tokenizer that the manifest names; put it back")
     for shard in found.shards:
         if shard != stated.get(shard["file"]):
