@@ -232,7 +232,8 @@ def settings_help(settings: type) -> str:
         for field in fields:
             rule = field.metadata["rule"]
             accepted = "0|1" if isinstance(field.default, bool) else rule.range()
-            facts = [f"default {setting_text(field.default) or '(empty)'}", rule.unit, accepted]
+            read = f"only with {rule.only_with}" if rule.only_with else ""
+            facts = [f"default {setting_text(field.default) or '(empty)'}", rule.unit, accepted, read]
             lines.append(f"  {field.name.upper()}  ({'; '.join(filter(None, facts))})")
             lines += textwrap.wrap(rule.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

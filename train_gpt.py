@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, settings_help)
+    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, setting_text,
+    settings_help)
 from gpt_kernels import (
     ATTENDED_UNIT, A_UNIT, DP_UNIT, E4M3, HAS_TRITON, FullProduct, KernelError, LowArgs, LowMLP, LowProduct, Segments, Skip, adamw_rows,
     add_norm, apart, attention, attention_kernel, cached_attention, e4m3, grouped_product, lane_update,
@@ -290,7 +291,8 @@ class Settings(FromEnvironment):
     token_order: int = setting(16, "the context is one token less", unit="tokens", low=2, high=256)
     token_backoff: str = setting(
         "10,6", "shorter orders that are asked in turn where a context is new; empty: none",
-        pattern=list_of(r"\d{1,3}"), form="a list like 10,6", only_with="NGRAM_BOOST=learned")
+        pattern=list_of(r"\d{1,3}"), form="a list of falling orders like 10,6",
+        only_with="NGRAM_BOOST=learned")
     token_threshold: float = setting(0.8, "least share of a hint among its context's continuations", low=0,
                                      high=1, only_with="NGRAM_BOOST=fixed")
     token_boost: float = setting(2.625, "boost of a hint", unit="nats", low=0, high=50,
@@ -304,8 +306,7 @@ class Settings(FromEnvironment):
         if s.num_loops:
             single_lane.append(s.loop_end)
         first_lane = max(single_lane, default=-1) + 1
-        ends = [end for _, end in s.context_stages]
-        longest = max(length for length, _ in s.context_stages)
+        lengths, ends = zip(*s.context_stages)
         orders = [s.token_order, *s.backoff_orders]
         falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
         chunks = [s.ttt_chunk_size]
@@ -313,68 +314,57 @@ class Settings(FromEnvironment):
             chunks.append(s.ttt_chunk_max)
         if s.ttt_short_score_first_enabled:
             chunks += s.short_chunks.values()
+        micro_batches = s.grad_accum_steps or "any number up to 64 of"
+        lqer_values = s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim)
 
         must_hold = [
-            (s.world_size == 1 or s.rank >= 0, "WORLD_SIZE",
-             "it is above 1 but RANK is not set; launch with torchrun"),
-            (s.rank < s.world_size, "RANK",
-             f"{s.rank} is not below WORLD_SIZE={s.world_size}; launch with torchrun"),
-            (not s.ttt_eval_only or not s.prequant_only, "PREQUANT_ONLY",
-             "it has no meaning with TTT_EVAL_ONLY=1"),
-            (not s.ttt_eval_only or not s.quantize_only, "QUANTIZE_ONLY",
-             "it has no meaning with TTT_EVAL_ONLY=1"),
-            (s.accumulation, "TRAIN_BATCH_TOKENS",
-             f"{s.train_batch_tokens} does not split evenly over WORLD_SIZE={s.world_size} ranks x "
-             f"{s.grad_accum_steps or 'any number up to 64 of'} micro-batches (GRAD_ACCUM_STEPS)"),
-            (s.model_dim % s.num_heads == 0, "NUM_HEADS",
-             f"{s.num_heads} does not divide MODEL_DIM={s.model_dim}"),
-            (s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS",
-             f"{s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}"),
+            (s.world_size == 1 or s.rank >= 0, "WORLD_SIZE", "needs RANK; launch with torchrun"),
+            (s.rank < s.world_size, "RANK", f"is not below WORLD_SIZE={s.world_size}; launch with torchrun"),
+            (not s.prequant_only or not s.ttt_eval_only, "PREQUANT_ONLY", "contradicts TTT_EVAL_ONLY=1"),
+            (not s.quantize_only or not s.ttt_eval_only, "QUANTIZE_ONLY", "contradicts TTT_EVAL_ONLY=1"),
+            (s.accumulation, "TRAIN_BATCH_TOKENS", f"does not split evenly over WORLD_SIZE={s.world_size} "
+             f"ranks x {micro_batches} micro-batches (GRAD_ACCUM_STEPS)"),
+            (s.model_dim % s.num_heads == 0, "NUM_HEADS", f"does not divide MODEL_DIM={s.model_dim}"),
+            (s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"does not divide NUM_HEADS={s.num_heads}"),
             (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
-             f"{s.rotary_dims} must be even and at most the head width {s.head_dim}"),
-            ((s.model_dim * s.mlp_mult).is_integer(), "MLP_MULT",
-             f"{s.mlp_mult} x MODEL_DIM={s.model_dim} is not a whole width"),
-            (s.gate_window <= s.model_dim, "GATE_WINDOW",
-             f"{s.gate_window} is above MODEL_DIM={s.model_dim}"),
-            (s.xsa_last_n <= s.num_layers, "XSA_LAST_N",
-             f"{s.xsa_last_n} is above NUM_LAYERS={s.num_layers}"),
-            (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_START, LOOP_END",
-             f"{s.loop_start}..{s.loop_end} is not a range of {s.num_layers} blocks"),
+             f"is not even or above the head width {s.head_dim}"),
+            ((s.model_dim * s.mlp_mult).is_integer(), "MLP_MULT", f"x MODEL_DIM={s.model_dim} is not whole"),
+            (s.gate_window <= s.model_dim, "GATE_WINDOW", f"is above MODEL_DIM={s.model_dim}"),
+            (s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"is above NUM_LAYERS={s.num_layers}"),
+            (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_END",
+             f"is not from LOOP_START={s.loop_start} to below NUM_LAYERS={s.num_layers}"),
             (not s.parallel_start_layer or s.parallel_start_layer >= first_lane, "PARALLEL_START_LAYER",
-             f"{s.parallel_start_layer} must come after the encoder and LOOP_END, from {first_lane} on"),
+             f"must come after the encoder and LOOP_END, from {first_lane} on"),
             (s.parallel_start_layer < s.num_layers, "PARALLEL_START_LAYER",
-             f"{s.parallel_start_layer} is not below NUM_LAYERS={s.num_layers}"),
+             f"is not below NUM_LAYERS={s.num_layers}"),
             (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
-             f"{s.train_seq_schedule!r} needs an end of its own in (0, 1] for every length"),
-            (longest == s.train_seq_len, "TRAIN_SEQ_LEN",
-             f"{s.train_seq_len} is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; "
-             "make them equal"),
+             "needs an end of its own in (0, 1] for every length"),
+            (max(lengths) == s.train_seq_len, "TRAIN_SEQ_LEN",
+             f"is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal"),
             (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
-             "it is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset"),
+             "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset"),
             (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
-             "GPTQ_RESERVE_SECONDS",
-             f"{s.gptq_reserve_seconds} leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
-            (s.gptq_calibration_batches or s.step_rule != "loss", "GPTQ_CALIBRATION_BATCHES",
-             "STEP_RULE=loss needs calibration; raise it"),
+             "GPTQ_RESERVE_SECONDS", f"leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
+            (s.gptq_calibration_batches or not s.uses_curvature, "GPTQ_CALIBRATION_BATCHES",
+             "is too few for STEP_RULE=loss, which needs calibration"),
             (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
-             f"{s.awq_lite_bits} is above neither MATRIX_BITS nor EMBED_BITS; raise it"),
-            (not s.lqer_enabled or s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim) % s.lqer_asym_group == 0,
-             "LQER_ASYM_GROUP",
-             f"{s.lqer_asym_group} does not divide LQER_RANK={s.lqer_rank} x the matrices' columns"),
+             "is above neither MATRIX_BITS nor EMBED_BITS; raise it"),
+            (not s.lqer_enabled or lqer_values % s.lqer_asym_group == 0, "LQER_ASYM_GROUP",
+             f"does not divide LQER_RANK={s.lqer_rank} x the matrices' columns"),
             (not s.lqer_enabled or s.lqer_rank <= s.kv_dim, "LQER_RANK",
-             f"{s.lqer_rank} is above {s.kv_dim}, the rows of the key and value matrices"),
+             f"is above {s.kv_dim}, the rows of the key and value matrices"),
             (s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS",
-             f"one eighth of {s.val_batch_tokens} is below EVAL_SEQ_LEN={s.eval_seq_len}"),
-            (s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE",
-             f"{s.eval_stride} is above EVAL_SEQ_LEN={s.eval_seq_len}"),
+             f"is below 8 x EVAL_SEQ_LEN={s.eval_seq_len}"),
+            (s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE", f"is above EVAL_SEQ_LEN={s.eval_seq_len}"),
             (s.ttt_eval_seq_len >= max(chunks), "TTT_EVAL_SEQ_LEN",
-             f"{s.ttt_eval_seq_len} is below the largest chunk, {max(chunks)}"),
-            (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_STEPS",
-             "TTT_SHORT_SCORE_FIRST_ENABLED=1 needs a list like 256:16,2000:32"),
+             f"is below the largest chunk, {max(chunks)}"),
+            (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED",
+             "needs TTT_SHORT_SCORE_FIRST_STEPS, a list like 256:16,2000:32"),
             (falling or s.token_backoff == Settings.token_backoff, "TOKEN_BACKOFF",
-             f"{s.token_backoff!r} is no list of falling orders from 2 to below TOKEN_ORDER={s.token_order}"),
+             f"is not a list of falling orders from below TOKEN_ORDER={s.token_order} to 2 or more"),
         ]
-        return [f"{name}: {message}" for good, name, message in must_hold if not good]
+        return [f"{name}: {setting_text(getattr(s, name.lower()))} {message}"
+                for holds, name, message in must_hold if not holds]
 
     # Derived values; none of them is a setting of its own.
 
@@ -3691,11 +3681,8 @@ def is_power_of_two(n: int) -> bool:
 
 def log_setup(s: Settings, runtime: Runtime, log: RunLog) -> None:
     """Log which settings differ from their defaults, and the machine."""
-    changed = {}
-    for field in dataclasses.fields(s):
-        value = getattr(s, field.name)
-        if value != field.default:
-            changed[field.name.upper()] = value
+    values = dataclasses.asdict(s)
+    changed = {name.upper(): value for name, value in values.items() if value != getattr(Settings, name)}
     log.event("settings", **changed)
     log.event("machine", **runtime.describe())
 

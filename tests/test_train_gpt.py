@@ -159,7 +159,7 @@ def test_variables_of_other_programs_are_left_alone():
 @pytest.mark.parametrize("environ, name", [
     (dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_QUANT_GATE=1), "GATED_ATTN_QUANT_GATE"),
     (dict(PARALLEL_START_LAYER=5), "PARALLEL_START_LAYER"), (dict(PARALLEL_START_LAYER=11), "PARALLEL_START_LAYER"),
-    (dict(LOOP_START=6), "LOOP_START, LOOP_END"), (dict(NUM_KV_HEADS=3), "NUM_KV_HEADS"),
+    (dict(LOOP_START=6), "LOOP_END"), (dict(NUM_KV_HEADS=3), "NUM_KV_HEADS"),
     (dict(MODEL_DIM=510), "NUM_HEADS"), (dict(ROPE_DIMS=15), "ROPE_DIMS"), (dict(ROPE_DIMS=130), "ROPE_DIMS"),
     (dict(MLP_MULT=0.3), "MLP_MULT"), (dict(XSA_LAST_N=12), "XSA_LAST_N"), (dict(GATE_WINDOW=513), "GATE_WINDOW"),
     (dict(WORLD_SIZE=2), "WORLD_SIZE"), (dict(WORLD_SIZE=2, RANK=2), "RANK"),

@@ -1203,13 +1203,13 @@ def test_a_rank_that_dies_ends_the_launch(finished, tmp_path):
     (dict(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="9:40"),
      "TTT_EVAL_SEQ_LEN: 32 is below the largest chunk, 40"),
     (dict(TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_ORDER="stream"), "TTT_SHORT_SCORE_FIRST_ENABLED: .*TTT_ORDER=length"),
-    (dict(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1), "TTT_SHORT_SCORE_FIRST_STEPS: '' is no list"),
+    (dict(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1), "TTT_SHORT_SCORE_FIRST_ENABLED: 1 needs TTT_SHORT_SCORE_FIRST_STEPS"),
     (dict(TTT_ORDER="file"), "TTT_ORDER: 'file' is none of stream, length"),
     (dict(NGRAM_BOOST="free"), "NGRAM_BOOST: 'free' is none of fixed, learned"),
     (dict(NGRAM_BOOST="learned", TOKEN_BOOST=2), "TOKEN_BOOST: it is read only with NGRAM_BOOST=fixed"),
     (dict(NGRAM_BOOST="learned", TOKEN_THRESHOLD=0.7), "TOKEN_THRESHOLD: it is read only with NGRAM_BOOST=fixed"),
     (dict(TOKEN_BACKOFF="3"), "TOKEN_BACKOFF: it is read only with NGRAM_BOOST=learned"),
-    *((dict(NGRAM_BOOST="learned", TOKEN_ORDER=9, TOKEN_BACKOFF=orders), "TOKEN_BACKOFF: .* no list of falling orders")
+    *((dict(NGRAM_BOOST="learned", TOKEN_ORDER=9, TOKEN_BACKOFF=orders), "TOKEN_BACKOFF: .* not a list of falling orders")
       for orders in ("6,6", "6;5", "1", "5,6", "6,", "9")),
     (dict(TTT_BETA2=1), "TTT_BETA2: "), (dict(TTT_LORA_RANK=0), "TTT_LORA_RANK: "),
     *((dict(TTT_SHORT_SCORE_FIRST_STEPS=steps), "TTT_SHORT_SCORE_FIRST_STEPS: ")
