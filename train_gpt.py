@@ -1881,21 +1881,30 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
                **counts, peak_memory_mib=round(memory))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 7. Quantization
-# ======================================================================================================================
+# ============================================================================================================
 
-SCALES_PER_OCTAVE = 8  # grid of row scales: 2^(k / 8), k a small integer
-COLUMN_SCALES_PER_OCTAVE = 4
 HESSIAN_DAMPING = 0.01  # added to the diagonal, as a share of its mean
-# Trellis-coded quantization with 8 states (Marcellin & Fischer 1990; the trellis of JPEG 2000 part 2): in state t a code k
-# stands for step (k + TRELLIS_OFFSET[t]), and its parity chooses the next state TRELLIS_NEXT[t][k & 1].
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+# quantize_by_loss stores scales as whole numbers k: 2^(k / 8) for a row, 2^(k / 4) for a column.
+SCALES_PER_OCTAVE = 8
+COLUMN_SCALES_PER_OCTAVE = 4
+GAUSSIAN_BITS = 2.05  # entropy of a normal variable in steps of its deviation
+MAX_BITS = 6  # per weight, where the whole model would need less than TARGET_BYTES
+SPARE_BYTES = 6000  # the size search ends when less than this is left
+
+# Trellis-coded quantization with 8 states (Marcellin & Fischer 1990; the trellis of JPEG 2000 part 2). In
+# state t a code k stands for step (k + TRELLIS_OFFSET[t]); its parity chooses the next state
+# TRELLIS_NEXT[t][k & 1].
 TRELLIS_NEXT = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
 TRELLIS_OFFSET = (-0.25, 0.25) * 4
+# The two transitions 2 t + parity that lead into each state.
+TRELLIS_ARRIVALS = ((0, 9), (1, 8), (2, 11), (3, 10), (5, 12), (4, 13), (7, 14), (6, 15))
 
 
 class Role(NamedTuple):
-    """The matrices that do the same work in every layer; they are quantized together, as (layers, rows, columns)."""
+    """The matrices that do the same work in every layer, quantized together as (layers, rows, columns)."""
 
     stack: str  # the parameter that holds them
     start: int  # where in it the first layer's lies
@@ -1906,31 +1915,41 @@ class Role(NamedTuple):
 
     def weights(self, model: GPT) -> Tensor:
         parameter = getattr(model, self.stack).detach()
-        return parameter[None] if parameter.dim() == 2 else parameter[self.start:self.start + model.settings.num_layers]
+        if parameter.dim() == 2:  # the embedding
+            return parameter[None]
+        return parameter[self.start:self.start + model.settings.num_layers]
 
 
 def matrix_roles(s: Settings) -> dict[str, Role]:
     """Every matrix that is stored as integers, by the name of its role."""
     n, q, kv = s.num_layers, s.model_dim, s.kv_dim
-    attn, mlp, every = (s.matrix_bits, s.attn_clip_sigmas), (s.matrix_bits, s.mlp_clip_sigmas), slice(None)
-    return {"tok_emb": Role("tok_emb", 0, "head", every, s.embed_bits, s.embed_clip_sigmas),
-            "attn.c_k": Role("kv_bank", 0, "qkv", slice(q, q + kv), *attn),
-            "attn.c_q": Role("qo_bank", 0, "qkv", slice(0, q), *attn),
-            "attn.c_v": Role("kv_bank", n, "qkv", slice(q + kv, None), *attn),
-            "attn.proj": Role("qo_bank", n, "out", every, *attn),
-            "mlp.fc": Role("mlp_up_bank", 0, "up", every, *mlp),
-            "mlp.proj": Role("mlp_down_bank", 0, "down", every, *mlp)}
+    everything = slice(None)
+    attn = (s.matrix_bits, s.attn_clip_sigmas)
+    mlp = (s.matrix_bits, s.mlp_clip_sigmas)
+    return {
+        "tok_emb": Role("tok_emb", 0, "head", everything, s.embed_bits, s.embed_clip_sigmas),
+        "attn.c_k": Role("kv_bank", 0, "qkv", slice(q, q + kv), *attn),
+        "attn.c_q": Role("qo_bank", 0, "qkv", slice(0, q), *attn),
+        "attn.c_v": Role("kv_bank", n, "qkv", slice(q + kv, None), *attn),
+        "attn.proj": Role("qo_bank", n, "out", everything, *attn),
+        "mlp.fc": Role("mlp_up_bank", 0, "up", everything, *mlp),
+        "mlp.proj": Role("mlp_down_bank", 0, "down", everything, *mlp),
+    }
+
+
+# --- Calibration
 
 
 class Statistics(NamedTuple):
     """What calibration saw at each site (head, qkv, out, up, down), per token, stacked over the layers.
 
-    A change E of a site's matrix raises the loss by about 1/2 sum over rows r of curvature[r] E[r] hessian E[r]^T (a
-    Kronecker-factored Fisher matrix, Martens & Grosse 2015, with the output factor's diagonal alone).
+    A change E of a site's matrix raises the loss by about 1/2 sum over rows r of curvature[r] E[r] hessian
+    E[r]^T (a Kronecker-factored Fisher matrix, Martens & Grosse 2015, with the output factor's diagonal
+    alone).
     """
 
     hessian: dict[str, Tensor]  # (layers, columns, columns): sum of x x^T over the inputs x of all visits
-    curvature: dict[str, Tensor]  # (layers, rows): mean square of the loss gradient at the outputs; ones if not asked for
+    curvature: dict[str, Tensor]  # (layers, rows): mean square of the loss gradient at the outputs, or ones
     visits: Tensor  # (layers,): how often a token passes each layer
 
 
@@ -1971,8 +1990,14 @@ class Observer(Rider):
 
 def second_moment(x: Tensor) -> Tensor:
     """x^T x of x (T, columns), float32. Products of bf16 are exact there, so tensor cores lose nothing."""
-    exact = x.is_cuda and x.dtype == torch.bfloat16
-    return torch.mm(x.T, x, out_dtype=torch.float32) if exact else x.T.float() @ x.float()
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    return x.T.float() @ x.float()
+
+
+def calibration_count(s: Settings) -> int:
+    """How many windows calibration reads."""
+    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
 
 
 def calibration_pass(s: Settings, runtime: Runtime) -> int:
@@ -1981,248 +2006,122 @@ def calibration_pass(s: Settings, runtime: Runtime) -> int:
 
 
 def calibration_rounds(s: Settings, runtime: Runtime) -> int:
-    """How often every rank makes a pass."""
+    """How many passes every rank makes."""
     return math.ceil(calibration_count(s) / (calibration_pass(s, runtime) * runtime.world_size))
 
 
-def calibration_count(s: Settings) -> int:
-    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
+def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
+    """Windows of EVAL_SEQ_LEN + 1 tokens from anywhere in the training text, whatever the number of ranks."""
+    draw, windows = np.random.default_rng(0), []
+    for _ in range(min(calibration_count(s), max_windows or calibration_count(s))):
+        start = int(draw.integers(data.total))
+        windows.append(data.read(start, s.eval_seq_len + 1))
+    return windows
 
 
-def calibration_windows(data: TrainingData, s: Settings, most: int | None = None) -> list[np.ndarray]:
-    """The training tokens that calibration reads: windows of EVAL_SEQ_LEN + 1, the same for every number of ranks.
+def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
+    """The windows as one packed batch; attention stays inside documents."""
+    ids = np.concatenate([window[:-1] for window in windows])
+    targets = np.concatenate([window[1:] for window in windows])
+    window_starts = np.arange(len(windows)) * s.eval_seq_len
+    starts = np.concatenate((window_starts, np.flatnonzero(ids == BOS_ID)))
+    bounds = segment_bounds(starts, len(ids), s.eval_seq_len)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), make_segments(bounds, s.eval_seq_len))
 
-    They begin anywhere in the training text.
+
+def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
+              runtime: Runtime) -> Statistics:
+    """Send the windows, dealt out to the ranks, through the model forward and backward; sum what is seen.
+
+    The weights take no gradient: the backward pass ends at the embedding.
     """
-    draw, count = np.random.default_rng(0), min(calibration_count(s), most or calibration_count(s))
-    return [data.read(int(draw.integers(data.total)), s.eval_seq_len + 1) for _ in range(count)]
-
-
-def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings, runtime: Runtime) -> Statistics:
-    """Send the windows, dealt out to the ranks, through the model's forward and backward pass; sum what is seen.
-
-    The weights take no gradient: the backward pass ends at the embedding. Attention stays inside documents.
-    """
-    plain, seen, per_pass = model.frozen(), Observer(s.uses_curvature), calibration_pass(s, runtime)
+    plain, observer = model.frozen(), Observer(s.uses_curvature)
+    per_pass = calibration_pass(s, runtime)
     passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
     for some in passes[runtime.rank::runtime.world_size]:
-        ids, targets = (np.concatenate([window[cut] for window in some]) for cut in (slice(-1), slice(1, None)))
-        starts = np.concatenate((np.arange(len(some)) * s.eval_seq_len, np.flatnonzero(ids == BOS_ID)))
-        segments = make_segments(segment_bounds(starts, len(ids), s.eval_seq_len), s.eval_seq_len)
-        batch = Batch(torch.from_numpy(ids), torch.from_numpy(targets), segments).to(runtime)
+        batch = calibration_batch(some, s).to(runtime)
         with torch.set_grad_enabled(s.uses_curvature):
-            hidden = plain(batch.inputs, batch.segments, looping, seen)
+            hidden = plain(batch.inputs, batch.segments, looping, observer)
             if s.uses_curvature:
                 plain.head_losses(hidden, batch.targets).sum().backward()
         with torch.no_grad():
-            logits = plain.logits(hidden.detach())
-            seen.head(hidden.detach(), logits, plain.softcaps(logits))
-    return summarize(seen, model, len(windows) * s.eval_seq_len, looping, runtime)
+            hidden = hidden.detach()
+            logits = plain.logits(hidden)
+            observer.head(hidden, logits, plain.softcaps(logits))
+    return summarize(observer, model, len(windows) * s.eval_seq_len, looping, runtime)
 
 
 @torch.no_grad()
-def summarize(seen: Observer, model: GPT, tokens: int, looping: bool, runtime: Runtime) -> Statistics:
+def summarize(observer: Observer, model: GPT, tokens: int, looping: bool, runtime: Runtime) -> Statistics:
     """Statistics from what all ranks have seen in `tokens` tokens."""
     s, d = model.settings, model.settings.model_dim
-    shapes = dict(head=(s.vocab_size, d), embed=(s.vocab_size, d), qkv=(d + 2 * s.kv_dim, d), out=(d, d),
-                  up=(s.mlp_dim, d), down=(d, s.mlp_dim))  # rows, columns of each site's matrix
+    sites = dict(head=(s.vocab_size, d), embed=(s.vocab_size, d), qkv=(d + 2 * s.kv_dim, d), out=(d, d),
+                 up=(s.mlp_dim, d), down=(d, s.mlp_dim))  # rows, columns of each site's matrix
+    if not observer.gradients:
+        del sites["embed"]
 
-    def total(kind, site, *shape):  # a rank without windows has seen nothing
-        layers = range(1 if site in ("head", "embed") else s.num_layers)
-        blank = torch.zeros(shape, device=runtime.device)
-        return runtime.sum(torch.stack([seen.sums.get((kind, site, i), blank) for i in layers])) / tokens
+    def mean(kind: str, site: str, *shape: int) -> Tensor:
+        layers = 1 if site in ("head", "embed") else s.num_layers
+        nothing = torch.zeros(shape, device=runtime.device)  # what a rank without windows has seen
+        total = torch.stack([observer.sums.get((kind, site, i), nothing) for i in range(layers)])
+        return runtime.sum(total) / tokens
 
-    wanted = [site for site in shapes if site != "embed" or seen.gradients]
-    hessian = {site: total("hessian", site, shapes[site][1], shapes[site][1]) for site in wanted}
+    hessian, curvature = {}, {}
+    for site, (rows, columns) in sites.items():
+        hessian[site] = mean("hessian", site, columns, columns)
+    for site, (rows, columns) in sites.items():
+        ones = torch.ones(len(hessian[site]), rows, device=runtime.device)
+        curvature[site] = mean("squares", site, rows) if observer.gradients else ones
     order = sum(model.orders[looping], [])
     visits = torch.tensor([float(order.count(i)) for i in range(s.num_layers)], device=runtime.device)
-    if not seen.gradients:
-        ones = {site: torch.ones(len(h), shapes[site][0], device=h.device) for site, h in hessian.items()}
-        return Statistics(hessian, ones, visits)
-    curvature = {site: total("squares", site, shapes[site][0]) for site in wanted}
-    for site in ("qkv", "out", "up", "down"):
-        # A layer's visits feel the same change of its weights: if their gradients were independent, their mean square would
-        # count (sum / visits), if they were equal, visits times that. The geometric mean of both fits measurement.
-        curvature[site] /= visits[:, None].sqrt()
-    curvature["out"] *= model.attn_scale ** 2  # the products were seen with the residual scales multiplied in
-    curvature["down"] *= model.mlp_scale ** 2
-    # The embedding works twice: as the head, and as the input, whose rows feel their own tokens' gradients alone.
-    as_head, as_input = hessian["head"], hessian.pop("embed")
-    spread = as_head.diagonal(dim1=1, dim2=2).sum()
-    weight = curvature["head"].sum() * spread
-    share = spread * curvature["embed"].sum() / as_input.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-30)
-    hessian["head"] = (as_head * weight + as_input * share) / (weight + curvature["embed"].sum()).clamp(min=1e-30)
-    curvature["head"] += curvature.pop("embed") / spread.clamp(min=1e-30)
+    if observer.gradients:
+        for site in ("qkv", "out", "up", "down"):
+            # A layer's visits feel the same change of its weights: if their gradients were independent, their
+            # mean square would count (sum / visits), if they were equal, visits times that. The geometric
+            # mean of both fits measurement.
+            curvature[site] /= visits[:, None].sqrt()
+        # The products were seen with the residual scales multiplied in.
+        curvature["out"] *= model.attn_scale ** 2
+        curvature["down"] *= model.mlp_scale ** 2
+        join_embedding(hessian, curvature)
     return Statistics(hessian, curvature, visits)
 
 
+def join_embedding(hessian: dict[str, Tensor], curvature: dict[str, Tensor]) -> None:
+    """Add what was seen at the site "embed" to the site "head", in place.
+
+    The embedding works twice: as the head, and as the input, whose rows feel their own tokens' gradients
+    alone. The sum of the two Kronecker products becomes one product that keeps each one's trace.
+    """
+    as_head, as_input = hessian["head"], hessian.pop("embed")
+    rows = curvature.pop("embed")  # (1, vocabulary): squared gradients, summed over the columns
+    head_trace = as_head.diagonal(dim1=1, dim2=2).sum()
+    input_trace = as_input.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-30)
+    head_weight = curvature["head"].sum() * head_trace
+    input_weight = head_trace * rows.sum() / input_trace
+    both = as_head * head_weight + as_input * input_weight
+    hessian["head"] = both / (head_weight + rows.sum()).clamp(min=1e-30)
+    curvature["head"] += rows / head_trace.clamp(min=1e-30)
+
+
 def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
-    """Put each MLP's hidden units in the order of their rows' steps, in place, in both matrices and the statistics.
+    """Put each MLP's hidden units in the order of their rows' steps, in matrices and statistics, in place.
 
     The function stays the same, and the row scales become cheap to code.
     """
-    s, up, down = model.settings, model.mlp_up_bank.detach(), model.mlp_down_bank.detach()
-    key = statistics.curvature["up"] if statistics and s.step_rule == "loss" else up.std(2)
+    up, down = model.mlp_up_bank.detach(), model.mlp_down_bank.detach()
+    by_curvature = statistics is not None and model.settings.step_rule == "loss"
+    key = statistics.curvature["up"] if by_curvature else up.std(2)
     for i, order in enumerate(key.argsort(dim=1)):
-        up[i], down[i] = up[i, order], down[i][:, order]
+        up[i] = up[i, order]
+        down[i] = down[i][:, order]
         if statistics:
-            statistics.curvature["up"][i] = statistics.curvature["up"][i, order]
-            statistics.hessian["down"][i] = statistics.hessian["down"][i][order][:, order]
+            curvature, hessian = statistics.curvature["up"], statistics.hessian["down"]
+            curvature[i] = curvature[i, order]
+            hessian[i] = hessian[i][order][:, order]
 
 
-class LowRank(NamedTuple):
-    """Rank-r correction left right of one matrix, in integers with float16 scales that broadcast."""
-
-    left: Tensor  # (rows, r) int8
-    left_scale: Tensor  # (1,) or (rows,)
-    right: Tensor  # (r, columns) int8
-    right_scale: Tensor  # (r x columns / group,) or (r,)
-
-    def product(self) -> Tensor:
-        left = self.left.float() * self.left_scale.float().view(-1, 1)
-        groups = self.right.float().view(len(self.right_scale), -1)
-        return left @ (groups * self.right_scale.float()[:, None]).view_as(self.right)
-
-
-class Quantized(NamedTuple):
-    """One role's matrices as they are stored: row scale x column scale x (code + trellis offset) + low-rank correction."""
-
-    codes: Tensor  # (layers, rows, columns) int8
-    row_scale: Tensor  # (layers, rows): int16 k for 2^(k / SCALES_PER_OCTAVE), or the float16 scale itself
-    column_scale: Tensor | None  # (layers, columns): int8 k for 2^(k / COLUMN_SCALES_PER_OCTAVE)
-    fine: list  # AWQ-lite: [layer, first column, columns, numerator, denominator]: columns whose step is that fraction
-    low_rank: dict[int, LowRank]  # LQER corrections by layer
-    trellis: bool
-
-
-def steps(q: Quantized) -> Tensor:
-    """The quantization step of every weight, (layers, rows, columns) float32."""
-    row = row_steps(q.row_scale)
-    column = torch.ones_like(q.codes[:, :1], dtype=torch.float32) if q.column_scale is None else \
-        grid_value(q.column_scale, COLUMN_SCALES_PER_OCTAVE)[:, None]
-    step = row[..., None] * column
-    for layer, first, count, numerator, denominator in q.fine:
-        step[layer, :, first:first + count] *= numerator / denominator
-    return step
-
-
-def row_steps(row_scale: Tensor) -> Tensor:
-    return row_scale.float() if row_scale.is_floating_point() else grid_value(row_scale, SCALES_PER_OCTAVE)
-
-
-def grid_value(exponent: Tensor, per_octave: int) -> Tensor:
-    return torch.exp2(exponent.double() / per_octave).float()
-
-
-def trellis_order(column_scale: Tensor | None, like: Tensor) -> Tensor:
-    """The order (layers, columns) in which a trellis runs through columns: finest step first, as a decoder can tell too."""
-    if column_scale is None:
-        return torch.arange(like.size(2), device=like.device).repeat(like.size(0), 1)
-    return column_scale.argsort(dim=1, stable=True)
-
-
-def dequantize(q: Quantized) -> Tensor:
-    """The weights (layers, rows, columns) that the stored integers stand for, float32."""
-    levels = q.codes.float()
-    if q.trellis:
-        following, offset = (torch.tensor(t, device=q.codes.device) for t in (TRELLIS_NEXT, TRELLIS_OFFSET))
-        order = trellis_order(q.column_scale, q.codes)
-        codes = q.codes.gather(2, order[:, None].expand_as(q.codes)).permute(2, 0, 1).contiguous()
-        state = torch.zeros_like(codes[0], dtype=torch.long)
-        offsets = torch.empty_like(codes, dtype=torch.float32)
-        for j, code in enumerate(codes):
-            offsets[j] = offset[state]
-            state = following.flatten()[2 * state + (code & 1)]
-        levels.scatter_add_(2, order[:, None].expand_as(q.codes), offsets.permute(1, 2, 0))
-    weights = steps(q) * levels
-    for layer, correction in q.low_rank.items():
-        weights[layer] += correction.product()
-    return weights
-
-
-def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
-    """Upper triangular R with R R^T = the damped Hessians (layers, columns, columns), columns taken in `order`.
-
-    Where a factorization fails the damping is raised tenfold until it succeeds.
-    """
-    n = hessian.size(-1)
-    if not hessian.isfinite().all():
-        raise FloatingPointError("a Hessian is not finite: training diverged")
-    h = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0
-    mean = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    h = h + torch.diag_embed(torch.where(dead, mean[:, None], 0.0))
-    damping = HESSIAN_DAMPING * mean
-    while True:
-        damped = h + damping[:, None, None] * torch.eye(n, device=h.device)
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
-        if not failed.any():
-            return factor.flip(1, 2)
-        damping = torch.where(failed > 0, 10 * damping, damping)
-
-
-def gptq(weight: Tensor, factor: Tensor, step: Tensor, largest: Tensor, trellis: bool) -> Tensor:
-    """Codes (layers, rows, columns) for `weight`, each column's error made good by those that follow (Frantar et al. 2022).
-
-    factor: hessian_factor of the same column order; step: like weight; largest: (layers, 1, columns), the codes' bound.
-    With a trellis the 8 best code sequences of each row compete within a block of columns, every one with its own errors.
-    """
-    layers, rows, columns = weight.shape
-    upper = torch.linalg.solve_triangular(factor, torch.eye(columns, device=factor.device).expand_as(factor), upper=True)
-    weight, codes = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
-    state = torch.zeros(layers, rows, dtype=torch.long, device=weight.device)
-    for a in range(0, columns, 128):
-        block = slice(a, min(a + 128, columns))
-        arguments = weight[..., block], upper[:, block, block], step[..., block], largest[..., block]
-        if trellis:
-            codes[..., block], errors, state = trellis_block(*arguments, state)
-        else:
-            codes[..., block], errors = greedy_block(*arguments)
-        weight[..., block.stop:] -= errors @ upper[:, block, block.stop:]
-    return codes
-
-
-def greedy_block(weight: Tensor, upper: Tensor, step: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of a block of columns, rounded to nearest in turn, and their errors over the diagonal of `upper`."""
-    weight, codes, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-    for j in range(weight.size(2)):
-        codes[..., j] = torch.clamp((weight[..., j] / step[..., j]).round(), -largest[..., j], largest[..., j])
-        errors[..., j] = (weight[..., j] - step[..., j] * codes[..., j]) / upper[:, j, j, None]
-        weight[..., j + 1:] -= errors[..., j, None] * upper[:, j, None, j + 1:]
-    return codes.to(torch.int8), errors
-
-
-def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, largest: Tensor, state: Tensor):
-    """The same by a Viterbi search from the rows' trellis `state` (layers, rows); returns codes, errors, final states."""
-    layers, rows, columns = weight.shape
-    device, states = weight.device, len(TRELLIS_NEXT)
-    arrivals = torch.tensor([[2 * t + p for t in range(states) for p in (0, 1) if TRELLIS_NEXT[t][p] == end]
-                             for end in range(states)], device=device)  # (states, 2): transitions into each state
-    offset, parity = torch.tensor(TRELLIS_OFFSET, device=device), torch.arange(2, device=device)
-    cost = torch.full((layers, rows, states), math.inf, device=device).scatter_(2, state[..., None], 0.0)
-    paths = weight[:, :, None].repeat(1, 1, states, 1)
-    history = []
-    for j in range(columns):
-        scale, bound = step[..., j, None, None], largest[..., j, None, None]
-        x = paths[..., 0, None] / scale - offset[:, None]
-        code = torch.maximum(torch.minimum(2 * ((x - parity) / 2).round() + parity, bound - 1 + parity), -bound + 1 - parity)
-        error = (x - code) * scale / upper[:, j, j, None, None, None]
-        reached = (cost[..., None] + error.square()).flatten(2)[..., arrivals]
-        cost, pick = reached.min(-1)
-        pick = arrivals.expand(layers, rows, states, 2).gather(3, pick[..., None])[..., 0]
-        error, parent = error.flatten(2).gather(2, pick), pick // 2
-        history.append((code.flatten(2).gather(2, pick), error, parent))
-        rest = paths[..., 1:]
-        paths = rest.gather(2, parent[..., None].expand_as(rest)) - error[..., None] * upper[:, j, None, None, j + 1:]
-    state = at = cost.argmin(2, keepdim=True)
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    for j in reversed(range(columns)):
-        code, error, parent = history[j]
-        codes[..., j], errors[..., j] = code.gather(2, at)[..., 0], error.gather(2, at)[..., 0]
-        at = parent.gather(2, at)
-    return codes.to(torch.int8), errors, state[..., 0]
+# --- From matrices to integers and back
 
 
 class Problem(NamedTuple):
@@ -2232,199 +2131,459 @@ class Problem(NamedTuple):
     weight: Tensor  # (layers, rows, columns); zero in columns that never had an input
     hessian: Tensor  # (layers, columns, columns)
     curvature: Tensor  # (layers, rows)
-    live: Tensor  # (layers, 1, columns): whether a column ever had an input
     visits: Tensor  # (layers,): how often a token passes
 
-    def loss(self, error: Tensor, layers: slice = slice(None)) -> Tensor:
-        """Predicted rise of the loss in nats per token for a change `error` of these layers' weights, per layer."""
-        return 0.5 * ((error @ self.hessian[layers] * error).sum(2) * self.curvature[layers]).sum(1)
+    @property
+    def inputs(self) -> Tensor:
+        """Sum of squares of each column's inputs, per token, (layers, columns)."""
+        return self.hessian.diagonal(dim1=1, dim2=2)
+
+    @property
+    def has_input(self) -> Tensor:
+        """Whether a column ever had an input, (layers, 1, columns)."""
+        return self.inputs[:, None] > 0
+
+    @property
+    def by_input(self) -> Tensor:
+        """The columns' order (layers, columns), those with the largest inputs first."""
+        return self.inputs.argsort(dim=1, descending=True, stable=True)
+
+    def row_deviation(self) -> Tensor:
+        """Standard deviation of each row over the columns with an input, (layers, rows)."""
+        count = self.has_input.sum(2)
+        mean = self.weight.sum(2, keepdim=True) / count.clamp(min=1)[..., None]
+        squares = ((self.weight - mean) * self.has_input).square()
+        return (squares.sum(2) / (count - 1).clamp(min=1)).sqrt()
+
+    def predicted_loss(self, error: Tensor) -> Tensor:
+        """Rise of the loss for a change `error` of the weights, in nats per token, (layers,)."""
+        rows = (error @ self.hessian * error).sum(2)
+        return 0.5 * (rows * self.curvature).sum(1)
 
 
-class Plan(NamedTuple):
-    """How one role will be quantized. With STEP_RULE=loss the row scales still lack the common factor."""
-
-    row_scale: Tensor  # (layers, rows): float16, or float32 octaves with STEP_RULE=loss
-    row_limits: Tensor | None  # (2, layers, rows): fewest octaves, at which the codes fit int8, and most
-    column_scale: Tensor | None
-    fine: list
-    order: Tensor  # (layers, columns)
-    factor: Tensor  # hessian_factor in that order
+Problems = dict[str, Problem]  # by role
 
 
-def posed(model: GPT, statistics: Statistics | None) -> dict[str, Problem]:
-    """The problem of each role; without calibration the Hessians are identities and GPTQ becomes plain rounding."""
+def build_problems(model: GPT, statistics: Statistics | None) -> Problems:
+    """The problem of each role; without calibration Hessians are identities and GPTQ is plain rounding."""
     problems = {}
     for name, role in matrix_roles(model.settings).items():
         weight = role.weights(model).float()
         layers, rows, columns = weight.shape
+        visits = torch.ones(layers, device=weight.device)
         if statistics is None:
             hessian = torch.eye(columns, device=weight.device).repeat(layers, 1, 1)
-            curvature, visits = torch.ones(layers, rows, device=weight.device), torch.ones(layers, device=weight.device)
+            curvature = torch.ones(layers, rows, device=weight.device)
         else:
-            hessian, curvature = statistics.hessian[role.site], statistics.curvature[role.site][:, role.rows]
-            visits = statistics.visits if role.site != "head" else torch.ones(1, device=weight.device)
-        live = hessian.diagonal(dim1=1, dim2=2)[:, None] > 0
-        problems[name] = Problem(role, weight * live, hessian, curvature, live, visits)
+            hessian = statistics.hessian[role.site]
+            curvature = statistics.curvature[role.site][:, role.rows]
+            if role.site != "head":
+                visits = statistics.visits
+        p = Problem(role, weight, hessian, curvature, visits)
+        problems[name] = p._replace(weight=weight * p.has_input)
     return problems
 
 
-def planned(p: Problem, fine: list, s: Settings) -> Plan:
-    """Scales and column order of one role.
+class LowRank(NamedTuple):
+    """Rank-r correction left right of one matrix, in integers with float16 scales."""
 
-    STEP_RULE=sigma, the published rule: a row's step is its role's clip_sigmas deviations over the largest integer. Loss:
-    every weight shall add the same loss, so row r's step goes with curvature[r]^(-1/2), and column j's with the inverse of
-    what the columns that follow cannot make good of its error, the diagonal of the Hessian's factor. At high rates that
-    spends bits best (reverse water-filling); no row's scale exceeds twice its deviation, where rounding only adds noise.
+    left: Tensor  # (rows, r) int8
+    left_scale: Tensor  # (1,)
+    right: Tensor  # (r, columns) int8
+    right_scale: Tensor  # (r x columns / group,), each for `group` neighbouring values
+
+    def product(self) -> Tensor:
+        left = self.left.float() * self.left_scale.float()
+        groups = self.right.float().view(len(self.right_scale), -1)
+        right = groups * self.right_scale.float()[:, None]
+        return left @ right.view_as(self.right)
+
+
+class Quantized(NamedTuple):
+    """One role's matrices as stored: row scale x column scale x (code + offset) + low-rank correction.
+
+    By loss, scales are whole numbers k for 2^(k / SCALES_PER_OCTAVE) and 2^(k / COLUMN_SCALES_PER_OCTAVE),
+    and the trellis gives the offsets. Published, scales are stored themselves, and there are no offsets.
     """
-    tiny = torch.finfo(torch.float16).tiny
-    order = p.hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    count = p.live.sum(2)
-    mean = p.weight.sum(2) / count.clamp(min=1)
-    deviation = (((p.weight - mean[..., None]) * p.live).square().sum(2) / (count - 1).clamp(min=1)).sqrt()
-    if s.step_rule == "loss":
-        factor = hessian_factor(p.hessian, order)
-        spread = torch.empty_like(factor[:, 0]).scatter_(1, order, factor.diagonal(dim1=1, dim2=2)).log2()
-        level = spread.mean(1, keepdim=True)
-        column = ((level - spread).clamp(-4, 4) * COLUMN_SCALES_PER_OCTAVE).round().to(torch.int8)
-        row = -0.5 * p.curvature.clamp(min=1e-30).log2() - level
-        reach = (p.weight.abs() / grid_value(column, COLUMN_SCALES_PER_OCTAVE)[:, None]).amax(2)
-        limits = torch.stack(((reach / 120).clamp(min=tiny).log2(), deviation.clamp(min=tiny).log2() + 1))
-        plan = Plan(row, limits, column, fine, order, factor)
+
+    codes: Tensor  # (layers, rows, columns) int8
+    row_scale: Tensor  # (layers, rows) int16, or float16
+    column_scale: Tensor | None  # (layers, columns) int8, or float32 with AWQ-lite
+    low_rank: dict[int, LowRank]  # by layer
+
+    @property
+    def by_loss(self) -> bool:
+        return self.row_scale.dtype == torch.int16
+
+
+def grid_value(exponent: Tensor, per_octave: int) -> Tensor:
+    return torch.exp2(exponent.double() / per_octave).float()
+
+
+def float16_scale(value: Tensor) -> Tensor:
+    return value.clamp(min=SMALLEST_SCALE).half()
+
+
+def step_sizes(q: Quantized) -> Tensor:
+    """The quantization step of every weight, (layers, rows, columns) float32."""
+    if q.by_loss:
+        row = grid_value(q.row_scale, SCALES_PER_OCTAVE)
+        column = grid_value(q.column_scale, COLUMN_SCALES_PER_OCTAVE)
     else:
-        row = (p.role.clip_sigmas * deviation / (2 ** (p.role.bits - 1) - 1)).clamp(min=tiny).half()
-        return Plan(row, None, None, fine, order, hessian_factor(p.hessian, order))
-    order = trellis_order(plan.column_scale, p.weight)
-    return plan._replace(order=order, factor=hessian_factor(p.hessian, order))
+        row = q.row_scale.float()
+        column = torch.ones_like(q.codes[:, 0]).float() if q.column_scale is None else q.column_scale
+    return row[:, :, None] * column[:, None]
 
 
-def quantize_role(p: Problem, plan: Plan, s: Settings, octaves: float) -> Quantized:
-    """The codes of one role; `octaves` is log2 of the common factor that the steps of STEP_RULE=loss lack."""
-    row, largest = plan.row_scale, 2 ** (p.role.bits - 1) - 1
-    if s.step_rule == "loss":
-        row = torch.minimum(row + octaves, plan.row_limits[1]).maximum(plan.row_limits[0])
-        row = (row * SCALES_PER_OCTAVE).round().to(torch.int16)
-        largest = 127
-    codes = torch.zeros_like(p.weight, dtype=torch.int8)
-    q = Quantized(codes, row, plan.column_scale, plan.fine, {}, s.step_rule == "loss")
-    bound = torch.full_like(codes[:, :1], largest, dtype=torch.float32)
-    for layer, first, count, _, finer in plan.fine:
-        bound[layer, :, first:first + count] = finer
-    arranged = [t.gather(2, plan.order[:, None].expand_as(t)) for t in (p.weight, steps(q), bound)]
-    arranged = gptq(arranged[0], plan.factor, *arranged[1:], q.trellis)
-    return q._replace(codes=codes.scatter(2, plan.order[:, None].expand_as(codes), arranged))
+def take_columns(matrices: Tensor, order: Tensor) -> Tensor:
+    """The columns of `matrices` (layers, rows, columns) in `order` (layers, columns)."""
+    return matrices.take_along_dim(order[:, None], 2)
 
 
-def choose_fine(problems: dict[str, Problem], s: Settings) -> dict[str, list]:
-    """AWQ-lite: the AWQ_LITE_GROUP_TOP_K groups of columns that get AWQ_LITE_BITS, per role, as in Quantized.fine.
+def trellis_order(column_scale: Tensor) -> Tensor:
+    """The order (layers, columns) in which a trellis runs: finest column first, as a decoder can tell too."""
+    return column_scale.argsort(dim=1, stable=True)
 
-    A column counts by its input's root mean square times its weights' mean magnitude.
+
+def trellis_offsets(codes: Tensor, order: Tensor) -> Tensor:
+    """What the trellis adds to each of the codes (layers, rows, columns), float32."""
+    following = torch.tensor(TRELLIS_NEXT, device=codes.device).flatten()
+    offset = torch.tensor(TRELLIS_OFFSET, device=codes.device)
+    codes = take_columns(codes, order).permute(2, 0, 1).contiguous()  # (columns, layers, rows)
+    offsets = torch.empty_like(codes, dtype=torch.float32)
+    state = torch.zeros_like(codes[0], dtype=torch.long)
+    for j, code in enumerate(codes):
+        offsets[j] = offset[state]
+        state = following[2 * state + (code & 1)]
+    return take_columns(offsets.permute(1, 2, 0), order.argsort(1))
+
+
+def dequantize(q: Quantized) -> Tensor:
+    """The weights (layers, rows, columns) that the stored integers stand for, float32."""
+    levels = q.codes.float()
+    if q.by_loss:
+        levels += trellis_offsets(q.codes, trellis_order(q.column_scale))
+    weights = step_sizes(q) * levels
+    for layer, correction in q.low_rank.items():
+        weights[layer] += correction.product()
+    return weights
+
+
+# --- GPTQ: integers whose errors make up for each other
+
+
+def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular R, R R^T = the damped Hessians (layers, columns, columns) with columns in `order`.
+
+    Where a factorization fails the damping is raised tenfold until it succeeds.
+    """
+    if not hessian.isfinite().all():
+        raise FloatingPointError("a Hessian is not finite: training diverged")
+    h = take_columns(hessian.take_along_dim(order[:, :, None], 1), order)
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    no_input = diagonal == 0
+    mean = diagonal.sum(1) / (~no_input).sum(1).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    h = h + torch.diag_embed(torch.where(no_input, mean[:, None], 0.0))
+    identity = torch.eye(h.size(1), device=h.device)
+    damping = HESSIAN_DAMPING * mean
+    while True:
+        damped = h + damping[:, None, None] * identity
+        # Cholesky's factor of the matrix with rows and columns reversed is lower triangular: reversed back,
+        # upper.
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        if not failed.any():
+            return factor.flip(1, 2)
+        damping = torch.where(failed > 0, 10 * damping, damping)
+
+
+def gptq(weight: Tensor, factor: Tensor, step: Tensor, max_code: Tensor, quantize_block: Callable) -> Tensor:
+    """Codes (layers, rows, columns) for `weight`: later columns make up for earlier errors.
+
+    Frantar et al. 2022, GPTQ.
+
+    factor: hessian_factor in this order of columns; step: like weight; max_code: (layers, 1, columns);
+    quantize_block: round_block or trellis_block.
+    """
+    layers, rows, columns = weight.shape
+    identity = torch.eye(columns, device=factor.device).expand_as(factor)
+    upper = torch.linalg.solve_triangular(factor, identity, upper=True)  # of the inverse Hessian
+    weight = weight.clone()
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    state = torch.zeros(layers, rows, dtype=torch.long, device=weight.device)
+    for start in range(0, columns, 128):
+        block = slice(start, min(start + 128, columns))
+        later = slice(block.stop, None)
+        codes[..., block], errors, state = quantize_block(
+            weight[..., block], upper[:, block, block], step[..., block], max_code[..., block], state)
+        weight[..., later] -= errors @ upper[:, block, later]
+    return codes
+
+
+def round_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor, state: Tensor):
+    """Codes of a block of columns, rounded in turn; errors over the diagonal of `upper`; `state`."""
+    weight = weight.clone()
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for j in range(weight.size(2)):
+        x, scale, bound = weight[..., j], step[..., j], max_code[..., j]
+        code = (x / scale).round().clamp(-bound, bound)
+        error = (x - scale * code) / upper[:, j, j, None]
+        weight[..., j + 1:] -= error[..., None] * upper[:, j, None, j + 1:]
+        codes[..., j] = code
+        errors[..., j] = error
+    return codes.to(torch.int8), errors, state
+
+
+def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor, state: Tensor):
+    """Like round_block, by a Viterbi search from the rows' `state` (layers, rows); returns the final states.
+
+    The best code sequences into each of the 8 states compete within the block, every one with its own errors.
+    """
+    layers, rows, columns = weight.shape
+    device, states = weight.device, len(TRELLIS_NEXT)
+    every_state = torch.arange(states, device=device)
+    arrivals = torch.tensor(TRELLIS_ARRIVALS, device=device)
+    offset = torch.tensor(TRELLIS_OFFSET, device=device)[:, None]
+    parity = torch.arange(2, device=device)
+    cost = torch.full((layers, rows, states), math.inf, device=device)
+    cost.scatter_(2, state[..., None], 0.0)
+    paths = weight[:, :, None].repeat(1, 1, states, 1)  # weights less the errors on the way into each state
+    history = []
+    for j in range(columns):
+        scale, bound = step[..., j, None, None], max_code[..., j, None, None]
+        x = paths[..., 0, None] / scale - offset  # (layers, rows, states, 1)
+        nearest = 2 * ((x - parity) / 2).round() + parity  # of either parity: (layers, rows, states, 2)
+        code = nearest.minimum(bound - 1 + parity).maximum(-bound + 1 - parity)
+        error = (x - code) * scale / upper[:, j, j, None, None, None]
+        total = (cost[..., None] + error.square()).flatten(2)  # (layers, rows, transitions)
+        cost, better = total[..., arrivals].min(-1)
+        transition = arrivals[every_state, better]  # (layers, rows, states)
+        code = code.flatten(2).gather(2, transition)
+        error = error.flatten(2).gather(2, transition)
+        parent = transition // 2
+        history.append((code, error, parent))
+        paths = paths[..., 1:].take_along_dim(parent[..., None], 2)
+        paths = paths - error[..., None] * upper[:, j, None, None, j + 1:]
+
+    final = at = cost.argmin(2, keepdim=True)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for j in reversed(range(columns)):
+        code, error, parent = history[j]
+        codes[..., j] = code.gather(2, at)[..., 0]
+        errors[..., j] = error.gather(2, at)[..., 0]
+        at = parent.gather(2, at)
+    return codes.to(torch.int8), errors, final[..., 0]
+
+
+def with_codes(q: Quantized, p: Problem, max_code: Tensor, order: Tensor, factor: Tensor,
+               quantize_block: Callable) -> Quantized:
+    """`q` with GPTQ's codes, columns taken in `order` (layers, columns), which is that of `factor`."""
+    weight, step = take_columns(p.weight, order), take_columns(step_sizes(q), order)
+    codes = gptq(weight, factor, step, take_columns(max_code, order), quantize_block)
+    return q._replace(codes=take_columns(codes, order.argsort(1)))
+
+
+# --- The published quantizer
+
+
+def quantize_published(problems: Problems, s: Settings) -> dict[str, Quantized]:
+    """What #1787 to #2140 did: GPTQ with rounding, AWQ-lite, LQER corrections.
+
+    A row's step is its role's clip_sigmas deviations over the largest code, in float16. GPTQ takes the
+    columns with the largest inputs first.
+    """
+    spared = choose_awq_columns(problems, s) if s.awq_lite_enabled else {}
+    quantized = {}
+    for name, p in problems.items():
+        largest = 2 ** (p.role.bits - 1) - 1
+        row_scale = float16_scale(p.role.clip_sigmas * p.row_deviation() / largest)
+        column_scale, max_code = None, torch.full_like(p.inputs, largest)
+        if name in spared:
+            max_code[spared[name]] = 2 ** (s.awq_lite_bits - 1) - 1
+            column_scale = largest / max_code
+        q = Quantized(torch.zeros_like(p.weight, dtype=torch.int8), row_scale, column_scale, {})
+        factor = hessian_factor(p.hessian, p.by_input)
+        quantized[name] = with_codes(q, p, max_code[:, None], p.by_input, factor, round_block)
+    if s.lqer_enabled:
+        correct_largest_errors(problems, quantized, s)
+    return quantized
+
+
+def choose_awq_columns(problems: Problems, s: Settings) -> dict[str, Tensor]:
+    """AWQ-lite: masks (layers, columns) of the AWQ_LITE_GROUP_TOP_K groups of columns with AWQ_LITE_BITS.
+
+    Like AWQ (Lin et al. 2023) it spares columns by their activations, here by the input's root mean square
+    times the weights' mean magnitude, and with more bits instead of a scale.
     """
     size, candidates = s.awq_lite_group_size, []
     for name, p in problems.items():
-        coarse, finer = (2 ** (bits - 1) - 1 for bits in (p.role.bits, s.awq_lite_bits))
-        saliency = (p.hessian.diagonal(dim1=1, dim2=2) / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)
-        if finer > coarse:
-            groups = saliency[:, :saliency.size(1) // size * size].unflatten(1, (-1, size)).sum(2)
-            candidates += [(value, name, [i, g * size, size, coarse, finer])
-                           for i, row in enumerate(groups.tolist()) for g, value in enumerate(row)]
-    chosen = sorted(candidates, key=lambda c: -c[0])[:s.awq_lite_group_top_k]
-    return {name: [fine for value, role, fine in chosen if role == name and value > 0] for name in problems}
+        if s.awq_lite_bits <= p.role.bits:
+            continue
+        saliency = (p.inputs / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)  # (layers, columns)
+        groups = saliency.size(1) // size
+        totals = saliency[:, :groups * size].unflatten(1, (groups, size)).sum(2)
+        for layer, row in enumerate(totals.tolist()):
+            candidates += [(total, name, layer, i * size) for i, total in enumerate(row) if total > 0]
+    candidates.sort(key=lambda candidate: -candidate[0])
+    spared = {name: torch.zeros_like(p.inputs, dtype=torch.bool) for name, p in problems.items()}
+    for _, name, layer, first in candidates[:s.awq_lite_group_top_k]:
+        spared[name][layer, first:first + size] = True
+    return spared
 
 
-def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """left (..., rows, rank), right (..., rank, columns): the best approximation left right; right has orthonormal rows."""
-    wide = matrix.size(-2) < matrix.size(-1)
-    gram = matrix @ matrix.mT if wide else matrix.mT @ matrix
-    vectors = torch.linalg.eigh(gram.double())[1][..., -rank:].flip(-1).float()
-    if not wide:
-        return matrix @ vectors, vectors.mT
-    right = vectors.mT @ matrix
-    sizes = right.norm(dim=-1).clamp(min=1e-30)
-    return vectors * sizes[..., None, :], right / sizes[..., None]
-
-
-def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
-    """LQER (Zhang et al. 2024): the best approximation of `error` (rows, columns) by two thin integer matrices.
-
-    The left one holds -2 .. 1 with one scale, the right one -8 .. 7 with a scale per LQER_ASYM_GROUP values.
-    """
-    left, right = top_singular(error, s.lqer_rank)
-
-    def integers(values, low, high):  # one scale per row of `values`
-        scale = (values.abs().amax(1) / (high + 0.5)).clamp(min=torch.finfo(torch.float16).tiny).half()
-        return (values / scale.float()[:, None]).round().clamp(low, high).to(torch.int8), scale
-
-    a, a_scale = integers(left.reshape(1, -1), -2, 1)
-    b, b_scale = integers(right.reshape(-1, s.lqer_asym_group), -8, 7)
-    return LowRank(a.view_as(left), a_scale, b.view_as(right), b_scale)
-
-
-def choose_low_rank(problems: dict[str, Problem], quantized: dict[str, Quantized], s: Settings) -> None:
-    """Give the LQER_TOP_K matrices with the largest errors, by their norm, a correction, in place."""
+def correct_largest_errors(problems: Problems, quantized: dict[str, Quantized], s: Settings) -> None:
+    """LQER: give the LQER_TOP_K matrices with the largest errors, by their norm, a correction, in place."""
     candidates = []
     for name, p in problems.items():
-        errors = (p.weight - dequantize(quantized[name])) * p.live
+        errors = (p.weight - dequantize(quantized[name])) * p.has_input
         candidates += [(float(error.norm()), name, layer, error) for layer, error in enumerate(errors)]
-    for norm, name, layer, error in sorted(candidates, key=lambda c: -c[0])[:s.lqer_top_k]:
+    candidates.sort(key=lambda candidate: -candidate[0])
+    for norm, name, layer, error in candidates[:s.lqer_top_k]:
         if norm > 0:
             quantized[name].low_rank[layer] = fit_low_rank(error, s)
 
 
-def stored_bytes(integers: Tensor) -> float:
-    """What a small array costs once coded: its order-0 entropy if it holds integers, else its own size."""
-    if integers.is_floating_point():
-        return integers.numel() * integers.itemsize
-    counts = integers.flatten().unique(return_counts=True)[1].float()
-    return float(-(counts * (counts / counts.sum()).log2()).sum() / 8)
+def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
+    """`error` (rows, columns) as a product of two thin integer matrices (LQER, Zhang et al. 2024).
 
-
-@torch.no_grad()
-def quantize(problems: dict[str, Problem], s: Settings, wanted: float,
-             octaves: float | None = None) -> tuple[dict[str, Quantized], float]:
-    """Quantize every role; STEP_RULE=loss finds the common factor at which the coded integers take `wanted` bytes.
-
-    octaves: log2 of the factor to begin with; returned is the one that was found.
+    The left one holds -2 .. 1 with one scale, the right one -8 .. 7 with a scale per LQER_ASYM_GROUP values.
     """
-    fine = choose_fine(problems, s) if s.awq_lite_enabled else {}
-    plans = {name: planned(p, fine.get(name, []), s) for name, p in problems.items()}
-    count = sum(p.weight.numel() for p in problems.values())
-    if s.step_rule == "loss" and octaves is None:  # a normal variable in steps of its deviation has 2.05 bits
-        wide = sum(float((plan.row_limits[1] - 1 - plan.row_scale).sum()) * p.weight.size(2)
-                   for plan, p in zip(plans.values(), problems.values()))
-        octaves = wide / count + 2.05 - 8 * wanted / count
-    slope, before = count / 8, None  # bytes per octave, while every step is below its weights' deviation
-    for _ in range(4):
-        quantized = {name: quantize_role(p, plans[name], s, octaves or 0.0) for name, p in problems.items()}
-        if s.step_rule != "loss":
-            break
-        size = float(sum(bits.sum() for bits in code_bits([q.codes for q in quantized.values()]))) / 8
-        if abs(size - wanted) < min(2000, 0.001 * wanted):
+    left, right = top_singular(error, s.lqer_rank)
+    left_codes, left_scale = round_rows(left.reshape(1, -1), -2, 1, 1.5)
+    right_codes, right_scale = round_rows(right.reshape(-1, s.lqer_asym_group), -8, 7, 7.5)
+    return LowRank(left_codes.view_as(left), left_scale, right_codes.view_as(right), right_scale)
+
+
+def round_rows(values: Tensor, low: int, high: int, reach: float) -> tuple[Tensor, Tensor]:
+    """Codes low .. high of `values` (..., columns), and scales: each row's largest magnitude over `reach`."""
+    scale = float16_scale(values.abs().amax(-1) / reach)
+    codes = (values / scale.float()[..., None]).round().clamp(low, high)
+    return codes.to(torch.int8), scale
+
+
+def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left (rows, rank), right (rank, columns), the best approximation; right has orthonormal rows."""
+    wide = matrix.size(0) < matrix.size(1)
+    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    vectors = torch.linalg.eigh(gram.double())[1]  # by rising eigenvalue
+    vectors = vectors[:, -rank:].flip(1).float()
+    if not wide:
+        return matrix @ vectors, vectors.T
+    right = vectors.T @ matrix
+    sizes = right.norm(dim=1).clamp(min=1e-30)
+    return vectors * sizes, right / sizes[:, None]
+
+
+# --- The record's quantizer
+
+
+class LossSteps(NamedTuple):
+    """The steps of one role with quantize_by_loss, but for the factor that all roles share."""
+
+    row_octaves: Tensor  # (layers, rows): log2 of the rows' steps without that factor
+    min_octaves: Tensor  # (layers, rows): finer, and int8 would not hold the codes
+    max_octaves: Tensor  # (layers, rows): coarser than twice the row's deviation, rounding only adds noise
+    column_scale: Tensor  # (layers, columns) int8, as in Quantized
+    order: Tensor  # trellis_order
+    factor: Tensor  # hessian_factor in that order
+
+
+def steps_by_loss(p: Problem) -> LossSteps:
+    """Steps such that every weight adds the same predicted loss.
+
+    Row r's step goes with curvature[r]^(-1/2), and column j's with the inverse of what the columns after it
+    cannot make up of its error, the diagonal of the Hessian's factor. At high rates that spends bits best
+    (reverse water-filling, Cover & Thomas, Elements of Information Theory, section 10.3).
+    """
+    diagonal = hessian_factor(p.hessian, p.by_input).diagonal(dim1=1, dim2=2)
+    residual = diagonal.log2().gather(1, p.by_input.argsort(1))
+    level = residual.mean(1, keepdim=True)
+    column_octaves = (level - residual).clamp(-4, 4)
+    column_scale = (column_octaves * COLUMN_SCALES_PER_OCTAVE).round().to(torch.int8)
+    column = grid_value(column_scale, COLUMN_SCALES_PER_OCTAVE)
+    largest = (p.weight.abs() / column[:, None]).amax(2)
+    order = trellis_order(column_scale)
+    return LossSteps(
+        row_octaves=-0.5 * p.curvature.clamp(min=1e-30).log2() - level,
+        min_octaves=(largest / 120).clamp(min=SMALLEST_SCALE).log2(),
+        max_octaves=p.row_deviation().clamp(min=SMALLEST_SCALE).log2() + 1,
+        column_scale=column_scale,
+        order=order,
+        factor=hessian_factor(p.hessian, order))
+
+
+def quantize_by_loss(problems: Problems, steps: dict[str, LossSteps], octaves: float) -> dict[str, Quantized]:
+    """Steps 2^octaves times those of steps_by_loss, on a logarithmic grid; GPTQ on a trellis."""
+    quantized = {}
+    for name, p in problems.items():
+        role_steps = steps[name]
+        row_octaves = role_steps.row_octaves + octaves
+        row_octaves = row_octaves.minimum(role_steps.max_octaves).maximum(role_steps.min_octaves)
+        row_scale = (row_octaves * SCALES_PER_OCTAVE).round().to(torch.int16)
+        q = Quantized(torch.zeros_like(p.weight, dtype=torch.int8), row_scale, role_steps.column_scale, {})
+        max_code = torch.full_like(p.weight[:, :1], 127)
+        quantized[name] = with_codes(q, p, max_code, role_steps.order, role_steps.factor, trellis_block)
+    return quantized
+
+
+def octaves_for(bits: float, steps: dict[str, LossSteps]) -> float:
+    """log2 of the common factor at which codes take about so many bits, were their rows normal."""
+    total, count = 0.0, 0
+    for role_steps in steps.values():
+        columns = role_steps.column_scale.size(1)
+        deviation = role_steps.max_octaves - 1
+        total += columns * float((deviation - role_steps.row_octaves).sum())
+        count += columns * deviation.numel()
+    return total / count + GAUSSIAN_BITS - bits
+
+
+def quantize_to_size(problems: Problems, pack: Callable[[dict[str, Quantized]], bytes],
+                     max_bytes: int) -> tuple[dict[str, Quantized], bytes]:
+    """quantize_by_loss with the steps at which the packed result ends just below `max_bytes`.
+
+    A secant search on the packed size, until less than SPARE_BYTES are left. Returns the largest result that
+    fits, with its bytes; if none does, the last one.
+    """
+    steps = {name: steps_by_loss(p) for name, p in problems.items()}
+    weights = sum(p.weight.numel() for p in problems.values())
+    finest = octaves_for(MAX_BITS, steps)
+    octaves = max(finest, octaves_for(8 * max_bytes / weights, steps))
+    bytes_per_octave = weights / 8  # a bit of each weight, while every step is below its row's deviation
+    best = before = None
+    for _ in range(6):
+        quantized = quantize_by_loss(problems, steps, octaves)
+        packed = pack(quantized)
+        bytes_left = max_bytes - len(packed)
+        if bytes_left >= 0 and (best is None or len(packed) > len(best[1])):
+            best = quantized, packed
+        if 0 <= bytes_left < SPARE_BYTES or (bytes_left >= 0 and octaves == finest):
             break
         if before and octaves != before[0]:
-            slope = max(slope / 8, (before[1] - size) / (octaves - before[0]))
-        before = octaves, size
-        octaves += (size - wanted) / slope
-    if s.lqer_enabled:
-        choose_low_rank(problems, quantized, s)
-    return quantized, octaves
+            slope = (before[1] - len(packed)) / (octaves - before[0])
+            bytes_per_octave = max(bytes_per_octave / 8, slope)
+        before = octaves, len(packed)
+        octaves = max(finest, octaves - (bytes_left - SPARE_BYTES / 3) / bytes_per_octave)
+    return best or (quantized, packed)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 8. Artifact
-# ======================================================================================================================
+# ============================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 2
-ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, payload bytes, SHA-256 of table and payload
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 3
+ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, payload bytes, SHA-256 of both
 SIZE_CAP = 16_000_000
-CLASS_PARTS = (".row_class", ".column_class")
-SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24  # classes of COMPRESSOR=entropy; the offset is that of spread 1
+# Codes of a spread of 2^((class - SPREAD_OFFSET) / SPREADS_PER_OCTAVE) share a table of symbol frequencies.
+SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24
 PERGROUP_SORTED = ("tok_emb.codes", "attn.c_q.codes", "mlp.fc.codes")
-PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # set by the loader of a packed script: its own path
+PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # its own path, set by the loader of a packed script
+
+
 @functools.cache
 def packed_code() -> bytes:
-    """The one script that a submission ships; its length is what the code counts for. A packed script returns itself.
+    """The one script that a submission ships; its length is what the code counts for.
 
-    The packer leaves out the lines marked `not shipped`.
+    A packed script returns itself: it is packed without the lines marked `not shipped`.
     """
     if PACKED_SCRIPT:
         with open(PACKED_SCRIPT, "rb") as file:
@@ -2441,11 +2600,267 @@ class DamagedError(Exception):
     """The bytes are no artifact that this program wrote."""
 
 
-def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes of rows (layers, rows) and columns (layers, columns), int16, whose sum gives the spread of each code.
+def require(condition: bool) -> None:
+    if not condition:
+        raise DamagedError
 
-    A code's spread is modelled as row factor x column factor, fitted to the second moments by alternation, on a
-    logarithmic grid.
+
+# What reading a damaged or forged file can raise on the way.
+UNREADABLE = (DamagedError, brotli.error, struct.error, ValueError, KeyError, TypeError, AttributeError,
+              IndexError, RecursionError)
+
+
+# --- Layout: which arrays an artifact holds
+
+
+class ArraySpec(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+Arrays = dict[str, np.ndarray]  # by name
+Specs = list[ArraySpec]
+
+
+def describe(quantized: dict[str, Quantized], s: Settings) -> dict:
+    """What a table says of the quantization; with the model's settings it fixes the layout."""
+    corrected = [f"{name}.{layer}" for name, q in quantized.items() for layer in q.low_rank]
+    return dict(step_rule=s.step_rule, awq=s.awq_lite_enabled, lqer=[s.lqer_rank, s.lqer_asym_group],
+                corrected=corrected, int8_gates=s.gated_attn_quant_gate)
+
+
+def layout(model: GPT, quantization: dict | None) -> Specs:
+    """Every array of an artifact, in order; quantization: from `describe`, or None for a checkpoint.
+
+    The writer fills exactly these; a reader accepts no other.
+    """
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if quantization is None:
+        return [ArraySpec(name, "float32", shape) for name, shape in parameters.items()]
+    by_loss = quantization["step_rule"] == "loss"
+    rank, group = quantization["lqer"]
+    row_dtype, column_dtype = ("int16", "int8") if by_loss else ("float16", "float32")
+    specs = []
+    for name, role in matrix_roles(model.settings).items():
+        layers, rows, columns = role.weights(model).shape
+        specs.append(ArraySpec(f"{name}.codes", "int8", (layers, rows, columns)))
+        specs.append(ArraySpec(f"{name}.row_scale", row_dtype, (layers, rows)))
+        if by_loss or quantization["awq"]:
+            specs.append(ArraySpec(f"{name}.column_scale", column_dtype, (layers, columns)))
+        for matrix in (f"{name}.{layer}" for layer in range(layers)):
+            if matrix in quantization["corrected"]:
+                specs.append(ArraySpec(f"{matrix}.left", "int8", (rows, rank)))
+                specs.append(ArraySpec(f"{matrix}.left_scale", "float16", (1,)))
+                specs.append(ArraySpec(f"{matrix}.right", "int8", (rank, columns)))
+                specs.append(ArraySpec(f"{matrix}.right_scale", "float16", (rank * columns // group,)))
+        parameters.pop(role.stack, None)
+    if quantization["int8_gates"]:
+        shape = parameters.pop("attn_gate")
+        specs.append(ArraySpec("attn_gate.codes_by_row", "int8", shape))
+        specs.append(ArraySpec("attn_gate.row_scale", "float16", shape[:2]))
+    return specs + [ArraySpec(name, "float16", shape) for name, shape in parameters.items()]
+
+
+def artifact_arrays(model: GPT, quantized: dict[str, Quantized], s: Settings) -> tuple[dict, Arrays]:
+    """What the table says of the quantization, and every array of the artifact."""
+    tensors = {name: parameter.half() for name, parameter in model.named_parameters()}
+    if s.gated_attn_quant_gate:
+        codes, scale = round_rows(model.attn_gate, -127, 127, 127)
+        tensors |= {"attn_gate.codes_by_row": codes, "attn_gate.row_scale": scale}
+    for name, q in quantized.items():
+        tensors[f"{name}.codes"] = q.codes
+        tensors[f"{name}.row_scale"] = q.row_scale
+        tensors[f"{name}.column_scale"] = q.column_scale
+        for layer, correction in q.low_rank.items():
+            tensors |= {f"{name}.{layer}.{part}": tensor for part, tensor in correction._asdict().items()}
+    quantization, arrays = describe(quantized, s), {}
+    for spec in layout(model, quantization):
+        arrays[spec.name] = tensors[spec.name].detach().cpu().contiguous().numpy()
+        assert spec == (spec.name, arrays[spec.name].dtype.name, arrays[spec.name].shape)
+    return quantization, arrays
+
+
+@torch.no_grad()
+def install(model: GPT, table: dict, arrays: Arrays, s: Settings) -> bool:
+    """Put the stored weights into the model; returns whether looping is on."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for name, role in matrix_roles(s).items():
+        if f"{name}.codes" not in tensors:  # a checkpoint
+            continue
+        codes, low_rank = tensors[f"{name}.codes"], {}
+        for layer in range(len(codes)):
+            if f"{name}.{layer}.left" in tensors:
+                low_rank[layer] = LowRank(*(tensors[f"{name}.{layer}.{part}"] for part in LowRank._fields))
+        q = Quantized(codes, tensors[f"{name}.row_scale"], tensors.get(f"{name}.column_scale"), low_rank)
+        role.weights(model).copy_(dequantize(q))
+    if "attn_gate.codes_by_row" in tensors:
+        scale = tensors["attn_gate.row_scale"].float()
+        tensors["attn_gate"] = tensors["attn_gate.codes_by_row"] * scale[..., None]
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.copy_(tensors[name])
+    return table["looping"]
+
+
+# --- Codecs: arrays to byte streams and back
+
+
+def is_codes(name: str) -> bool:
+    return name.endswith(".codes")
+
+
+def byte_planes(array: np.ndarray) -> bytes:
+    """An array's bytes with the low bytes of all values first, then the next."""
+    values = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
+    return values.T.tobytes()
+
+
+def pack_arrays(arrays: Arrays) -> bytes:
+    return b"".join(byte_planes(array) for array in arrays.values())
+
+
+def unpack_arrays(raw: bytes, specs: Specs) -> Arrays:
+    """Undo `pack_arrays` for arrays of these specs."""
+    require(len(raw) == sum(spec.nbytes for spec in specs))
+    arrays, start = {}, 0
+    for name, dtype, shape in specs:
+        size, width = math.prod(shape), np.dtype(dtype).itemsize
+        planes = np.frombuffer(raw, np.uint8, size * width, start).reshape(width, size)
+        arrays[name] = planes.T.copy().view(dtype).reshape(shape)
+        start += size * width
+    return arrays
+
+
+def compress(arrays: Arrays) -> bytes:
+    return brotli.compress(pack_arrays(arrays), quality=11, lgwin=24)
+
+
+def decompress(packed: bytes, specs: Specs) -> Arrays:
+    """Undo `compress`; never makes more bytes than the specs promise."""
+    promised = sum(spec.nbytes for spec in specs)
+    return unpack_arrays(brotli.Decompressor().process(packed, output_buffer_limit=promised + 1), specs)
+
+
+class RawCodec:
+    """The arrays' bytes as they are, for checkpoints."""
+
+    def pack(self, arrays: Arrays) -> list[bytes]:
+        return [pack_arrays(arrays)]
+
+    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
+        [raw] = streams
+        return unpack_arrays(raw, specs)
+
+
+class BrotliCodec:
+    """Brotli over all arrays."""
+
+    def pack(self, arrays: Arrays) -> list[bytes]:
+        return [compress(arrays)]
+
+    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
+        [packed] = streams
+        return decompress(packed, specs)
+
+
+class EntropyCodec:
+    """Asymmetric numeral systems (Duda 2009) over the codes, brotli over the rest.
+
+    A code's spread is modelled as row factor x column factor; the codes of each class of spread share a table
+    of symbol frequencies. Stored of the factors is only what the scales do not tell already.
+    """
+
+    def pack(self, arrays: Arrays) -> list[bytes]:
+        codes = {name: array for name, array in arrays.items() if is_codes(name)}
+        stored = {name: array for name, array in arrays.items() if not is_codes(name)}
+        for name, stack in codes.items():
+            fitted_row, fitted_column = spread_classes(torch.from_numpy(stack))
+            row, column = self.classes_of_scales(name, stored)
+            stored[name + ".row_class"] = (fitted_row.numpy() - row).astype(np.int8)
+            stored[name + ".column_class"] = (fitted_column.numpy() - column).astype(np.int8)
+        classes = np.concatenate([self.classes_of(name, stored).ravel() for name in codes])
+        symbols = np.concatenate([stack.ravel() for stack in codes.values()])
+        counts = class_histogram(torch.from_numpy(symbols), torch.from_numpy(classes)).numpy()
+        totals = counts.sum(1, keepdims=True)
+        shares = counts / totals.clip(min=1)
+        stored["table"] = np.ceil(shares * 65535).astype(np.uint16)
+
+        coder = constriction.stream.stack.AnsCoder()
+        ordered = symbols[np.argsort(classes, kind="stable")]
+        models, end = self.models_of(stored["table"]), len(ordered)
+        for spread, (lowest, model) in reversed(models.items()):  # the coder is a stack: last in, first out
+            start = end - int(totals[spread, 0])
+            coder.encode_reverse(ordered[start:end].astype(np.int32) - lowest, model)
+            end = start
+        return [coder.get_compressed().astype("<u4").tobytes(), compress(stored)]
+
+    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
+        coded, packed = streams
+        codes = [spec for spec in specs if is_codes(spec.name)]
+        stored_specs = [spec for spec in specs if not is_codes(spec.name)]
+        for name, _, (layers, rows, columns) in codes:
+            stored_specs.append(ArraySpec(name + ".row_class", "int8", (layers, rows)))
+            stored_specs.append(ArraySpec(name + ".column_class", "int8", (layers, columns)))
+        stored_specs.append(ArraySpec("table", "uint16", (SPREADS, 256)))
+        stored = decompress(packed, stored_specs)
+        classes = np.concatenate([self.classes_of(spec.name, stored).ravel() for spec in codes])
+        totals = np.bincount(classes, minlength=SPREADS)
+        models = self.models_of(stored["table"])
+        require(len(coded) % 4 == 0 and set(np.flatnonzero(totals)) == set(models))
+
+        words = np.frombuffer(coded, "<u4").astype(np.uint32)
+        coder = constriction.stream.stack.AnsCoder(words)
+        decoded = []
+        for spread, (lowest, model) in models.items():
+            symbols = coder.decode(model, int(totals[spread])) + lowest
+            decoded.append(symbols.astype(np.int8))
+        require(coder.is_empty())
+        ordered = np.concatenate(decoded)
+        symbols = np.empty_like(ordered)
+        symbols[np.argsort(classes, kind="stable")] = ordered
+        ends = itertools.accumulate(spec.nbytes for spec in codes)  # a byte for each code
+        for spec, end in zip(codes, ends):
+            stored[spec.name] = symbols[end - spec.nbytes:end].reshape(spec.shape)
+        return {spec.name: stored[spec.name] for spec in specs}
+
+    def classes_of(self, name: str, stored: Arrays) -> np.ndarray:
+        """The class (layers, rows, columns) of every code of the stack `name`, uint8 below SPREADS."""
+        row, column = self.classes_of_scales(name, stored)
+        row = row + stored[name + ".row_class"].astype(np.int16)
+        column = column + stored[name + ".column_class"].astype(np.int16)
+        return code_classes(torch.from_numpy(row), torch.from_numpy(column)).numpy()
+
+    def classes_of_scales(self, name: str, stored: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """What the scales beside the codes `name` say of the classes of rows and columns, int16."""
+        scales = name.removesuffix(".codes")
+        row, column = stored.get(scales + ".row_scale"), stored.get(scales + ".column_scale")
+        if column is None or column.dtype != np.int8:
+            return np.int16(0), np.int16(0)  # steps by deviation: the spread of the codes is smooth itself
+        return -(row >> (SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1)), -column.astype(np.int16)
+
+    def models_of(self, table: np.ndarray) -> dict[int, tuple]:
+        """For each class in use its lowest symbol and constriction's model of the symbols from there on."""
+        models = {}
+        for spread in np.flatnonzero(table.any(1)):
+            used = np.flatnonzero(table[spread])
+            frequencies = table[spread, used[0]:used[-1] + 1]
+            weights = frequencies * 1000.0 + 1  # whole numbers, whose sum is exact on every machine
+            if len(weights) == 1:
+                weights = np.append(weights, 1.0)  # a model needs two symbols
+            model = constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
+            models[int(spread)] = int(used[0]) - 128, model
+        return models
+
+
+def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes of rows (layers, rows) and columns (layers, columns), int16; a code's class is the sum of both.
+
+    Their factors are fitted to the codes' second moments by alternation.
     """
     squares = codes.float().square() + 1e-3
     row, column = squares.mean(2), torch.ones_like(squares[:, 0])
@@ -2453,173 +2868,114 @@ def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
         column = ((1 / row)[:, None] @ squares)[:, 0] / codes.size(1)
         column = column / column.log().mean(1, keepdim=True).exp()
         row = (squares @ (1 / column)[..., None])[..., 0] / codes.size(2)
-    return tuple((0.5 * f.log2() * SPREADS_PER_OCTAVE).round().to(torch.int16) for f in (row, column))
+    classes = [0.5 * factor.log2() * SPREADS_PER_OCTAVE for factor in (row, column)]
+    return classes[0].round().to(torch.int16), classes[1].round().to(torch.int16)
 
 
-def class_of_codes(row: Tensor, column: Tensor) -> Tensor:
-    """The class (layers, rows, columns) of every code, uint8 below SPREADS, from those of its row and column."""
-    return (row[:, :, None] + column[:, None] + SPREAD_OFFSET).clamp(0, SPREADS - 1).to(torch.uint8)
+def code_classes(row: Tensor, column: Tensor) -> Tensor:
+    """The class (layers, rows, columns) of every code, uint8 below SPREADS, by its row's and its column's."""
+    classes = row[:, :, None] + column[:, None] + SPREAD_OFFSET
+    return classes.clamp(0, SPREADS - 1).to(torch.uint8)
 
 
-def code_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
+def class_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
     """Counts (SPREADS, 256) of the symbols -128 .. 127 in each class."""
-    return torch.bincount((classes.int() * 256 + symbols.int() + 128).flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
+    cells = classes.int() * 256 + symbols.int() + 128
+    return torch.bincount(cells.flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
 
 
 def code_bits(codes: list[Tensor]) -> list[Tensor]:
-    """What each matrix costs with COMPRESSOR=entropy, in bits: one tensor (layers,) for each stack of codes."""
+    """What each matrix costs with COMPRESSOR=entropy, in bits: a tensor (layers,) for each stack of codes."""
     histograms = []
     for stack in codes:
-        classes = class_of_codes(*spread_classes(stack))
-        histograms.append(torch.stack([code_histogram(*pair) for pair in zip(stack, classes)]))
-    total = sum(h.sum(0) for h in histograms).double()
-    length = -(total / total.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30).log2()
-    return [(h * length).sum((1, 2)) for h in histograms]
+        classes = code_classes(*spread_classes(stack))
+        layers = [class_histogram(*layer) for layer in zip(stack, classes)]
+        histograms.append(torch.stack(layers))  # (layers, SPREADS, 256)
+    counts = sum(stack.sum(0) for stack in histograms).double()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    length = -shares.clamp(min=1e-30).log2()
+    return [(stack * length).sum((1, 2)) for stack in histograms]
 
 
-def planes(array: np.ndarray) -> bytes:
-    """An array's bytes with the low bytes of all values first, then the next."""
-    little = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
-    return little.T.tobytes()
+def order0_bytes(integers: Tensor) -> float:
+    """What integers cost where their frequencies are known."""
+    _, counts = integers.unique(return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(counts * shares.log2()).sum() / 8)
 
 
-def from_planes(raw: bytes, dtype: np.dtype, shape: list[int]) -> np.ndarray:
-    return np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(shape)
+def correction_bytes(correction: LowRank) -> float:
+    """What a correction costs, its float16 scales uncompressed."""
+    scales = correction.left_scale.numel() + correction.right_scale.numel()
+    return order0_bytes(correction.left) + order0_bytes(correction.right) + 2 * scales
 
 
-def join(arrays: dict[str, np.ndarray]) -> bytes:
-    return b"".join(planes(a) for a in arrays.values())
+class PergroupCodec:
+    """Each role's codes, column after column through lrzip's ZPAQ; brotli for the rest.
+
+    The compressor of #2135. The rows of some roles are sorted so that neighbours resemble each other.
+    """
+
+    def pack(self, arrays: Arrays) -> list[bytes]:
+        rest = {name: array for name, array in arrays.items() if not is_codes(name)}
+        streams = []
+        for name, codes in arrays.items():
+            if not is_codes(name):
+                continue
+            if name in PERGROUP_SORTED:
+                order = similarity_order(torch.from_numpy(codes))
+                codes = np.take_along_axis(codes, order[..., None], 1)
+                rest[name + ".order"] = order.astype(np.uint16)
+            streams.append(lrzip(codes.transpose(0, 2, 1).tobytes(), "-z", "-L", "9"))
+        return [*streams, compress(rest)]
+
+    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
+        *coded, packed = streams
+        codes = [spec for spec in specs if is_codes(spec.name)]
+        rest = [spec for spec in specs if not is_codes(spec.name)]
+        for name, _, shape in codes:
+            if name in PERGROUP_SORTED:
+                rest.append(ArraySpec(name + ".order", "uint16", shape[:2]))
+        arrays = decompress(packed, rest)
+        for (name, _, (layers, rows, columns)), stream in zip(codes, coded, strict=True):
+            try:
+                raw = lrzip(stream, "-d", max_bytes=layers * rows * columns)
+            except RuntimeError:
+                raise DamagedError from None
+            stack = np.frombuffer(raw, np.int8).reshape(layers, columns, rows)
+            stack = stack.transpose(0, 2, 1)
+            if name in PERGROUP_SORTED:
+                order = arrays[name + ".order"].astype(np.int64)
+                require((np.sort(order, 1) == np.arange(rows)).all())
+                stack = np.take_along_axis(stack, order.argsort(1)[..., None], 1)
+            arrays[name] = np.ascontiguousarray(stack)
+        return {spec.name: arrays[spec.name] for spec in specs}
 
 
-def split(raw: bytes, specs: list) -> dict[str, np.ndarray]:
-    """The arrays that `specs` [(name, dtype, shape)] promises, out of the bytes of `join`."""
-    sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in specs]
-    if len(raw) != sum(sizes):
-        raise DamagedError
-    ends = itertools.accumulate(sizes)
-    return {name: from_planes(raw[end - size:end], np.dtype(dtype), shape)
-            for (name, dtype, shape), size, end in zip(specs, sizes, ends)}
-
-
-def inflate(packed: bytes, specs: list) -> dict[str, np.ndarray]:
-    """Undo `deflate`; never makes more bytes than the specs promise."""
-    expected = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in specs)
-    try:
-        raw = brotli.Decompressor().process(packed, output_buffer_limit=expected + 1)
-    except brotli.error:
-        raise DamagedError from None
-    return split(raw, specs)
-
-
-def deflate(arrays: dict[str, np.ndarray]) -> bytes:
-    return brotli.compress(join(arrays), quality=11, lgwin=24)
-
-
-def is_codes(name: str) -> bool:
-    return name.endswith(".codes")
-
-
-def entropy_models(table: np.ndarray) -> dict[int, tuple]:
-    """For each class in use its lowest symbol and constriction's model of the symbols from there on."""
-    models = {}
-    for spread in np.flatnonzero(table.any(1)):
-        used = np.flatnonzero(table[spread])
-        weights = table[spread, used[0]:used[-1] + 1] * 1000.0 + 1  # whole numbers: their sum is exact on every machine
-        if len(weights) == 1:
-            weights = np.append(weights, 1.0)  # a model needs two symbols
-        models[int(spread)] = int(used[0]), constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
-    return models
-
-
-def code_arrays(arrays: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
-    return [(name, a) for name, a in arrays.items() if is_codes(name)]
-
-
-def scale_classes(name: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """What the scales beside the codes `name` say of the classes of rows and columns."""
-    row, column = (arrays.get(name.replace(".codes", part)) for part in (".row_scale", ".column_scale"))
-    if column is None:  # steps by deviation: the spread of the codes is smooth itself
-        return np.int16(0), np.int16(0)
-    return -(row >> (SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1)), -column.astype(np.int16)
-
-
-def stored_classes(name: str, side: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> Tensor:
-    """The class of every code of `name` from what is stored."""
-    known = scale_classes(name, arrays)
-    return class_of_codes(*(torch.from_numpy(side[name + part] + offset) for part, offset in zip(CLASS_PARTS, known)))
-
-
-def pack_entropy(arrays: dict[str, np.ndarray]) -> list[bytes]:
-    """Asymmetric numeral systems (Duda 2009) over the codes, class by class; brotli over the rest and the models."""
-    side, kinds, counts = {}, [], 0
-    for name, array in code_arrays(arrays):
-        fitted = spread_classes(torch.from_numpy(array))
-        for part, spread, known in zip(CLASS_PARTS, fitted, scale_classes(name, arrays)):
-            side[name + part] = (spread.numpy() - known).astype(np.int8)
-        classes = stored_classes(name, side, arrays)
-        kinds.append(classes.numpy().ravel())
-        counts = counts + code_histogram(torch.from_numpy(array), classes).numpy()
-    side["table"] = np.ceil(counts / counts.sum(1, keepdims=True).clip(min=1) * 65535).astype(np.uint16)
-    symbols = np.concatenate([array.ravel() for _, array in code_arrays(arrays)])
-    ordered = symbols[np.argsort(np.concatenate(kinds), kind="stable")]
-    coder, end = constriction.stream.stack.AnsCoder(), len(ordered)
-    for spread, (lowest, model) in reversed(entropy_models(side["table"]).items()):
-        start = end - int(counts[spread].sum())
-        coder.encode_reverse(ordered[start:end].astype(np.int32) + (128 - lowest), model)
-        end = start
-    rest = {name: a for name, a in arrays.items() if not is_codes(name)}
-    floats = {name: a for name, a in rest.items() if a.dtype.kind == "f"}
-    integers = {name: a for name, a in rest.items() if a.dtype.kind != "f"}
-    return [coder.get_compressed().astype("<u4").tobytes(), deflate(floats), deflate(integers | side)]
-
-
-def unpack_entropy(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
-    coded = [spec for spec in specs if is_codes(spec[0])]
-    rest = [spec for spec in specs if not is_codes(spec[0])]
-    side = []
-    for name, _, (layers, rows, columns) in coded:
-        side += [(name + part, "int8", shape) for part, shape in zip(CLASS_PARTS, ((layers, rows), (layers, columns)))]
-    arrays = inflate(streams[1], [spec for spec in rest if spec[1][0] == "f"]) | inflate(
-        streams[2], [spec for spec in rest if spec[1][0] != "f"] + side + [("table", "uint16", (SPREADS, 256))])
-    merged = np.concatenate([stored_classes(name, arrays, arrays).numpy().ravel() for name, _, _ in coded])
-    counts, models = np.bincount(merged, minlength=SPREADS), entropy_models(arrays.pop("table"))
-    if len(streams[0]) % 4 or set(np.flatnonzero(counts)) != set(models):
-        raise DamagedError
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(streams[0], "<u4").astype(np.uint32))
-    ordered = np.concatenate([(coder.decode(model, int(counts[spread])) + (lowest - 128)).astype(np.int8)
-                              for spread, (lowest, model) in models.items()])
-    if not coder.is_empty():
-        raise DamagedError
-    symbols = np.empty_like(ordered)
-    symbols[np.argsort(merged, kind="stable")] = ordered
-    start = 0
-    for name, _, shape in coded:
-        arrays[name] = symbols[start:start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
-    return {name: arrays[name] for name, _, _ in specs}
-
-
-def similarity_order(codes: Tensor) -> Tensor:
-    """Row order (layers, rows) of a greedy walk: from row 0 on, always to the nearest unused row by L1 distance."""
-    layers, rows, _ = codes.shape
-    wide, which = codes.float(), torch.arange(layers, device=codes.device)
-    order = torch.zeros(layers, rows, dtype=torch.long, device=codes.device)
-    used = torch.zeros(layers, rows, dtype=torch.bool, device=codes.device)
-    for step in range(rows):
-        if step:
-            distance = torch.cdist(wide[which, order[:, step - 1]][:, None], wide, p=1)[:, 0]  # whole numbers, exact
-            order[:, step] = distance.masked_fill(used, math.inf).argmin(1)
+def similarity_order(codes: Tensor) -> np.ndarray:
+    """Row order (layers, rows) of a greedy walk from row 0, each time to the nearest unused row (L1)."""
+    wide = codes.to("cuda" if torch.cuda.is_available() else "cpu").float()
+    layers, rows, _ = wide.shape
+    which = torch.arange(layers, device=wide.device)
+    order = torch.zeros(layers, rows, dtype=torch.long, device=wide.device)
+    used = torch.zeros(layers, rows, dtype=torch.bool, device=wide.device)
+    used[:, 0] = True
+    for step in range(1, rows):
+        last = wide[which, order[:, step - 1]]
+        distance = torch.cdist(last[:, None], wide, p=1)[:, 0]  # whole numbers, exact
+        order[:, step] = distance.masked_fill(used, math.inf).argmin(1)
         used[which, order[:, step]] = True
-    return order
+    return order.cpu().numpy()
 
 
-def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
-    """Run the program lrzip over `data`; the result may have at most `limit` bytes."""
+def lrzip(data: bytes, *arguments: str, max_bytes: int = 1 << 30) -> bytes:
+    """Run the program lrzip over `data`; raises RuntimeError if it fails or makes more than `max_bytes`."""
     with tempfile.TemporaryDirectory() as folder:
-        source, result = os.path.join(folder, "in.lrz"), os.path.join(folder, "out")
+        source = os.path.join(folder, "in.lrz")
+        result = os.path.join(folder, "out")
         with open(source, "wb") as file:
             file.write(data)
-        command = ["prlimit", f"--fsize={limit}", "lrzip", "-q", *arguments, "-o", result, source]
+        command = ["prlimit", f"--fsize={max_bytes}", "lrzip", "-q", *arguments, "-o", result, source]
         try:
             subprocess.run(command, check=True, timeout=600, capture_output=True, stdin=subprocess.DEVNULL)
             with open(result, "rb") as file:
@@ -2628,118 +2984,98 @@ def lrzip(data: bytes, *arguments: str, limit: int = 1 << 30) -> bytes:
             raise RuntimeError(f"lrzip {' '.join(arguments)} failed: {error}") from None
 
 
-def pack_pergroup(arrays: dict[str, np.ndarray]) -> list[bytes]:
-    """Each role's codes, some with sorted rows, column after column through lrzip's ZPAQ; brotli for the rest."""
-    rest, texts = {name: a for name, a in arrays.items() if not is_codes(name)}, []
-    for name, codes in arrays.items():
-        if is_codes(name):
-            if name in PERGROUP_SORTED:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                order = similarity_order(torch.from_numpy(codes).to(device)).cpu().numpy()
-                codes = np.take_along_axis(codes, order[..., None], 1)
-                rest[name + ".order"] = order.astype(np.uint16)
-            texts.append(codes.transpose(0, 2, 1).tobytes())
-    return [*(lrzip(text, "-z", "-L", "9") for text in texts), deflate(rest)]
+CODECS = {"entropy": EntropyCodec(), "pergroup": PergroupCodec(), "brotli": BrotliCodec(), "none": RawCodec()}
 
 
-def unpack_pergroup(streams: list[bytes], specs: list) -> dict[str, np.ndarray]:
-    coded = [spec for spec in specs if is_codes(spec[0])]
-    orders = [(name + ".order", "uint16", shape[:2]) for name, _, shape in coded if name in PERGROUP_SORTED]
-    rest = inflate(streams[-1], [spec for spec in specs if not is_codes(spec[0])] + orders)
-    try:
-        texts = [lrzip(stream, "-d", limit=math.prod(shape)) for (_, _, shape), stream in zip(coded, streams)]
-    except RuntimeError:
-        raise DamagedError from None
-    for (name, _, shape), raw in zip(coded, texts):
-        layers, rows, columns = shape
-        if len(raw) != math.prod(shape):
-            raise DamagedError
-        codes = np.frombuffer(raw, np.int8).reshape(layers, columns, rows).transpose(0, 2, 1)
-        if name in PERGROUP_SORTED:
-            order = rest.pop(name + ".order").astype(np.int64)
-            if (np.sort(order, 1) != np.arange(rows)).any():
-                raise DamagedError
-            codes = np.take_along_axis(codes, order.argsort(1)[..., None], 1)
-        rest[name] = np.ascontiguousarray(codes)
-    return {name: rest[name] for name, _, _ in specs}
+# --- The file
 
 
-PACKERS = {  # name: (arrays -> streams, (streams, specs) -> arrays)
-    "entropy": (pack_entropy, unpack_entropy),
-    "pergroup": (pack_pergroup, unpack_pergroup),
-    "brotli": (lambda arrays: [deflate(arrays)], lambda streams, specs: inflate(streams[0], specs)),
-    "none": (lambda arrays: [join(arrays)], lambda streams, specs: split(streams[0], specs)),
-}
+def container(table: dict, arrays: Arrays, compressor: str) -> bytes:
+    """Named arrays and their table in one byte string. Nothing in it is code.
 
-
-def write_container(path: str, table: dict, arrays: dict[str, np.ndarray], compressor: str) -> int:
-    """Write named arrays with their table to `path`, all or nothing; returns the bytes written."""
-    data = container(table, arrays, compressor)
-    write_atomically(path, data)
-    return len(data)
-
-
-def container(table: dict, arrays: dict[str, np.ndarray], compressor: str) -> bytes:
-    """Named arrays and their table in one byte string.
-
-    Layout: header; table (JSON under brotli: what the caller says of function and roles, the compressor, name, dtype and
-    shape of each array, lengths of the streams); streams. Nothing in it is code.
+    Header; table (JSON under brotli: function, looping and quantization as the caller gives them, the
+    compressor, name, dtype and shape of each array, lengths of the streams); streams.
     """
-    streams = PACKERS[compressor][0](arrays)
-    table = table | dict(compressor=compressor, arrays=[[name, a.dtype.name, list(a.shape)] for name, a in arrays.items()],
-                         streams=[len(stream) for stream in streams])
-    head, payload = brotli.compress(json.dumps(table, separators=(",", ":")).encode()), b"".join(streams)
-    digest = hashlib.sha256(head + payload).digest()
-    return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(payload), digest) + head + payload
+    streams = CODECS[compressor].pack(arrays)
+    specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    table = table | dict(compressor=compressor, arrays=specs, streams=[len(stream) for stream in streams])
+    text = json.dumps(table, separators=(",", ":"))
+    packed_table, payload = brotli.compress(text.encode()), b"".join(streams)
+    digest = hashlib.sha256(packed_table + payload).digest()
+    header = ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_table), len(payload), digest)
+    return header + packed_table + payload
 
 
-def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
-    """Table and arrays of the file `path`; raises InputError when it is missing, or what open_container raises."""
+def write_container(path: str, table: dict, arrays: Arrays, compressor: str) -> None:
+    """Write the container to `path`, all or nothing."""
+    write_atomically(path, container(table, arrays, compressor))
+
+
+def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
+    """Table and arrays of the file `path`; raises InputError if it is missing or open_container raises it."""
+    max_bytes = 5 * sum(p.numel() for p in model.parameters()) + (4 << 20)
     try:
         with open(path, "rb") as file:
-            return open_container(file.read(5 * sum(p.numel() for p in model.parameters()) + (4 << 20)), path, model, s)
+            data = file.read(max_bytes)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; train first, or set ARTIFACT_DIR to its folder") from None
+        remedy = "train first, or set ARTIFACT_DIR to its folder"
+        raise InputError(f"{path}: {error.strerror}; {remedy}") from None
+    return open_container(data, path, model, s)
 
 
-def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
+def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
     """Undo `container`; nothing in the data is executed, and nothing larger than the model is allocated.
 
-    Raises InputError, naming `path`, when it is damaged or was made for another function than the settings describe.
+    Raises InputError, naming `path`, if it is damaged or was made for another function than the settings
+    describe.
     """
-    damaged = InputError(f"{path}: no whole artifact of version {ARTIFACT_VERSION}; copy it again or train again")
-    body = memoryview(data)[ARTIFACT_HEADER.size:]
     try:
-        magic, version, head_bytes, payload_bytes, digest = ARTIFACT_HEADER.unpack_from(data)
-        if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION) or len(body) != head_bytes + payload_bytes \
-                or hashlib.sha256(body).digest() != digest:
-            raise damaged
-        table = json.loads(brotli.Decompressor().process(bytes(body[:head_bytes]), output_buffer_limit=1 << 20))
-        made_with = dict(table["function"])
-        if made_with == s.function_settings():
-            check_table(table, model, s)
-    except (struct.error, brotli.error, DamagedError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-            RecursionError):
-        raise damaged from None
-    wrong = [f"{name.upper()}: {mine}, but {path} was made with {printable(made_with.get(name))}; set it to that"
-             for name, mine in s.function_settings().items() if made_with.get(name) != mine]
-    if wrong or made_with != s.function_settings():
-        raise InputError("\n".join(wrong)) if wrong else damaged
-    if table["compressor"] == "pergroup" != s.compressor:
-        raise InputError(f"COMPRESSOR: {path} needs the program lrzip; set COMPRESSOR=pergroup if you trust the file")
-    cuts = [head_bytes + end for end in itertools.accumulate(table["streams"], initial=0)]
-    try:
-        if cuts[-1] != len(body):
-            raise DamagedError
-        streams = [bytes(body[a:b]) for a, b in zip(cuts, cuts[1:])]
-        arrays = PACKERS[table["compressor"]][1](streams, table["arrays"])
-    except (DamagedError, ValueError):
-        raise damaged from None
-    for a in arrays.values():  # no weight is infinite or 2^30
-        huge = a.dtype == np.int16 and np.abs(a.astype(np.int32)).max() > 30 * SCALES_PER_OCTAVE
-        if huge or a.dtype.kind == "f" and not np.isfinite(a).all():
-            raise damaged
+        table, payload = open_envelope(data)
+        check_function(dict(table["function"]), path, s)
+        specs = check_table(table, model)
+        if table["compressor"] == "pergroup" != s.compressor:
+            remedy = "set COMPRESSOR=pergroup if you trust the file"
+            raise InputError(f"COMPRESSOR: {path} needs the program lrzip; {remedy}")
+        ends = list(itertools.accumulate(table["streams"], initial=0))
+        require(ends[-1] == len(payload))
+        streams = [payload[start:end] for start, end in itertools.pairwise(ends)]
+        arrays = CODECS[table["compressor"]].unpack(streams, specs)
+        check_values(arrays)
+    except UNREADABLE:
+        damage = f"no whole artifact of version {ARTIFACT_VERSION}"
+        raise InputError(f"{path}: {damage}; copy it again or train again") from None
     return table, arrays
+
+
+def open_envelope(data: bytes) -> tuple[dict, bytes]:
+    """Table and payload of a whole file of this version."""
+    body = data[ARTIFACT_HEADER.size:]
+    magic, version, table_bytes, payload_bytes, digest = ARTIFACT_HEADER.unpack_from(data)
+    require((magic, version) == (ARTIFACT_MAGIC, ARTIFACT_VERSION))
+    require(len(body) == table_bytes + payload_bytes)
+    require(hashlib.sha256(body).digest() == digest)
+    text = brotli.Decompressor().process(body[:table_bytes], output_buffer_limit=1 << 20)
+    return json.loads(text), body[table_bytes:]
+
+
+def check_function(made_with: dict, path: str, s: Settings) -> None:
+    """Raise InputError, a line for each setting, unless the file was made for the settings' function.
+
+    A setting that the file does not name came after the file, which has its default.
+    """
+    ours, differing = s.function_settings(), []
+    for name, value in ours.items():
+        theirs = made_with.get(name, getattr(Settings, name))
+        if theirs != value:
+            made = f"{path} was made with {printable(theirs)}"
+            differing.append(f"{name.upper()}: {value}, but {made}; set it to that")
+    if differing:
+        raise InputError("\n".join(differing))
+    for name, value in made_with.items():
+        if name not in ours:
+            unknown = f"{printable(name).upper()}={printable(value)}"
+            remedy = "use the script that made it"
+            raise InputError(f"{path}: made with {unknown}, which is no setting here; {remedy}")
 
 
 def printable(value) -> str:
@@ -2747,153 +3083,102 @@ def printable(value) -> str:
     return re.sub(r"[^\w.+-]", "?", str(value)[:40], flags=re.A)
 
 
-def check_table(table: dict, model: GPT, s: Settings) -> None:
-    """Raise DamagedError unless the table promises this model's arrays, in one of the forms that this program writes."""
-    def require(condition):
-        if not condition:
-            raise DamagedError
-
-    def whole(value, low, high):
-        require(type(value) is int and low <= value <= high)
-        return value
-
-    require(type(table["looping"]) is bool and (s.num_loops or not table["looping"]) and table["compressor"] in PACKERS)
-    promised = {name: (dtype, tuple(whole(n, 0, 1 << 24) for n in shape)) for name, dtype, shape in table["arrays"]}
-    require(len(promised) == len(table["arrays"]))
-    for length in table["streams"]:
-        whole(length, 0, 1 << 30)
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if table["roles"] is None:  # a checkpoint
-        require(table["compressor"] == "none" and len(table["streams"]) == 1)
-        require(promised == {name: ("float32", shape) for name, shape in parameters.items()})
-        return
-    roles = matrix_roles(s)
-    require(table["roles"].keys() == roles.keys())
-    require(len(table["streams"]) == {"entropy": 3, "pergroup": len(roles) + 1}.get(table["compressor"], 1))
-    for name, role in roles.items():
-        form, shape = table["roles"][name], tuple(role.weights(model).shape)
-        layers, rows, columns = shape
-        require(type(form["trellis"]) is bool)
-        require(promised.pop(name + ".codes") == ("int8", shape))
-        scales = promised.pop(name + ".row_scale"), promised.pop(name + ".column_scale", None)
-        require(scales in ((("float16", shape[:2]), None), (("int16", shape[:2]), None),
-                           (("int16", shape[:2]), ("int8", (layers, columns)))))
-        for layer, first, count, numerator, denominator in form["fine"]:
-            whole(layer, 0, layers - 1), whole(first + whole(count, 1, columns), 1, columns), whole(first, 0, columns)
-            whole(numerator, 1, 127), whole(denominator, 1, 127)
-        fine = [(layer, column) for layer, first, count, *_ in form["fine"][:layers * columns]
-                for column in range(first, first + count)]
-        require(len(fine) == len(set(fine)) and len(form["fine"]) <= layers * columns)  # groups are disjoint
-        for layer in form["low_rank"]:
-            key = f"{name}.{whole(layer, 0, layers - 1)}."
-            left, right = promised.pop(key + "left"), promised.pop(key + "right")
-            rank = whole(right[1][0], 1, 64)
-            require(left == ("int8", (rows, rank)) and right == ("int8", (rank, columns)))
-            require(promised.pop(key + "left_scale") in (("float16", (1,)), ("float16", (rows,))))
-            dtype, (groups,) = promised.pop(key + "right_scale")
-            require(dtype == "float16" and groups > 0 and rank * columns % groups == 0)
-        parameters.pop(role.stack, None)
-    if "attn_gate.codes_by_row" in promised:
-        shape = parameters.pop("attn_gate")
-        require(promised.pop("attn_gate.codes_by_row") == ("int8", shape))
-        require(promised.pop("attn_gate.row_scale") == ("float16", shape[:2]))
-    require(promised == {name: ("float16", shape) for name, shape in parameters.items()})
+def check_table(table: dict, model: GPT) -> Specs:
+    """The layout that the table describes; raises one of UNREADABLE if this program writes no such table."""
+    s, looping, quantization = model.settings, table["looping"], table["quantization"]
+    require(type(looping) is bool and (s.num_loops > 0 or not looping))
+    require(all(type(length) is int and length >= 0 for length in table["streams"]))
+    if quantization is None:
+        require(table["compressor"] == "none")
+    else:
+        rank, group = quantization["lqer"]
+        require(type(rank) is type(group) is int and 1 <= rank <= 64 and group >= 1)
+        groups_fit = all(rank * columns % group == 0 for columns in (s.model_dim, s.mlp_dim))
+        require(groups_fit or not quantization["corrected"])
+        require(quantization["step_rule"] in ("loss", "sigma"))
+    specs = layout(model, quantization)
+    require(table["arrays"] == json.loads(json.dumps(specs)))
+    return specs
 
 
-def artifact_arrays(model: GPT, quantized: dict[str, Quantized], s: Settings) -> tuple[dict, dict[str, np.ndarray]]:
-    """The roles' entry in the table and every array of the artifact."""
-    forms, tensors = {}, {}
-    for name, q in quantized.items():
-        forms[name] = dict(trellis=q.trellis, fine=q.fine, low_rank=sorted(q.low_rank))
-        tensors |= {f"{name}.codes": q.codes, f"{name}.row_scale": q.row_scale}
-        if q.column_scale is not None:
-            tensors[f"{name}.column_scale"] = q.column_scale
-        for layer in sorted(q.low_rank):
-            tensors |= {f"{name}.{layer}.{part}": t for part, t in q.low_rank[layer]._asdict().items()}
-    stacks = {role.stack for role in matrix_roles(s).values()}
-    for name, parameter in model.named_parameters():
-        if name == "attn_gate" and s.gated_attn_quant_gate:
-            scale = (parameter.abs().amax(2) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
-            codes = (parameter / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-            tensors |= {"attn_gate.codes_by_row": codes, "attn_gate.row_scale": scale}
-        elif name not in stacks:
-            tensors[name] = parameter.half()
-    return forms, {name: t.detach().cpu().contiguous().numpy() for name, t in tensors.items()}
+def check_values(arrays: Arrays) -> None:
+    """Raise DamagedError where a weight would be infinite or reach 2^30."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            require(np.isfinite(array).all())
+        if array.dtype == np.int16:
+            require(np.abs(array.astype(np.int32)).max() <= 30 * SCALES_PER_OCTAVE)
+        if name.endswith(".column_scale") and array.dtype == np.float32:
+            require((array > 0).all() and (array <= 1).all())
 
 
 @torch.no_grad()
-def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code: int, s: Settings, log: RunLog) -> None:
-    """Quantize the model, code it, decode it again and compare, write the artifact, log what became of every matrix.
+def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code: int, s: Settings,
+                  log: RunLog) -> None:
+    """Quantize the model, code it, decode it again and compare, write the artifact, log every matrix.
 
     With STEP_RULE=loss the steps are chosen so that artifact and `code` bytes end just below TARGET_BYTES.
     """
-    began, coding, octaves = time.perf_counter(), 0.0, None
+    began, packing = time.perf_counter(), 0.0
     sort_hidden_units(model, statistics)
-    problems = posed(model, statistics)
-    wanted = s.target_bytes - code - 90_000  # what is not codes is known after the first packing
-    most = 0.75 * sum(p.weight.numel() for p in problems.values())  # 6 bits per weight, for models too small for the target
-    fitting = None  # the largest that keeps to the target
-    for _ in range(4):
-        wanted = min(wanted, most)
-        quantized, octaves = quantize(problems, s, wanted, octaves)
-        forms, arrays = artifact_arrays(model, quantized, s)
+    problems = build_problems(model, statistics)
+
+    def pack(quantized: dict[str, Quantized]) -> bytes:
+        nonlocal packing
         started = time.perf_counter()
-        data = container(dict(function=s.function_settings(), looping=looping, roles=forms), arrays, s.compressor)
-        coding += time.perf_counter() - started
-        spare = s.target_bytes - code - len(data)
-        if s.step_rule != "loss":
-            break
-        if spare >= 0 and (fitting is None or len(data) > len(fitting[0])):
-            fitting = data, arrays, quantized
-        if 0 <= spare < 6000 or wanted == most and spare >= 0:
-            break
-        wanted += spare - 2000
-    if fitting:
-        data, arrays, quantized = fitting
-    elif s.step_rule == "loss":
-        log.event("target_missed", target_bytes=s.target_bytes, total_bytes=len(data) + code)
+        quantization, arrays = artifact_arrays(model, quantized, s)
+        table = dict(function=s.function_settings(), looping=looping, quantization=quantization)
+        data = container(table, arrays, s.compressor)
+        packing += time.perf_counter() - started
+        return data
+
+    if s.step_rule == "sigma":
+        quantized = quantize_published(problems, s)
+        data = pack(quantized)
+    else:
+        quantized, data = quantize_to_size(problems, pack, s.target_bytes - code)
+        total_bytes = len(data) + code
+        if total_bytes > s.target_bytes:
+            log.event("target_missed", target_bytes=s.target_bytes, total_bytes=total_bytes)
     started = time.perf_counter()
-    again = open_container(data, s.artifact_path, model, s)[1]
-    unpacking = time.perf_counter() - started
-    if any(again[name].dtype != a.dtype or again[name].tobytes() != a.tobytes() for name, a in arrays.items()):
-        raise AssertionError(f"COMPRESSOR={s.compressor} did not give back what it was given; nothing was written")
+    _, decoded = open_container(data, s.artifact_path, model, s)
+    finished = time.perf_counter()
+    _, arrays = artifact_arrays(model, quantized, s)
+    if any(decoded[name].tobytes() != array.tobytes() for name, array in arrays.items()):
+        raise AssertionError(f"COMPRESSOR={s.compressor} does not give back what it got; nothing was written")
     write_atomically(s.artifact_path, data)
-    bits = code_bits([q.codes for q in quantized.values()])
-    expected = 0.0
-    for (name, q), p, spent in zip(quantized.items(), problems.values(), bits):
+    predicted_loss = log_matrices(problems, quantized, s, log)
+    log.result("artifact", file=s.artifact_path, compressor=s.compressor,
+               quantization_seconds=round(started - began - packing, 1), packing_seconds=round(packing, 1),
+               unpacking_seconds=round(finished - started, 1), predicted_loss=predicted_loss,
+               round_trip="exact")
+
+
+def log_matrices(problems: dict[str, Problem], quantized: dict[str, Quantized], s: Settings,
+                 log: RunLog) -> float | None:
+    """Log what became of every matrix; returns the predicted loss in nats per token, or None."""
+    all_bits = code_bits([q.codes for q in quantized.values()])
+    total_loss = 0.0
+    for (name, q), bits in zip(quantized.items(), all_bits):
+        p = problems[name]
+        layers, rows, columns = p.weight.shape
         error = p.weight - dequantize(q)
-        losses, size_of = p.loss(error), p.weight[0].numel()
-        relative = ((error @ p.hessian) * error).sum((1, 2)) / ((p.weight @ p.hessian) * p.weight).sum((1, 2))
-        expected += float(losses.sum())
-        for i in range(len(p.weight)):
-            extra = sum(stored_bytes(part) for part in q.low_rank.get(i, ()))
-            log.event("matrix", name=name if name == "tok_emb" else f"blocks.{i}.{name}", rows=p.weight.size(1),
-                      columns=p.weight.size(2), weighted_error=float(f"{relative[i]:.4g}"),
-                      predicted_loss=float(f"{losses[i]:.4g}") if s.uses_curvature else None,
-                      bits_per_weight=round(float(spent[i]) / size_of, 4), bytes=round(float(spent[i]) / 8 + extra),
-                      awq_columns=sum(f[2] for f in q.fine if f[0] == i), lqer=i in q.low_rank)
-    log.result("artifact", file=s.artifact_path, compressor=s.compressor, quantization_seconds=round(
-        started - began - coding, 1), packing_seconds=round(coding, 1), unpacking_seconds=round(unpacking, 1),
-        predicted_loss=round(expected, 6) if s.uses_curvature else None, round_trip="exact")
-
-
-@torch.no_grad()
-def install(model: GPT, table: dict, arrays: dict[str, np.ndarray], s: Settings) -> bool:
-    """Put the stored weights into the model; returns whether looping is on."""
-    tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
-    for name, role in matrix_roles(s).items() if table["roles"] else ():
-        form = table["roles"][name]
-        low_rank = {layer: LowRank(*(tensors[f"{name}.{layer}.{part}"] for part in LowRank._fields))
-                    for layer in form["low_rank"]}
-        role.weights(model).copy_(dequantize(Quantized(
-            tensors[name + ".codes"], tensors[name + ".row_scale"], tensors.get(name + ".column_scale"), form["fine"],
-            low_rank, form["trellis"])))
-    if "attn_gate.codes_by_row" in tensors:
-        tensors["attn_gate"] = tensors["attn_gate.codes_by_row"] * tensors["attn_gate.row_scale"].float()[..., None]
-    for name, parameter in model.named_parameters():
-        if name in tensors:
-            parameter.copy_(tensors[name])
-    return table["looping"]
+        losses = p.predicted_loss(error)
+        total_loss += float(losses.sum())
+        relative = (error @ p.hessian * error).sum((1, 2))
+        relative /= (p.weight @ p.hessian * p.weight).sum((1, 2))
+        spared = (q.column_scale < 1).sum(1) if s.awq_lite_enabled else torch.zeros(layers)
+        for i in range(layers):
+            spent = float(bits[i])
+            extra = correction_bytes(q.low_rank[i]) if i in q.low_rank else 0.0
+            log.event(
+                "matrix", name=name if name == "tok_emb" else f"blocks.{i}.{name}",
+                rows=rows, columns=columns,
+                weighted_error=float(f"{relative[i]:.4g}"),
+                predicted_loss=float(f"{losses[i]:.4g}") if s.uses_curvature else None,
+                bits_per_weight=round(spent / (rows * columns), 4), bytes=round(spent / 8 + extra),
+                awq_columns=int(spared[i]), lqer=i in q.low_rank)
+    return round(total_loss, 6) if s.uses_curvature else None
 
 
 # ======================================================================================================================
@@ -3740,7 +4025,7 @@ def collect_statistics(model: GPT, data: TrainingData, s: Settings, runtime: Run
 def save_checkpoint(model: GPT, looping: bool, s: Settings, log: RunLog) -> None:
     """Keep the averaged weights, float32, for a later run with QUANTIZE_ONLY=1."""
     arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-    table = dict(function=s.function_settings(), looping=looping, roles=None)
+    table = dict(function=s.function_settings(), looping=looping, quantization=None)
     try:
         write_container(s.checkpoint_path, table, arrays, "none")
     except OSError as error:  # the run goes on: what counts is the artifact
@@ -3756,7 +4041,7 @@ def load_weights(model: GPT, path: str, s: Settings, runtime: Runtime) -> bool:
     if runtime.rank == 0:
         table, arrays = read_container(path, model, s)
         looping = install(model, table, arrays, s)
-        if (table["roles"] is None) != (path == s.checkpoint_path):
+        if (table["quantization"] is None) != (path == s.checkpoint_path):
             raise InputError(f"{path}: a checkpoint where an artifact belongs, or the reverse; train again")
     looping = bool(runtime.from_rank0([float(looping)])[0])
     runtime.broadcast(model.parameters())

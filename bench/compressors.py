@@ -17,34 +17,36 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import train_gpt as g  # noqa: E402
 import torch  # noqa: E402
 
+CODECS = [name for name in g.CODECS if name != "none"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=g.PACKERS, default=list(g.PACKERS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=CODECS, default=list(CODECS))
     options = parser.parse_args()
     settings = g.Settings.from_environment(os.environ)
     _, arrays = g.read_container(settings.artifact_path, g.GPT(settings), settings)
-    specs = [(name, a.dtype.name, a.shape) for name, a in arrays.items()]
+    specs = [g.ArraySpec(name, a.dtype.name, a.shape) for name, a in arrays.items()]
     codes = {name: a for name, a in arrays.items() if g.is_codes(name)}
     rest = {name: a for name, a in arrays.items() if not g.is_codes(name)}
     count = sum(a.size for a in codes.values())
-    order0 = sum(g.stored_bytes(torch.from_numpy(matrix)) for a in codes.values() for matrix in a)
+    order0 = sum(g.order0_bytes(torch.from_numpy(matrix)) for a in codes.values() for matrix in a)
     print(f"{count:,} integers; order-0 entropy of each matrix alone {order0:,.0f} bytes = {8 * order0 / count:.4f} bits "
           f"each; {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads")
     rows = {"order-0 entropy": dict(code_bytes=round(order0))}
+    alone = len(g.compress(rest))
     for name in options.only:
-        pack, unpack = g.PACKERS[name]
-        if name == "none" or name == "pergroup" and not shutil.which("lrzip"):
+        if name == "pergroup" and not shutil.which("lrzip"):
             continue
+        codec = g.CODECS[name]
         began = time.perf_counter()
-        streams = pack(arrays)
+        streams = codec.pack(arrays)
         packed = time.perf_counter()
-        again = unpack(streams, specs)
+        again = codec.unpack(streams, specs)
         unpacked = time.perf_counter()
         if any(again[n].tobytes() != a.tobytes() for n, a in arrays.items()):
             raise SystemExit(f"{name} does not give back what it was given")
-        alone = len(g.deflate(rest))
         rows[name] = dict(all_bytes=sum(map(len, streams)), code_bytes=sum(map(len, streams)) - alone,
                           packing_seconds=round(packed - began, 2), unpacking_seconds=round(unpacked - packed, 2))
     print(f"{'':16}{'integers':>12}{'all arrays':>12}{'pack s':>9}{'unpack s':>10}")

@@ -445,12 +445,12 @@ def codes_make_good_of_each_other(lab, recipe, run=None):
 
 def steps_by_hand(lab, recipe, run=None):
     run, s = run or lab.run(recipe), settings_of(recipe)
-    roles, scales = run.table["roles"], {name: a for name, a in run.arrays.items() if name.endswith(".row_scale")}
+    roles, scales = g.matrix_roles(s), {name: a for name, a in run.arrays.items() if name.endswith(".row_scale")}
+    assert run.table["quantization"]["step_rule"] == s.step_rule
     if s.step_rule == "loss":
-        assert all(form["trellis"] for form in roles.values())
         assert all(scales[f"{name}.row_scale"].dtype == np.int16 and f"{name}.column_scale" in run.arrays for name in roles)
         return
-    assert not any(form["trellis"] or f"{name}.column_scale" in run.arrays for name, form in roles.items())
+    assert all((f"{name}.column_scale" in run.arrays) == s.awq_lite_enabled for name in roles)
     n = run.settings.num_layers
     for name, bank, bits, clip in (("tok_emb", run.trained["tok_emb"][None], s.embed_bits, s.embed_clip_sigmas),
                                    ("attn.c_v", run.trained["kv_bank"][n:], s.matrix_bits, s.attn_clip_sigmas),
@@ -473,10 +473,10 @@ def gates_are_int8(lab, recipe, run=None):
 
 def corrections_are_stored(lab, recipe, run=None):
     run, s = run or lab.run(recipe), settings_of(recipe)
-    corrected = [f"{name}.{layer}." for name, form in run.table["roles"].items() for layer in form["low_rank"]]
-    assert len(corrected) == s.lqer_top_k
+    corrected = run.table["quantization"]["corrected"]
+    assert len(corrected) == s.lqer_top_k == sum(name.endswith(".left") for name in run.arrays)
     for key in corrected:
-        left, left_scale, right, right_scale = (run.arrays[key + part] for part in g.LowRank._fields)
+        left, left_scale, right, right_scale = (run.arrays[f"{key}.{part}"] for part in g.LowRank._fields)
         assert left.shape[1] == right.shape[0] == s.lqer_rank and left.any() and right.any()
         assert left.min() >= -2 and left.max() <= 1 and right.min() >= -8 and right.max() <= 7
         assert left_scale.size == 1 and right_scale.size == right.size // s.lqer_asym_group
@@ -484,23 +484,25 @@ def corrections_are_stored(lab, recipe, run=None):
 
 def finer_groups_are_stored(lab, recipe, run=None):
     run, s = run or lab.run(recipe), settings_of(recipe)
-    fine = [(name, group) for name, form in run.table["roles"].items() for group in form["fine"]]
-    assert len(fine) == s.awq_lite_group_top_k == 1
-    [(name, (layer, first, count, numerator, denominator))] = fine
-    bits = s.embed_bits if name == "tok_emb" else s.matrix_bits
-    assert count == s.awq_lite_group_size
-    assert (numerator, denominator) == (2 ** (bits - 1) - 1, 2 ** (s.awq_lite_bits - 1) - 1)
-    assert np.abs(run.arrays[f"{name}.codes"][layer, :, first:first + count]).max() > np.abs(np.delete(
-        run.arrays[f"{name}.codes"], layer, 0)).max(initial=0)
+    scales = {name: a for name, a in run.arrays.items() if name.endswith(".column_scale")}
+    [name] = [name for name, a in scales.items() if (a < 1).any()]
+    role, columns = name.removesuffix(".column_scale"), np.argwhere(scales[name] < 1)
+    assert len(columns) == s.awq_lite_group_size and s.awq_lite_group_top_k == 1
+    layer, first = columns[0]
+    assert (columns == [[layer, first + i] for i in range(len(columns))]).all() and first % len(columns) == 0
+    bits = s.embed_bits if role == "tok_emb" else s.matrix_bits
+    np.testing.assert_allclose(scales[name][layer, first], (2 ** (bits - 1) - 1) / (2 ** (s.awq_lite_bits - 1) - 1))
+    codes = run.arrays[f"{role}.codes"]
+    assert np.abs(codes[layer, :, first:first + len(columns)]).max() > np.abs(np.delete(codes, layer, 0)).max(initial=0)
 
 
 def frame_is_of_its_compressor(lab, recipe, run=None):
-    run, name = run or lab.run(recipe), settings_of(recipe).compressor
+    run, name, roles = run or lab.run(recipe), settings_of(recipe).compressor, g.matrix_roles(settings_of(recipe))
     if name == "pergroup" and not LRZIP:
         pytest.skip("needs the program lrzip")
     assert run.table["compressor"] == name == run.record["results"]["artifact"]["compressor"]
-    assert len(run.streams) == dict(pergroup=1 + len(run.table["roles"]), brotli=1, entropy=3)[name]
-    assert sum(stream.startswith(b"LRZI") for stream in run.streams) == len(run.table["roles"]) * (name == "pergroup")
+    assert len(run.streams) == dict(pergroup=1 + len(roles), brotli=1, entropy=2)[name]
+    assert sum(stream.startswith(b"LRZI") for stream in run.streams) == len(roles) * (name == "pergroup")
     last = g.brotli.decompress(run.streams[-1])
     whole = sum(a.nbytes for a in run.arrays.values())
     assert len(last) == whole if name == "brotli" else len(last) < whole
