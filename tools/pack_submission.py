@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import ast
 import base64
 import functools
 import hashlib
@@ -19,17 +20,21 @@ from pathlib import Path
 import brotli
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "source" if (ROOT / "source").is_dir() else ROOT  # a submission keeps the unpacked files there
+UNPACKED = ROOT / "source"  # where a submission keeps the unpacked files
+SOURCE = UNPACKED if UNPACKED.is_dir() else ROOT
 sys.path[:0] = [str(SOURCE), str(ROOT)]
 
 from env_settings import InputError  # noqa: E402
 
-EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "online_ngram_tilt.py", "online_ngram_state.c")
-LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code. Run it as the train_gpt.py it holds."""
+EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "online_ngram_tilt.py",
+                    "online_ngram_state.c")
+KERNEL_DECORATORS = {"jit", "gluon_jit", "row_kernel"}
+LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code. Run it like train_gpt.py."""
 import atexit, base64, brotli, hashlib, json, os, runpy, shutil, sys, tempfile
 packed = base64.b85decode("%s")
 here = os.path.abspath(__file__)
-folder = os.path.join(os.path.dirname(here), "__pycache__", "packed-" + hashlib.sha256(packed).hexdigest()[:16])
+name = "packed-" + hashlib.sha256(packed).hexdigest()[:16]
+folder = os.path.join(os.path.dirname(here), "__pycache__", name)
 try:
     os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK): raise OSError
@@ -54,10 +59,12 @@ def packed_code() -> bytes:
     try:
         import python_minifier  # noqa: F401
     except ImportError:
-        raise InputError("python-minifier: the size of the code is counted minified; pip install python-minifier") from None
+        remedy = "pip install python-minifier"
+        raise InputError(f"python-minifier: the size of the code is counted minified; {remedy}") from None
     texts = {name: (SOURCE / name).read_text(encoding="utf-8") for name in EVALUATION_FILES}
-    made_by = platform.python_version(), importlib.metadata.version("python-minifier"), brotli.version, LOADER
-    stamp = hashlib.sha256(json.dumps([texts, made_by]).encode()).hexdigest()
+    versions = platform.python_version(), importlib.metadata.version("python-minifier"), brotli.version
+    packer = LOADER, Path(__file__).read_text(encoding="utf-8")
+    stamp = hashlib.sha256(json.dumps([texts, versions, packer]).encode()).hexdigest()
     kept = Path.home() / ".cache" / "parameter_golf" / f"{stamp}.py"
     if kept.exists():
         return kept.read_bytes()
@@ -80,24 +87,48 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def minified(texts: dict[str, str]) -> bytes:
     """The files of that name and text as one packed script."""
-    import python_minifier
-    texts = dict(texts)
-    for name in texts:
-        if name.endswith(".py"):
-            texts[name] = re.sub(r"^.*# not shipped\n", "", texts[name], flags=re.M)
-            kernels = re.findall(r"^@(?:gluon_)?jit\ndef \w+\((.*?)\):$", texts[name], flags=re.S | re.M)  # Triton needs their
-            arguments = [word for line in kernels for word in re.findall(r"(\w+)\s*[,:]|(\w+)$", line) for word in word if word]
-            texts[name] = python_minifier.minify(
-                texts[name], name, remove_literal_statements=True, rename_globals=False, preserve_locals=arguments,
-                hoist_literals=False,  # Triton's kernels may not read globals
-                remove_annotations=python_minifier.RemoveAnnotationsOptions(remove_variable_annotations=False,
-                                                                                    remove_argument_annotations=False))
-        else:  # C: without comments, literals untouched
-            literal, comment = r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', r"/\*.*?\*/|//[^\n]*"
-            texts[name] = re.sub(f"{literal}|{comment}", lambda m: m[1] or " ", texts[name], flags=re.S)
-            texts[name] = re.sub(r"\s*\n\s*", "\n", texts[name])
-    packed = brotli.compress(json.dumps(texts).encode(), quality=11, lgwin=24)
+    small = {name: minified_python(name, text) if name.endswith(".py") else minified_c(text)
+             for name, text in texts.items()}
+    packed = brotli.compress(json.dumps(small).encode(), quality=11, lgwin=24)
     return (LOADER % base64.b85encode(packed).decode()).encode()
+
+
+def minified_python(name: str, text: str) -> str:
+    """Without comments, docstrings, functions' annotations, lines marked `not shipped`; with short local names.
+
+    Triton binds the arguments of its kernels by name and type: they stay as they are.
+    """
+    import python_minifier
+    tree = ast.parse(re.sub(r"^.*# not shipped\n", "", text, flags=re.M), name)
+    kept = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+            if is_kernel(function):
+                kept.update(argument.arg for argument in arguments)
+            else:
+                for argument in arguments:
+                    argument.annotation = None
+    options = python_minifier.RemoveAnnotationsOptions(
+        remove_variable_annotations=False, remove_argument_annotations=False)
+    return python_minifier.minify(
+        ast.unparse(tree), name, remove_literal_statements=True, remove_annotations=options,
+        rename_globals=False, preserve_locals=sorted(kept),
+        hoist_literals=False)  # a kernel may not read globals
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether a decorator hands the function to Triton."""
+    decorators = {ast.unparse(decorator).split("(")[0] for decorator in function.decorator_list}
+    return not decorators.isdisjoint(KERNEL_DECORATORS)
+
+
+def minified_c(text: str) -> str:
+    """Without comments and blanks around lines, literals untouched."""
+    literal = r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')'
+    comment = r"/\*.*?\*/|//[^\n]*"
+    text = re.sub(f"{literal}|{comment}", lambda match: match[1] or " ", text, flags=re.S)
+    return re.sub(r"\s*\n\s*", "\n", text)
 
 
 def main(arguments: list[str]) -> int:
