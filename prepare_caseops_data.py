@@ -2,7 +2,7 @@
 
     python prepare_caseops_data.py --docs docs.jsonl.xz --out data/mine --sp X.model --val-docs 2500
 
-Four more commands are a file of tools/ each; --help tells their options:
+Four more commands live in tools/, one file each; --help lists their options:
 
     python prepare_caseops_data.py --download           tools/download_data.py: the published data set
     python prepare_caseops_data.py --check data/mine    tools/check_data.py: a data set against its manifest
@@ -63,11 +63,11 @@ MAGIC, VERSION = 20240520, 1
 HEADER = struct.Struct("<256i")
 VAL_DOCS = 50_000  # as published
 SHARD_TOKENS = 10_000_000
-BATCH_BYTES = 1 << 20  # some tenths of a second of a worker's time
+BATCH_BYTES = 1 << 20  # a few tenths of a second of work
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
 HOLDER = "held_by"  # a file in STAGING: which process writes
-# All that is ever replaced in a folder.
+# The only files that --overwrite removes.
 OWN_FILES = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin|manifest\.json")
 AGAIN = "write or fetch it again"
 ONE_PER_LINE = 'write one {"text": ...} object per line'
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
 
 
 class WatchedFile(io.RawIOBase):
-    """A file or pipe, read once from front to back; what is read moves the bar and goes into the digest."""
+    """A file or pipe that is read once, front to back; every byte advances the bar and updates the digest."""
 
     def __init__(self, file: io.RawIOBase, bar: tqdm, digest: "hashlib._Hash | None"):
         self.file = file
@@ -113,11 +113,13 @@ class WatchedFile(io.RawIOBase):
         return count
 
 
-def read_batches(docs: Path, val_docs: int, max_docs: int | None = None, digest=None) -> Iterator[Batch]:
+def read_batches(
+    docs: Path, val_docs: int, max_docs: int | None = None, digest: "hashlib._Hash | None" = None
+) -> Iterator[Batch]:
     """The first `max_docs` documents of `docs` in order, about a MiB at a time, with a progress bar.
 
-    Blank lines are no documents. `digest`, a hash object, is updated with all bytes of the file. Raises
-    DataError where the file cannot be read or decompressed, and where it holds no document.
+    Blank lines are skipped. `digest` is updated with every byte of the file. Raises DataError where the file
+    cannot be read or decompressed, and where it holds no document.
     """
     with disk_errors(docs):
         file = open(docs, "rb", buffering=0)
@@ -140,14 +142,14 @@ def read_batches(docs: Path, val_docs: int, max_docs: int | None = None, digest=
         if not count:
             raise DataError(f"{docs}: holds no document; {ONE_PER_LINE}")
         with disk_errors(docs):
-            # The digest is the whole file's, wherever `max_docs` ends.
+            # The digest is that of the whole file, even if `max_docs` ends earlier.
             while digest and source.read(BATCH_BYTES):
                 pass
 
 
 def numbered_lines(source: WatchedFile, docs: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of the decompressed lines that are not blank."""
-    number = 0  # where an empty stream is damaged
+    number = 0  # decompression may fail before the first line
     try:
         for number, line in enumerate(decompressed_lines(source, docs), 1):
             if not line.isspace():
@@ -157,7 +159,7 @@ def numbered_lines(source: WatchedFile, docs: Path) -> Iterator[tuple[int, bytes
 
 
 def decompressed_lines(source: WatchedFile, docs: Path) -> Iterable[bytes]:
-    """The lines of `source`, decompressed as its name or its first bytes ask for; a pipe has no such name."""
+    """The decompressed lines of `source`. Its name or, as a pipe has none, its first bytes tell the format."""
     file = io.BufferedReader(source, BATCH_BYTES)
     start = file.peek()[:512]
     name = docs.name.lower()
@@ -171,7 +173,7 @@ def decompressed_lines(source: WatchedFile, docs: Path) -> Iterable[bytes]:
         return io.BufferedReader(bz2.open(file), BATCH_BYTES)
     if name.endswith((".zst", ".zstd")) or start.startswith(b"\x28\xb5\x2f\xfd"):
         return _zstandard_lines(file, docs)
-    # A bad byte behind the first document is a fault of a line, found with its number.
+    # Once a file starts like a document, a bad byte is the fault of one line, reported with its number.
     if not start.lstrip().startswith(b"{") and not is_text(start):
         raise DataError(f"{docs}: neither text nor .xz, .gz, .bz2 or .zst; decompress it and {ONE_PER_LINE}")
     return file
@@ -354,10 +356,10 @@ def write_file(path: Path, *contents: bytes) -> None:
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[Path]:
-    """Holds the folder `out` against other runs; yields a subfolder to write into, which goes in the end.
+def hold(out: Path) -> Iterator[Path]:
+    """Locks the folder `out` against other runs; yields a subfolder to write into, removed at the end.
 
-    Raises DataError that says who holds it. The lock is the operating system's, so it ends with its process.
+    Raises DataError that says who holds the lock. The operating system drops it when its process ends.
     """
     stage = out / STAGING
     with disk_errors(out):
@@ -552,7 +554,8 @@ def hash_tokens(tokens: bytes) -> "hashlib._Hash":
 
 def no_training_documents(docs: Path, found: int, val_docs: int) -> DataError:
     return DataError(
-        f"{docs}: of {found} documents --val-docs {val_docs} leaves no document for training; lower it"
+        f"{docs}: holds {found} documents, and --val-docs {val_docs} "
+        "leaves no document for training; lower it"
     )
 
 
@@ -590,7 +593,7 @@ def prepare(docs: Path, out: Path, model: Path, overwrite: bool = False, **optio
     Raises DataError on bad input and on a full disk, with nothing left under a final name.
     """
     started = time.monotonic()
-    with held(out) as stage:
+    with hold(out) as stage:
         old = old_files(out, overwrite)
         manifest = write_splits(stage, docs, model, Options(**options))
         publish(stage, out, old)
@@ -622,7 +625,7 @@ TOOLS = {
 
 
 class Console:
-    """A stream that outlives its terminal, pipe or disk: files count, not what is said about them."""
+    """A stream that outlives its terminal, pipe or disk: the files matter, not the messages about them."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
@@ -662,16 +665,16 @@ def positive(text: str) -> int:
     return value
 
 
-def command_parser(text: str) -> argparse.ArgumentParser:
-    """A parser without options yet, whose help is the docstring `text`."""
+def command_parser(file: str, text: str) -> argparse.ArgumentParser:
+    """A parser for the script `file`, without options yet, whose help is the docstring `text`."""
     summary, _, details = text.partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=summary, epilog=details, formatter_class=layout)
+    return argparse.ArgumentParser(Path(file).name, description=summary, epilog=details, formatter_class=layout)
 
 
 def run(arguments: list[str]) -> None:
     number = {"type": positive, "metavar": "N"}
-    parser = command_parser(__doc__)
+    parser = command_parser(__file__, __doc__)
     parser.add_argument("--docs", type=Path, required=True, help="documents; /dev/stdin reads a pipe")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--sp", type=Path, required=True, metavar="MODEL", help="SentencePiece model")
@@ -697,6 +700,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import prepare_caseops_data  # what tools/ import: so both know the same classes
+    import prepare_caseops_data  # the copy that tools/ import, so that both use the same classes
 
     sys.exit(prepare_caseops_data.main())

@@ -867,8 +867,8 @@ def test_tokenizer_training_faults(docs, tmp_path, capsys):
 def test_tokenizers_of_small_corpora(tmp_path, capsys):
     """What is wrong is named with the number that would be right."""
     cases = [
-        (["one", "two", "three"], 300, None, "of 3 documents --val-docs 50000 leaves no document for training; lower"),
-        (["one", "two", "three"], 300, 3, "of 3 documents --val-docs 3 leaves no document for training; lower it"),
+        (["one", "two", "three"], 300, None, "holds 3 documents, and --val-docs 50000 leaves no document for training"),
+        (["one", "two", "three"], 300, 3, "holds 3 documents, and --val-docs 3 leaves no document for training"),
         (["one", "two", "three"], 300, 1, r"it gives at most (\d+): lower --vocab-size, or give more documents"),
         (["one", "two", "three"], 266, 1, r"its characters need (\d+): raise --vocab-size"),
         (["one", " "], 300, 1, "it gives at most 265: lower --vocab-size, or give more documents"),
@@ -899,7 +899,11 @@ def test_tools_are_commands_of_their_own(root, docs, tmp_path):
     assert {f"tools/{tool}.py" for tool in tools.values()} <= set(submission.SHIPPED)
     for tool in tools.values():
         command = [sys.executable, str(root / "tools" / f"{tool}.py"), "--help"]
-        assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.startswith("usage: ")
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+        assert shown.startswith(f"usage: {tool}.py")
+    forwarded = subprocess.run([sys.executable, str(root / "prepare_caseops_data.py"), "--demo", "--help"], cwd=tmp_path,
+                               capture_output=True, text=True).stdout
+    assert forwarded.startswith("usage: demo_corpus.py")
 
 
 def test_demo(root, tmp_path):

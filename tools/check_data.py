@@ -186,7 +186,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
             if value != splits[name][key]:
                 stated_value = splits[name][key]
                 faults.append(f"{folder}: {value} {name} {key}, the manifest says {stated_value}; {AGAIN}")
-    # What a lossy tokenizer drops whole has no token to count it.
+    # A lossy tokenizer drops some bytes entirely, and no token can count them.
     if tokenizer["lossless"] and splits["val"]["text_bytes"] not in (None, splits["val"]["bytes"]):
         faults.append(f"{folder}: the sidecar's bytes do not sum to the validation text's; {AGAIN}")
     if found.shared_docs != shared_docs:
@@ -204,7 +204,7 @@ def check(folder: Path, docs: Path | None = None) -> dict:
 def document_faults(manifest: dict, docs: Path) -> Iterator[str]:
     """Whether `docs` are the documents that the manifest's splits were made of."""
     duplicates = manifest["duplicates"]
-    # Left out documents are lines of the file, but belong to no split.
+    # Documents that were left out are lines of the file, but belong to no split.
     dropped = set(duplicates["lines"]) if duplicates["rule"] == "drop" else set()
     val_docs, train_docs = (manifest["splits"][name]["docs"] for name in ("val", "train"))
     digests = {"val": hashlib.sha256(), "train": hashlib.sha256()}
@@ -238,7 +238,7 @@ def text_hashes(batches: Iterable[prep.Batch]) -> Iterator[tuple[str, int, bytes
 
 
 def run(arguments: list[str]) -> None:
-    parser = prep.command_parser(__doc__)
+    parser = prep.command_parser(__file__, __doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--docs", type=Path, help="the documents it was made of")
     options = parser.parse_args(arguments)

@@ -107,17 +107,17 @@ def write_demo(stage: Path, vocab_size: int, shard_tokens: int, workers: int) ->
 
 def run(arguments: list[str]) -> None:
     number = {"type": prep.positive, "metavar": "N"}
-    parser = prep.command_parser(__doc__)
+    parser = prep.command_parser(__file__, __doc__)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     parser.add_argument("--vocab-size", **number, default=1024, help="pieces of the tokenizer (%(default)s)")
     parser.add_argument("--shard-tokens", **number, default=prep.SHARD_TOKENS, help="per shard (%(default)s)")
     parser.add_argument("--workers", **number, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set in --out")
-    parser.add_argument("--keep", action="store_true", help="keep it where it is finished, else replace it")
+    parser.add_argument("--keep", action="store_true", help="keep a finished data set, replace others")
     options = parser.parse_args(arguments)
     started = time.monotonic()
-    with prep.held(options.out) as stage:
-        # Asked under the lock: another run may just have finished it.
+    with prep.hold(options.out) as stage:
+        # Checked under the lock: another run may just have finished it.
         if options.keep and (options.out / prep.MANIFEST).exists():
             print(f"{options.out}: holds a data set already")
             return

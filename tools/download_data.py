@@ -33,7 +33,7 @@ def download(out: Path, train_shards: int | None) -> Path:
     numbers = ["*"] if train_shards is None else [f"{index:06d}" for index in range(train_shards)]
     names = ["fineweb_val_*.bin"] + [f"fineweb_train_{number}.bin" for number in numbers]
     patterns = [f"*{SHARDS}/{name}" for name in names] + [f"*{TOKENIZER}"]
-    with prep.held(out):
+    with prep.hold(out):
         try:
             snapshot_download(REPO, repo_type="dataset", local_dir=out, allow_patterns=patterns)
         except Exception as error:  # its releases raise what their HTTP library of the day raises
@@ -77,7 +77,7 @@ def describe(folder: Path, model: Path, train_shards: int | None) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    parser = prep.command_parser(__doc__)
+    parser = prep.command_parser(__file__, __doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (%(default)s)")
     parser.add_argument("--train-shards", type=prep.positive, metavar="N", help="so many training shards")
     options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ SPECIAL_PIECES = 264  # pad, BOS, EOS, unknown, four operators, 256 bytes
 class Sentences:
     """The CaseOps words of the training documents, as SentencePiece's trainer reads them.
 
-    What goes wrong meanwhile is kept in `failure`: the trainer would report it as a text, without its type.
+    An exception while reading is kept in `failure`: the trainer would reduce it to its text.
     """
 
     def __init__(self, docs: Path, val_docs: int, max_docs: int | None):
@@ -85,14 +85,14 @@ def train_tokenizer(docs: Path, vocab_size: int, val_docs: int, max_docs: int | 
             eos_id=2,
             unk_id=3,
             user_defined_symbols=list(lossless_caps.OPERATORS),
-            max_sentence_length=1 << 30,  # longer ones would be skipped without a word
+            max_sentence_length=1 << 30,  # longer ones would be skipped silently
             shuffle_input_sentence=False,
             num_threads=1,  # and no shuffling: the same documents give the same file
             minloglevel=2,  # errors alone
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-    # In the order of cause: an error while reading is why there are too few sentences.
+    # Causes first: an error while reading explains why there are too few sentences.
     if sentences.failure:
         raise sentences.failure
     if not sentences.docs["train"]:
@@ -115,7 +115,7 @@ def remedy(reason: str) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    parser = prep.command_parser(__doc__)
+    parser = prep.command_parser(__file__, __doc__)
     number = {"type": prep.positive, "metavar": "N"}
     parser.add_argument("--docs", type=Path, required=True, help="documents, one JSON object a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -123,7 +123,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--val-docs", **number, default=prep.VAL_DOCS, help="documents to skip (%(default)s)")
     parser.add_argument("--max-docs", **number, help="read only so many documents")
     options = parser.parse_args(arguments)
-    with prep.held(options.out):
+    with prep.hold(options.out):
         model = train_tokenizer(options.docs, options.vocab_size, options.val_docs, options.max_docs)
         path = options.out / model_name(options.vocab_size)
         prep.write_file(path, model)
