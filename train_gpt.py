@@ -413,13 +413,6 @@ class Settings(FromEnvironment):
         pairs = [stage.split("@") for stage in self.train_seq_schedule.split(",")]
         return sorted(((int(length), float(end)) for length, end in pairs), key=lambda stage: stage[1])
 
-    def context_at(self, progress: float) -> int:
-        """The length at which documents are cut at this progress."""
-        for length, end in self.context_stages:
-            if progress <= end:
-                return length
-        return length
-
     @functools.cached_property
     def short_chunks(self) -> dict[int, int]:
         """Chunk sizes by the length, both BOS counted, up to which they hold, shortest first."""
@@ -1307,11 +1300,17 @@ class GPT(nn.Module):
         return self.head_losses(self(ids, segments, looping), targets)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 5. Optimizers
-# ======================================================================================================================
+# ============================================================================================================
 
-POLAR_EXPRESS = (  # (a, b, c) of iteration i: X <- a X + (b G + c G G) X with G = X X^T (Amsel et al. 2025)
+# --- Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a function for each of its steps, put together
+# in Optimizer.muon_update. They take stacks (matrices, rows, columns). None branches on data: the host never waits.
+
+# The Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv:2505.16932): coefficients (a, b, c) of each iteration.
+# Composed, they are the best polynomial of its degree at moving singular values to 1. Computed for five iterations
+# with a safety factor of 0.02 and a cushion of 2, as in modded-nanogpt.
+POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1320,122 +1319,127 @@ POLAR_EXPRESS = (  # (a, b, c) of iteration i: X <- a X + (b G + c G G) X with G
 )
 
 
-def learning_rate_multiplier(progress: float, step: int, changed: int, s: Settings) -> float:
-    """What every learning rate is multiplied by in `step`: 1, then a linear fall to MIN_LR over the last WARMDOWN_FRAC.
-
-    changed: the step in which the context length last changed, 0 if never; from it on the rate rises again.
-    """
-    rise = min(1.0, (step - changed + 1) / max(1, s.seq_change_warmup_steps)) if changed else 1.0
-    fall = (1 - progress) / s.warmdown_frac if s.warmdown_frac else 1.0
-    return rise * min(1.0, max(fall, s.min_lr))
+def nesterov(gradient: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
+    """M <- mu M + G in place; returns the look-ahead G + mu M."""
+    momentum.mul_(mu).add_(gradient)
+    return gradient + mu * momentum
 
 
-def muon_momentum(step: int, s: Settings) -> float:
-    """Momentum rises linearly over MUON_MOMENTUM_WARMUP_STEPS steps."""
-    share = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * share
+def normalize_rows(update: Tensor) -> Tensor:
+    """Every row over its norm: no output channel dominates what follows."""
+    return update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
 
 
-def newton_schulz(update: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices, roughly: singular values of each (rows, columns) matrix of the stack go to 1."""
-    wide = update if update.size(-2) <= update.size(-1) else update.mT
-    x = (wide / (wide.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(update.dtype)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide is update else x.mT).contiguous()
-
-
-def nesterov(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor, row_normalize: bool) -> Tensor:
-    """Add the clipped gradient to `momentum` in place and return the look-ahead update; hyper = (lr, mu)."""
-    gradient = gradient.float() * clip
-    momentum.mul_(hyper[1]).add_(gradient)
-    update = gradient + hyper[1] * momentum
+def momentum_step(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor, row_normalize: bool) -> Tensor:
+    """What enters the iterations, in their dtype: one kernel when compiled. `hyper` is made in Optimizer.step."""
+    update = nesterov(gradient.float() * clip, momentum, hyper[1])
     if row_normalize:
-        update = update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+        update = normalize_rows(update)
     return update.to(torch.bfloat16 if update.is_cuda else torch.float32)
 
 
-def skylight(update: Tensor, weight: Tensor, square: Tensor, hyper: Tensor, even_out: bool, beta2: float, eps: float,
-             least: float) -> Tensor:
-    """What SKYLIGHT_NORM_EMA and SKYLIGHT_UW_FLOOR make of orthogonalized updates of (matrices, rows, columns), each by itself.
+def polar_express(update: Tensor, iterations: int) -> Tensor:
+    """About the nearest semi-orthogonal matrices: singular values go to 1, singular vectors stay.
 
-    even_out: divide each row by the root of the bias-corrected running mean `square` (matrices, rows, 1) of its squares, which
-    is updated in place (hyper[2] = 1 - beta2^t), and restore the matrix's Frobenius norm (NorMuon, Li et al. 2025). least:
-    norm of the update over that of the weights from which on it is scaled up. No branch depends on data.
+    Each iteration is X <- a X + (b G + c G^2) X with G = X X^T.
     """
-    result = update.float()
-    norm = result.norm(dim=(-2, -1), keepdim=True)
-    if even_out:
-        square.lerp_(result.square().mean(-1, keepdim=True), 1 - beta2)
-        result = result * (square / hyper[2] + eps).rsqrt()
-        result = result * (norm / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12))
-    floor = least * weight.norm(dim=(-2, -1), keepdim=True) / norm.clamp(min=1e-12)
-    return (result * floor.clamp(min=1.0)).to(update.dtype)
+    # A tall matrix is transposed, so that G is the smaller of its two Gram matrices.
+    is_tall = update.size(-2) > update.size(-1)
+    x = update.mT if is_tall else update
+    # No singular value exceeds the Frobenius norm, and the iterations want them all in [0, 1].
+    x = (x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(update.dtype)
+    for a, b, c in POLAR_EXPRESS[:iterations]:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if is_tall else x).contiguous()
 
 
-def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, scale: float, decay: float) -> None:
-    """Decoupled decay and update; `scale` sqrt(max(1, rows / columns)) evens out shapes."""
-    weight.sub_(hyper[0] * (decay * weight + scale * update))
+def even_out_rows(update: Tensor, mean_square: Tensor, hyper: Tensor, beta2: float, eps: float) -> Tensor:
+    """NorMuon (Li et al. 2025, arXiv:2510.05491): every row over the root of its running mean square.
 
-
-def apply_adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, clip: Tensor, hyper: Tensor, decay: float,
-                spare_idle: bool, beta1: float, beta2: float, eps: float) -> None:
-    """AdamW (Loshchilov & Hutter 2019); hyper = (lr, 1 - beta1^t, 1 - beta2^t).
-
-    spare_idle: no decay where no gradient has ever arrived.
+    mean_square: (matrices, rows, 1), updated in place. Each matrix keeps its Frobenius norm.
     """
-    gradient = gradient * clip
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    step = (mean / hyper[1]) / ((square / hyper[2]).sqrt() + eps)
-    pull = decay * weight
-    weight.sub_(hyper[0] * (step + (pull * (square > 0) if spare_idle else pull)))
+    rows = update.float()
+    norm = rows.norm(dim=(-2, -1), keepdim=True)
+    mean_square.lerp_(rows.square().mean(-1, keepdim=True), 1 - beta2)
+    # hyper[2] = 1 - beta2^t makes good for the mean's start at zero.
+    rows = rows * (mean_square / hyper[2] + eps).rsqrt()
+    rows = rows * (norm / rows.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12))
+    return rows.to(update.dtype)
 
 
-class BankGroup:
-    """Banks whose matrices have equally many elements, dealt out to the ranks in runs of equal length for Muon.
+def raise_to_floor(update: Tensor, weight: Tensor, ratio: float) -> Tensor:
+    """An update whose Frobenius norm is below `ratio` times that of its matrix is scaled up to it."""
+    norm = update.float().norm(dim=(-2, -1), keepdim=True)
+    floor = ratio * weight.norm(dim=(-2, -1), keepdim=True)
+    factor = (floor / norm.clamp(min=1e-12)).clamp(min=1.0)
+    return (update * factor).to(update.dtype)
 
-    Gradients are averaged and cut up in one reduce-scatter, each rank orthogonalizes its run, and one all-gather brings
-    the updates back. Communication is bf16 on CUDA.
+
+def apply_muon(weight: Tensor, update: Tensor, hyper: Tensor, decay: float) -> None:
+    """Decoupled weight decay and the update."""
+    # Tall matrices move further, so that outputs of all shapes change by about as much in root mean square.
+    shape_factor = math.sqrt(max(1, weight.size(-2) / weight.size(-1)))
+    weight.sub_(hyper[0] * (decay * weight + shape_factor * update))
+
+
+class OwnMatrices(NamedTuple):
+    """The matrices of one bank that this rank updates: views (matrices, rows, columns)."""
+
+    weight: Tensor
+    update: Tensor  # holds their averaged gradients until the update takes their place
+    momentum: Tensor  # float32
+    mean_square: Tensor  # (matrices, rows, 1), of NorMuon
+
+
+class ShardedBanks:
+    """Banks whose matrices have equally many elements, dealt out to the ranks in runs of equal length.
+
+    1. One reduce-scatter averages the gradients over the ranks; each rank gets those of its own matrices.
+    2. Each rank computes the updates of its own matrices; it alone has their momentum.
+    3. One all-gather brings all updates to all ranks, which apply them alike.
+    An all-reduce would move as many bytes and leave every rank to compute all updates. On CUDA bf16 moves.
     """
 
     def __init__(self, banks: list[nn.Parameter], runtime: Runtime):
         self.banks, self.runtime = banks, runtime
-        count = sum(len(bank) for bank in banks)
-        per_rank = -(-count // runtime.world_size)
-        self.all = torch.zeros(per_rank * runtime.world_size, banks[0][0].numel(), dtype=runtime.compute_dtype,
-                               device=runtime.device)
-        self.mine = torch.zeros_like(self.all[:per_rank]) if runtime.world_size > 1 else self.all
-        self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
         self.pending = None
+        count = sum(len(bank) for bank in banks)
+        per_rank = math.ceil(count / runtime.world_size)
+        # (matrices of all ranks, elements): gradients on their way out, updates on their way back
+        shape = per_rank * runtime.world_size, banks[0][0].numel()
+        self.all = torch.zeros(shape, dtype=runtime.compute_dtype, device=runtime.device)
+        self.own = torch.zeros_like(self.all[:per_rank]) if runtime.world_size > 1 else self.all
+        momentum = torch.zeros_like(self.own, dtype=torch.float32)
+        self.updates = []  # each bank's part of `all`, in its shape
+        self.owned: list[OwnMatrices] = []
+        first_own = runtime.rank * per_rank
+        first = 0
         for bank in banks:
             bank.grad = torch.zeros_like(bank)
-        # slots: each bank in `all`; runs: where this rank's share of it lies in `mine`, its weights, running means of squares
-        self.slots, self.runs, first = [], [], 0
-        low, high = runtime.rank * per_rank, (runtime.rank + 1) * per_rank
-        for bank in banks:
             last = first + len(bank)
-            self.slots.append(self.all[first:last].view_as(bank))
-            a, b = max(first, low), min(last, high)
-            if a < b:
-                square = torch.zeros(b - a, bank.size(1), 1, device=runtime.device)
-                weights = bank[a - first:b - first].detach()
-                self.runs.append((slice(a - low, b - low), weights, square))
+            self.updates.append(self.all[first:last].view_as(bank))
+            begin = max(first, first_own)
+            end = min(last, first_own + per_rank)
+            if begin < end:
+                weight = bank[begin - first:end - first].detach()
+                part = slice(begin - first_own, end - first_own)
+                self.owned.append(OwnMatrices(
+                    weight, self.own[part].view_as(weight), momentum[part].view_as(weight),
+                    torch.zeros(len(weight), bank.size(1), 1, device=runtime.device)))
             first = last
 
-    def launch_reduce(self) -> None:
-        """Start averaging the banks' gradients over the ranks."""
-        for bank, slot in zip(self.banks, self.slots):
-            torch.mul(bank.grad, 1 / self.runtime.world_size, out=slot)
+    def start_reduce_scatter(self) -> None:
+        for bank, gradient in zip(self.banks, self.updates):
+            torch.mul(bank.grad, 1 / self.runtime.world_size, out=gradient)
             bank.grad.zero_()
         if self.runtime.world_size > 1:
-            self.pending = dist.reduce_scatter_tensor(self.mine, self.all, async_op=True)
+            self.pending = dist.reduce_scatter_tensor(self.own, self.all, async_op=True)
 
-    def launch_gather(self) -> None:
-        """Start collecting every rank's updates."""
+    def start_all_gather(self) -> None:
         if self.runtime.world_size > 1:
-            self.pending = dist.all_gather_into_tensor(self.all, self.mine, async_op=True)
+            self.pending = dist.all_gather_into_tensor(self.all, self.own, async_op=True)
 
     def wait(self) -> None:
         if self.pending is not None:
@@ -1443,118 +1447,181 @@ class BankGroup:
             self.pending = None
 
 
-class FlatGroup(NamedTuple):
-    """A run of the flat buffer that shares its AdamW settings."""
+# --- AdamW, for what is no matrix, and both together
 
-    run: slice
+
+class AdamWGroup(NamedTuple):
+    """Parameters that lie side by side in the flat buffer and that AdamW treats alike: views (elements,)."""
+
+    weight: Tensor
+    gradient: Tensor
+    mean: Tensor
+    mean_square: Tensor
     lr: float
     decay: float
-    spare_idle: bool  # whether decay leaves out what has never received gradient
+    spare_idle: bool  # no decay where no gradient has ever arrived, as in what idles until looping starts
+
+
+def apply_adamw(group: AdamWGroup, clip: Tensor, hyper: Tensor, beta1: float, beta2: float, eps: float):
+    """AdamW (Loshchilov & Hutter 2019); hyper = (lr, 1 - beta1^t, 1 - beta2^t)."""
+    gradient = group.gradient * clip
+    group.mean.lerp_(gradient, 1 - beta1)
+    group.mean_square.lerp_(gradient.square(), 1 - beta2)
+    update = (group.mean / hyper[1]) / ((group.mean_square / hyper[2]).sqrt() + eps)
+    decay = group.decay * group.weight
+    if group.spare_idle:
+        decay = decay * (group.mean_square > 0)
+    group.weight.sub_(hyper[0] * (update + decay))
 
 
 class Optimizer:
-    """Muon for the banks, AdamW for everything else, every trained parameter in exactly one place.
+    """Muon for the banks, AdamW for everything else: each trained parameter belongs to exactly one of them.
 
-    What is not a bank lives in one flat float32 buffer, parameters and gradients alike: one all-reduce and one AdamW call
-    per group. The gradient buffer's last element carries the loss, so that its mean over the ranks costs nothing extra.
-    Gradients stay where they are from step to step, as recorded passes need it.
+    What AdamW trains lives in one flat float32 buffer, its gradients in another: one all-reduce for all of them.
+    The last of these gradients is the loss: its mean over the ranks costs nothing. Gradients keep their place
+    from step to step, because captured passes write there.
     """
 
     def __init__(self, model: GPT, settings: Settings, runtime: Runtime):
-        self.settings, self.runtime, self.steps = settings, runtime, 0
+        self.settings, self.runtime = settings, runtime
+        self.steps = 0
+        s = settings
         banks = model.banks()
-        self.groups = [BankGroup(list(same), runtime) for _, same in
-                       itertools.groupby(banks, key=lambda bank: bank[0].numel())]
-        caps = [p for p in (model.softcap_pos, model.softcap_neg) if p is not None and p.requires_grad]
+        self.shards = [ShardedBanks(list(alike), runtime)
+                       for _, alike in itertools.groupby(banks, key=lambda bank: bank[0].numel())]
         trained = [p for p in model.parameters() if p.requires_grad]
+        caps = [p for p in (model.softcap_pos, model.softcap_neg) if p is not None and p.requires_grad]
         elsewhere = {id(p) for p in [model.tok_emb, *banks, *caps]}
         scalars = [p for p in trained if id(p) not in elsewhere]
-        self.build_flat([([model.tok_emb], settings.tied_embed_lr, settings.embed_wd, "zero"),
-                         (scalars, settings.scalar_lr, settings.adam_wd, settings.adam_wd_mode),
-                         (caps, settings.softcap_lr, 0.0, "zero")])
+        self.build_flat([
+            ([model.tok_emb], s.tied_embed_lr, s.embed_wd, False),
+            (scalars, s.scalar_lr, s.adam_wd, s.adam_wd_mode == "active"),
+            (caps, s.softcap_lr, 0.0, False),
+        ])
         placed = [id(p) for p in [*banks, *self.flat_parameters]]
         if sorted(placed) != sorted(map(id, trained)):
             raise AssertionError("every trained parameter must belong to exactly one optimizer group")
         self.weights = [self.flat, *banks]
-        self.nesterov, self.skylight, self.apply_muon = map(runtime.compile, (nesterov, skylight, apply_muon))
+        self.momentum_step = runtime.compile(momentum_step)
+        self.even_out_rows = runtime.compile(even_out_rows)
+        self.raise_to_floor = runtime.compile(raise_to_floor)
+        self.apply_muon = runtime.compile(apply_muon)
         self.apply_adamw = runtime.compile(apply_adamw)
 
     @torch.no_grad()
     def build_flat(self, plan) -> None:
-        """Move the parameters of `plan` [(parameters, lr, decay, decay mode)] into one buffer, 64-byte aligned."""
+        """Move the parameters of `plan` [(parameters, lr, decay, spare_idle)] into the flat buffer."""
+        def room(p: Tensor) -> int:
+            return -(-p.numel() // 16) * 16  # so that each begins at a multiple of 64 bytes
+
         self.flat_parameters = [p for parameters, *_ in plan for p in parameters]
-        sizes = [-(-p.numel() // 16) * 16 for p in self.flat_parameters]
-        device = self.runtime.device
-        self.flat = torch.zeros(sum(sizes), device=device)
-        self.flat_grad = torch.zeros(sum(sizes) + 1, device=device)
-        offset, self.flat_groups = 0, []
-        for parameters, lr, decay, mode in plan:
-            start = offset
+        size = sum(map(room, self.flat_parameters))
+        self.flat = torch.zeros(size, device=self.runtime.device)
+        self.flat_grad = torch.zeros(size + 1, device=self.runtime.device)
+        mean, mean_square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.adamw_groups = []
+        first = 0
+        for parameters, *rule in plan:
+            last = first
             for p in parameters:
-                view = slice(offset, offset + p.numel())
-                self.flat[view] = p.flatten()
-                p.data, p.grad = self.flat[view].view_as(p), self.flat_grad[view].view_as(p)
-                offset += -(-p.numel() // 16) * 16
+                place = slice(last, last + p.numel())
+                self.flat[place] = p.flatten()
+                p.data, p.grad = self.flat[place].view_as(p), self.flat_grad[place].view_as(p)
+                last += room(p)
             if parameters:
-                run = slice(start, offset)
-                self.flat_groups.append(FlatGroup(run, lr, decay, mode == "active"))
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+                views = [buffer[first:last] for buffer in (self.flat, self.flat_grad, mean, mean_square)]
+                self.adamw_groups.append(AdamWGroup(*views, *rule))
+            first = last
 
     def add_loss(self, loss: Tensor) -> None:
         self.flat_grad[-1].add_(loss.detach())
 
-    @torch.no_grad()
-    def step(self, multiplier: float, momentum: float) -> Tensor:
-        """Average, clip and apply the accumulated gradients; returns (mean loss, gradient norm) on the device.
-
-        Nothing here waits for the device: learning rates travel in small uploads, the clip factor stays where it is.
-        """
-        s, world = self.settings, self.runtime.world_size
-        self.steps += 1
+    def average_gradients(self) -> Tensor:
+        """Average them over the ranks; returns their norm. Those of matrices move to OwnMatrices.update."""
+        world_size = self.runtime.world_size
         flat_pending = None
-        if world > 1:
-            flat_pending = dist.all_reduce(self.flat_grad.mul_(1 / world), async_op=True)
-        for group in self.groups:
-            group.launch_reduce()
-        for group in self.groups:
-            group.wait()
-        squares = self.runtime.sum(sum(torch.linalg.vector_norm(g.mine, dtype=torch.float32).square() for g in self.groups))
+        if world_size > 1:
+            flat_pending = dist.all_reduce(self.flat_grad.mul_(1 / world_size), async_op=True)
+        for shard in self.shards:
+            shard.start_reduce_scatter()
+        for shard in self.shards:
+            shard.wait()
+        norms = [torch.linalg.vector_norm(shard.own, dtype=torch.float32) for shard in self.shards]
+        squares = self.runtime.sum(sum(norm.square() for norm in norms))
         if flat_pending is not None:
             flat_pending.wait()
-        gradient_norm = (squares + self.flat_grad[:-1].square().sum()).sqrt()
-        clip = (s.grad_clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0) if s.grad_clip_norm else torch.ones_like(squares)
-        hyper = self.runtime.upload([s.matrix_lr * multiplier, momentum, 1 - s.skylight_norm_beta2 ** self.steps])
-        for group in self.groups:
-            for run, weight, square in group.runs:
-                update = self.nesterov(group.mine[run].view_as(weight), group.momentum[run].view_as(weight), clip, hyper,
-                                       s.muon_row_normalize)
-                update = newton_schulz(update, s.muon_backend_steps)
-                if s.skylight_norm_ema or s.skylight_uw_floor:
-                    update = self.skylight(update, weight, square, hyper, s.skylight_norm_ema, s.skylight_norm_beta2,
-                                           s.skylight_norm_eps, s.skylight_uw_ratio * s.skylight_uw_floor)
-                group.mine[run] = update.flatten(1)
-            group.launch_gather()
-        for run, lr, *rule in self.flat_groups:
-            adam = self.runtime.upload([lr * multiplier, 1 - s.beta1 ** self.steps, 1 - s.beta2 ** self.steps])
-            self.apply_adamw(self.flat[run], self.flat_grad[run], self.mean[run], self.square[run], clip, adam, *rule,
-                             s.beta1, s.beta2, s.adam_eps)
-        for group in self.groups:
-            group.wait()
-            for bank, update in zip(group.banks, group.slots):
-                self.apply_muon(bank, update, hyper, math.sqrt(max(1, bank.size(1) / bank.size(2))), s.muon_wd)
+        return (squares + self.flat_grad[:-1].square().sum()).sqrt()
+
+    def muon_update(self, own: OwnMatrices, clip: Tensor, hyper: Tensor) -> Tensor:
+        """Muon for a stack of matrices W with gradients G and momentum M:
+
+            M <- mu M + G,  U = G + mu M          nesterov
+            U <- rows of U over their norms       normalize_rows    MUON_ROW_NORMALIZE
+            U <- nearest semi-orthogonal matrix   polar_express     MUON_BACKEND_STEPS
+            U <- rows of U over their mean size   even_out_rows     SKYLIGHT_NORM_EMA
+            U <- max(1, ratio |W| / |U|) U        raise_to_floor    SKYLIGHT_UW_FLOOR
+            W <- W - lr (decay W + factor U)      apply_muon, once every rank has U
+
+        Another idea is a function like these and a line here; what it remembers is a field of OwnMatrices.
+        """
+        s = self.settings
+        update = self.momentum_step(own.update, own.momentum, clip, hyper, s.muon_row_normalize)
+        update = polar_express(update, s.muon_backend_steps)
+        if s.skylight_norm_ema:
+            update = self.even_out_rows(update, own.mean_square, hyper, s.skylight_norm_beta2,
+                                        s.skylight_norm_eps)
+        if s.skylight_uw_floor:
+            update = self.raise_to_floor(update, own.weight, s.skylight_uw_ratio)
+        return update
+
+    @torch.no_grad()
+    def step(self, lr_factor: float, momentum: float) -> Tensor:
+        """Average, clip and apply what has accumulated; returns (mean loss, gradient norm) on the device.
+
+        Nothing here waits for the device: rates travel in small uploads, the clip factor stays where it is.
+        """
+        s = self.settings
+        self.steps += 1
+        gradient_norm = self.average_gradients()
+        if s.grad_clip_norm:
+            clip = (s.grad_clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+        else:
+            clip = torch.ones_like(gradient_norm)
+
+        # learning rate, mu, bias correction of NorMuon's mean
+        muon = self.runtime.upload([s.matrix_lr * lr_factor, momentum, 1 - s.skylight_norm_beta2**self.steps])
+        for shard in self.shards:
+            for own in shard.owned:
+                own.update.copy_(self.muon_update(own, clip, muon))
+            shard.start_all_gather()
+        for group in self.adamw_groups:  # while the updates travel
+            rates = [group.lr * lr_factor, 1 - s.beta1**self.steps, 1 - s.beta2**self.steps]
+            adam = self.runtime.upload(rates)
+            self.apply_adamw(group, clip, adam, s.beta1, s.beta2, s.adam_eps)
+        for shard in self.shards:
+            shard.wait()
+            for bank, update in zip(shard.banks, shard.updates):
+                self.apply_muon(bank, update, muon, s.muon_wd)
+
         figures = torch.stack((self.flat_grad[-1], gradient_norm))
         self.flat_grad.zero_()
         return figures
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        moments = [[group.momentum, *(square for *_, square in group.runs)] for group in self.groups]
-        return self.weights + [self.mean, self.square] + sum(moments, [])
+        moments = []
+        for shard in self.shards:
+            for own in shard.owned:
+                moments += [own.momentum, own.mean_square]
+        for group in self.adamw_groups:
+            moments += [group.mean, group.mean_square]
+        return self.weights + moments
 
     @contextmanager
     def rehearsal(self):
         """Steps taken inside leave no trace: weights, moments and step count are put back at the end."""
-        saved, steps = [t.detach().clone() for t in self.state()], self.steps
+        steps = self.steps
+        saved = [t.detach().clone() for t in self.state()]
         yield
         with torch.no_grad():
             torch._foreach_copy_(self.state(), saved)
@@ -1562,7 +1629,7 @@ class Optimizer:
 
 
 class WeightAverage:
-    """Exponential moving average of all weights: average <- decay average + (1 - decay) weights after every step."""
+    """Exponential moving average of all weights: A <- decay A + (1 - decay) W after every step."""
 
     def __init__(self, weights: list[Tensor], decay: float):
         self.weights, self.decay = weights, decay
@@ -1580,16 +1647,86 @@ class WeightAverage:
         torch._foreach_copy_(self.average, weights)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 6. Training
-# ======================================================================================================================
+# ============================================================================================================
+
+
+class Moment(NamedTuple):
+    """What the schedules say about one step."""
+
+    context: int  # tokens; documents are cut to this length
+    looping: bool
+    lr_factor: float  # on every learning rate
+    momentum: float  # Muon's
+
+
+def schedule(progress: float, step: int, context_start: int, s: Settings) -> Moment:
+    """Every schedule of training, a function of these four alone.
+
+    progress: 0 to 1, as the step begins: training time over its cap, or steps over ITERATIONS without a cap.
+    context_start: the step in which the present context length began.
+
+    For another shape of the learning rate write a function beside `warmdown`, call it here, and declare its
+    settings in the group "Schedule" of Settings: no other place has to know.
+    """
+    lr_factor = warmdown(progress, s) * warmup_after_change(step, context_start, s)
+    looping = s.num_loops > 0 and progress >= s.enable_looping_at
+    return Moment(context_length(progress, s), looping, lr_factor, muon_momentum(step, s))
+
+
+def context_length(progress: float, s: Settings) -> int:
+    """TRAIN_SEQ_SCHEDULE at this progress: the first length whose end is not past, else the last."""
+    for length, end in s.context_stages:
+        if progress <= end:
+            return length
+    return length
+
+
+def warmdown(progress: float, s: Settings) -> float:
+    """1, then a linear fall toward 0 over the last WARMDOWN_FRAC of progress, but not below MIN_LR."""
+    if not s.warmdown_frac:
+        return 1.0
+    fall = (1 - progress) / s.warmdown_frac
+    return min(1.0, max(fall, s.min_lr))
+
+
+def warmup_after_change(step: int, context_start: int, s: Settings) -> float:
+    """A linear rise over SEQ_CHANGE_WARMUP_STEPS after each change of context; none as training begins."""
+    if context_start == 0 or s.seq_change_warmup_steps == 0:
+        return 1.0
+    return min(1.0, (step - context_start + 1) / s.seq_change_warmup_steps)
+
+
+def muon_momentum(step: int, s: Settings) -> float:
+    """A linear rise from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over MUON_MOMENTUM_WARMUP_STEPS."""
+    if step >= s.muon_momentum_warmup_steps:
+        return s.muon_momentum
+    share = step / s.muon_momentum_warmup_steps
+    return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * share
+
+
+def training_shapes(s: Settings) -> list[tuple[int, bool]]:
+    """Every (context length, looping) that training can meet, in the order in which it meets them."""
+    loop_at = s.enable_looping_at if s.num_loops else 1.0
+    # The last stage goes on to the end of training.
+    stages = [*s.context_stages[:-1], (s.context_stages[-1][0], 1.0)]
+    shapes = []
+    begin = 0.0
+    for length, end in stages:
+        if begin <= loop_at:
+            shapes.append((length, False))
+        if s.loops_at_end and end >= loop_at:
+            shapes.append((length, True))
+        begin = end
+    return list(dict.fromkeys(shapes))
 
 
 class TrainingClock:
     """Training time, and what follows from it: rank 0 reads the clock and every rank gets its verdict.
 
-    On CUDA the host runs up to two steps ahead of the device. Before step s is launched rank 0 waits until step s - 2 is
-    complete, so that the device still has step s - 1 to do, and adds the length of one step to the time read.
+    On CUDA the host runs up to two steps ahead of the device. Before step s is launched, rank 0 waits until
+    step s - 2 is complete, so that the device still has step s - 1 to do, and adds one step to the time read.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime, reserve: float):
@@ -1607,22 +1744,30 @@ class TrainingClock:
 
     def step_seconds(self) -> float:
         """Length of the latest step that is known to be complete."""
-        recent = self.completed[-2:]
-        return recent[-1] - recent[0] if len(recent) == 2 else recent[0] if recent else 0.0
+        if not self.completed:
+            return 0.0
+        before = self.completed[-2] if len(self.completed) > 1 else 0.0
+        return self.completed[-1] - before
 
     def begin_step(self, step: int) -> tuple[float, bool]:
         """At the start of this step: progress in [0, 1], and whether to stop here."""
         self.observe(step - self.lag)
         s = self.settings
         if s.max_wallclock_seconds:
-            start = self.completed[-1] + (self.lag - 1) * self.step_seconds() if self.completed else self.elapsed()
+            if self.completed:
+                start = self.completed[-1] + (self.lag - 1) * self.step_seconds()
+            else:
+                start = self.elapsed()
             progress = start / self.budget
-            stop = start + self.step_seconds() > self.budget
+            is_over = start + self.step_seconds() > self.budget
         else:
-            progress, stop = step / s.iterations, False
-        progress, stop = self.runtime.from_rank0([progress, float(stop)])
-        self.progress = min(1.0, max(self.progress, progress))  # estimates may step back, schedules must not
-        return self.progress, bool(stop) or step >= min(s.iterations, s.force_stop_step or s.iterations)
+            progress = step / s.iterations
+            is_over = False
+        progress, is_over = self.runtime.from_rank0([progress, float(is_over)])
+        # Estimates may step back, schedules must not.
+        self.progress = min(1.0, max(self.progress, progress))
+        last = min(s.iterations, s.force_stop_step or s.iterations)
+        return self.progress, bool(is_over) or step >= last
 
     def end_step(self, step: int) -> None:
         if self.runtime.on_cuda:
@@ -1636,11 +1781,15 @@ class TrainingClock:
                 self.marks.pop(step).synchronize()
             self.completed.append(self.elapsed())
 
+    def observe_before(self, step: int) -> None:
+        """Wait for every step before this one."""
+        for earlier in range(len(self.completed), step):
+            self.observe(earlier)
+
     @contextmanager
     def paused(self, step: int):
         """Time inside does not count: for validation in the middle of training, before `step`."""
-        for earlier in range(len(self.completed), step):
-            self.observe(earlier)
+        self.observe_before(step)
         self.runtime.synchronize()
         began = time.perf_counter()
         yield
@@ -1648,211 +1797,237 @@ class TrainingClock:
         self.origin += time.perf_counter() - began
 
 
-class Passes:
-    """Forward and backward passes over micro-batches; they add to the gradients and to the loss of the step.
+class MicroBatches:
+    """Forward and backward passes over micro-batches, which add to the gradients and to the loss of the step.
 
-    With RECORDED_PASSES one is recorded for each context length and state of looping and replayed from then on: one launch by
-    the host instead of some two thousand. Recorded passes read from buffers that stay in place, with room for more segments
-    than documents usually make: those that a micro-batch lacks are empty, and one with more runs as if nothing was recorded.
+    With RECORDED_PASSES one CUDA graph is captured for each context length and state of looping, and replayed
+    from then on: one launch by the host instead of some two thousand. A graph reads from buffers that stay
+    where they are, with room for more segments than documents usually make. Those that a micro-batch lacks are
+    empty; a micro-batch that has more runs without a graph.
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
         self.model, self.optimizer, self.settings = model, optimizer, settings
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.unrecorded = 0  # passes that ran without one of them
+        self.unrecorded = 0  # passes that could have been replayed and were not
         self.buffers = None
-        if runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference":  # which waits for the device
-            tokens, device = settings.micro_batch_tokens, runtime.device
-            ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=device)
-            most = self.room(min(length for length, _ in training_shapes(settings)))
-            bounds = torch.empty(most, dtype=torch.int32, device=device)
-            self.buffers = Batch(ids, targets, Segments(bounds, torch.empty_like(ids, dtype=torch.int32), 0))
+        # Plain attention waits for the device, which a graph cannot.
+        if runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference":
+            tokens = settings.micro_batch_tokens
+            ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=runtime.device)
+            positions = torch.empty(tokens, dtype=torch.int32, device=runtime.device)
+            shortest = min(length for length, _ in training_shapes(settings))
+            bounds = self.max_segments(shortest) + 1
+            cu_seqlens = torch.empty(bounds, dtype=torch.int32, device=runtime.device)
+            self.buffers = Batch(ids, targets, Segments(cu_seqlens, positions, 0))
             self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
 
-    def room(self, context: int) -> int:
-        """How many borders of segments fit: those of usual documents and of cuts at the context. Empty ones cost time."""
+    def max_segments(self, context: int) -> int:
+        """Room for usual documents and their cuts at the context, and no more: empty segments cost time."""
         tokens = self.settings.micro_batch_tokens
-        return max(64, tokens // 768 + 32 + tokens // context) + 1
+        return max(64, tokens // 768 + 32 + tokens // context)
 
-    def __call__(self, batch: Batch, looping: bool) -> None:
-        kept = self.keep(batch)
-        graph = self.graphs.get((batch.segments.max_seqlen, looping)) if kept is not None else None
+    def accumulate(self, batch: Batch, looping: bool) -> None:
+        """Add one micro-batch's gradients and loss, by a graph where there is one that it fits."""
+        buffered = self.copy_to_buffers(batch)
+        graph = None
+        if buffered is not None:
+            batch = buffered
+            graph = self.graphs.get((batch.segments.max_seqlen, looping))
         if graph is not None:
             graph.replay()
-        else:
-            self.unrecorded += self.buffers is not None
-            self.run(batch if kept is None else kept, looping)
+            return
+        if self.buffers is not None:
+            self.unrecorded += 1
+        self.forward_backward(batch, looping)
 
-    def run(self, batch: Batch, looping: bool) -> None:
+    def forward_backward(self, batch: Batch, looping: bool) -> None:
         loss = self.model.token_losses(*batch, looping).mean() / self.settings.accumulation
         loss.backward()
         self.optimizer.add_loss(loss)
 
-    def buffered(self, context: int) -> Batch:
+    def buffers_of(self, context: int) -> Batch:
+        """The buffers with as many segments as there is room for at this context length."""
         segments = self.buffers.segments
-        return self.buffers._replace(segments=segments._replace(cu_seqlens=segments.cu_seqlens[:self.room(context)],
-                                                                max_seqlen=context))
+        cu_seqlens = segments.cu_seqlens[:self.max_segments(context) + 1]
+        return self.buffers._replace(segments=segments._replace(cu_seqlens=cu_seqlens, max_seqlen=context))
 
-    def keep(self, batch: Batch) -> Batch | None:
-        """The micro-batch in the buffers, None if it does not fit."""
+    def copy_to_buffers(self, batch: Batch) -> Batch | None:
+        """The micro-batch in the buffers, None if it does not fit or there are none."""
         if self.buffers is None:
             return None
-        kept, count = self.buffered(batch.segments.max_seqlen), len(batch.segments.cu_seqlens)
-        if count > len(kept.segments.cu_seqlens):
+        buffers = self.buffers_of(batch.segments.max_seqlen)
+        bounds, bounds_buffer = batch.segments.cu_seqlens, buffers.segments.cu_seqlens
+        if len(bounds) > len(bounds_buffer):
             return None
-        for buffer, tensor in ((kept.inputs, batch.inputs), (kept.targets, batch.targets),
-                               (kept.segments.positions, batch.segments.positions),
-                               (kept.segments.cu_seqlens[:count], batch.segments.cu_seqlens)):
-            buffer.copy_(tensor)
-        kept.segments.cu_seqlens[count:].fill_(len(batch.inputs))
-        return kept
+        buffers.inputs.copy_(batch.inputs)
+        buffers.targets.copy_(batch.targets)
+        buffers.segments.positions.copy_(batch.segments.positions)
+        bounds_buffer[:len(bounds)].copy_(bounds)
+        # Segments from the end to the end are empty.
+        bounds_buffer[len(bounds):].fill_(len(batch.inputs))
+        return buffers
 
-    def record(self, shapes: list[tuple[int, bool]]) -> None:
-        """Record a pass of each (context length, looping); all must have run before, to compile what they need."""
-        for context, looping in shapes if self.buffers is not None else ():
+    def capture(self, shapes: list[tuple[int, bool]]) -> None:
+        """Capture a graph of each (context length, looping). All must have run before and so be compiled."""
+        if self.buffers is None:
+            return
+        for context, looping in shapes:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):  # others may read data
-                self.run(self.buffered(context), looping)
+            # Other threads go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+                self.forward_backward(self.buffers_of(context), looping)
             self.graphs[context, looping] = graph
 
 
-def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings, runtime: Runtime,
-          log: RunLog) -> tuple[bool, object]:
-    """Train until the cap or the last iteration, install the weights' average, calibrate; then evaluate raw and average.
+def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings,
+          runtime: Runtime, log: RunLog) -> tuple[bool, object]:
+    """Train until the cap or the last iteration, calibrate on the averaged weights, score.
 
-    calibration(looping, rehearsal) returns what quantization will need; one round of it is run and timed before the clock
-    starts, so that training stops early enough for all of it. Returns whether looping was on at the end, from then on a
-    property of the model, and what calibration found.
+    calibration(looping, rehearsal) returns what quantization will need. One round of it is timed before the
+    clock starts, so that training stops early enough for all of it. Returns whether looping was on at the
+    end, from then on a property of the model, and what calibration found.
     """
     s = settings
     if s.fp8 == "1" and not low_products_fit(s, runtime.compute_dtype):
-        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, the MLP's width a "
-                         "multiple of 256, and the keys' width and VOCAB_SIZE multiples of 16; set FP8=0")
+        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, "
+                         "the MLP's width a multiple of 256, and the keys' width and VOCAB_SIZE multiples of "
+                         "16; set FP8=0")
     optimizer = Optimizer(model, s, runtime)
-    passes = Passes(model, optimizer, s, runtime)
+    micro_batches = MicroBatches(model, optimizer, s, runtime)
 
-    def take_step(batches, looping: bool, multiplier: float, momentum: float) -> Tensor:
+    def take_step(batches, now: Moment) -> Tensor:
         for _ in range(s.accumulation):
-            passes(next(batches), looping)
-        return optimizer.step(multiplier, momentum)
+            micro_batches.accumulate(next(batches), now.looping)
+        return optimizer.step(now.lr_factor, now.momentum)
 
-    reserve = warm_up(take_step, passes, data, calibration, s, runtime, log)
+    reserve = warm_up(take_step, micro_batches, data, calibration, s, runtime, log)
     average = WeightAverage(optimizer.weights, s.ema_decay)
-    context, changed = s.context_at(0.0), 0
-    batches, looping, looping_from = data.stream(context), False, None
-    host_figures: dict[int, Tensor] = {}
-    graphs_before = compiled_graphs()
+    now = schedule(0.0, 0, 0, s)
+    batches = data.stream(now.context)
+    context_start = 0
+    looping_from = None
+    figures_of: dict[int, Tensor] = {}  # of steps: (mean loss, gradient norm) on their way to the host
+    compiled_before = compiled_graphs()
+    compiled_while_paused = 0
     clock = TrainingClock(s, runtime, reserve)
     length = (clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps")
     with progress_bar(*length, "training", runtime) as show:
         for step in itertools.count():
             progress, stop = clock.begin_step(step)
-            log_steps(log, clock, host_figures, show, s)
+            log_steps(log, clock, figures_of, show, s)
             if stop:
                 break
             if s.val_loss_every and step and step % s.val_loss_every == 0:
                 with clock.paused(step):
-                    graphs_before -= compiled_graphs()
-                    log.event("val", step=step, **validation.score(model, looping))
-                    graphs_before += compiled_graphs()
-            if not looping and s.num_loops and progress >= s.enable_looping_at:
-                looping, looping_from = True, step
-                log.event("looping", step=step, progress=round(progress, 4))
-            if s.context_at(progress) != context:
-                context, changed = s.context_at(progress), step
+                    compiled = compiled_graphs()
+                    log.event("val", step=step, **validation.score(model, now.looping))
+                    compiled_while_paused += compiled_graphs() - compiled
+
+            context = context_length(progress, s)
+            if context != now.context:
+                context_start = step
                 batches.close()
                 batches = data.stream(context, step)
                 log.event("context", step=step, progress=round(progress, 4), tokens=context)
-            multiplier = learning_rate_multiplier(progress, step, changed, s)
-            figures = take_step(batches, looping, multiplier, muon_momentum(step, s))
+            now = schedule(progress, step, context_start, s)
+            if now.looping and looping_from is None:
+                looping_from = step
+                log.event("looping", step=step, progress=round(progress, 4))
+
+            figures = take_step(batches, now)
             average.update()
-            host_figures[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
+            figures_of[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
             clock.end_step(step)
         batches.close()
-        for earlier in range(len(clock.completed), step):
-            clock.observe(earlier)
-        log_steps(log, clock, host_figures, show, s)
-    recompilations = compiled_graphs() - graphs_before
-    passes.graphs.clear()  # and their memory
+        clock.observe_before(step)
+        log_steps(log, clock, figures_of, show, s)
+
+    recompilations = compiled_graphs() - compiled_before - compiled_while_paused
+    micro_batches.graphs.clear()  # and their memory
     if s.ema_decay > 0:
         average.swap()
-    found = calibration(looping, rehearsal=False)
+    found = calibration(now.looping, rehearsal=False)
     runtime.synchronize()
-    unrecorded = runtime.sum(torch.tensor(passes.unrecorded, device=runtime.device)).item()
-    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations, unrecorded_passes=unrecorded)
+    unrecorded = runtime.sum(torch.tensor(micro_batches.unrecorded, device=runtime.device)).item()
+    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations,
+                    unrecorded_passes=unrecorded)
     if s.ema_decay > 0:
         average.swap()
-    log.result("raw", **validation.score(model, looping))
+    log.result("raw", **validation.score(model, now.looping))
     if s.ema_decay > 0:
         average.swap()
-        log.result("averaged", **validation.score(model, looping))
-    return looping, found
+        log.result("averaged", **validation.score(model, now.looping))
+    return now.looping, found
 
 
-def warm_up(take_step, passes: Passes, data: TrainingData, calibration: Callable, s: Settings, runtime: Runtime,
-            log: RunLog) -> float:
-    """Compile and record what training will run, by WARMUP_STEPS steps for each context length with each state of looping.
+def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData, calibration: Callable,
+            s: Settings, runtime: Runtime, log: RunLog) -> float:
+    """Compile and capture what training will run, by WARMUP_STEPS steps of each shape that leave no trace.
 
-    The rehearsal undoes them. Returns the seconds to reserve for calibration: GPTQ_RESERVE_SECONDS, or the measured estimate
-    where that is longer.
+    Returns the seconds to reserve for calibration.
     """
-    began, shapes = time.perf_counter(), training_shapes(s)
-    with passes.optimizer.rehearsal():
-        for steps in (s.warmup_steps, min(1, s.warmup_steps) if passes.buffers is not None else 0):  # then from the record
-            for context, looping in shapes:
-                batches = data.stream(context)
-                for _ in range(steps):
-                    take_step(batches, looping, multiplier=1.0, momentum=s.muon_momentum)
-                batches.close()
-            if steps and not passes.graphs:
-                passes.record(shapes)
-    passes.unrecorded = 0
+    began = time.perf_counter()
+    shapes = training_shapes(s)
+
+    def take_steps(count: int) -> None:
+        for context, looping in shapes:
+            batches = data.stream(context)
+            for _ in range(count):
+                take_step(batches, Moment(context, looping, lr_factor=1.0, momentum=s.muon_momentum))
+            batches.close()
+
+    with micro_batches.optimizer.rehearsal():
+        take_steps(s.warmup_steps)
+        if s.warmup_steps and micro_batches.buffers is not None:
+            micro_batches.capture(shapes)
+            take_steps(1)  # the first replay of a graph takes longer too
+    micro_batches.unrecorded = 0
     runtime.synchronize()
-    estimate = 0.0
-    if s.max_wallclock_seconds:
-        for _ in range(2):  # the first warms up
-            started = time.perf_counter()
-            calibration(s.loops_at_end, rehearsal=True)
-            runtime.synchronize()
-            estimate = 1.25 * (time.perf_counter() - started) * calibration_rounds(s, runtime)
-    reserve = runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
-    log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)), seconds=round(time.perf_counter() - began, 1),
-              reserve_seconds=round(reserve, 3), process_seconds=round(process_seconds(), 1))
+    reserve = calibration_reserve(calibration, s, runtime)
+    log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)),
+              seconds=round(time.perf_counter() - began, 1), reserve_seconds=round(reserve, 3),
+              process_seconds=round(process_seconds(), 1))
     if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
-        raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train, calibration alone "
+        raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train: calibration "
                          f"needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
     return reserve
 
 
-def training_shapes(s: Settings) -> list[tuple[int, bool]]:
-    """Every (context length, looping) that training can meet, in the order in which it meets them."""
-    loop_at = s.enable_looping_at if s.num_loops else 1.0
-    shapes, begin, stages = [], 0.0, s.context_stages
-    for length, end in [*stages[:-1], (stages[-1][0], 1.0)]:  # the last goes on to the end
-        if begin <= loop_at:
-            shapes.append((int(length), False))
-        if s.loops_at_end and end >= loop_at:
-            shapes.append((int(length), True))
-        begin = end
-    return list(dict.fromkeys(shapes))
+def calibration_reserve(calibration: Callable, s: Settings, runtime: Runtime) -> float:
+    """Seconds: GPTQ_RESERVE_SECONDS, or under a cap what one timed round lets expect where that is longer."""
+    estimate = 0.0
+    if s.max_wallclock_seconds:
+        for _ in range(2):  # the first compiles
+            started = time.perf_counter()
+            calibration(s.loops_at_end, rehearsal=True)
+            runtime.synchronize()
+            seconds = time.perf_counter() - started
+        estimate = 1.25 * seconds * calibration_rounds(s, runtime)
+    return runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
 
 
 def compiled_graphs() -> int:
-    dynamo = sys.modules.get("torch._dynamo")  # seconds to import; where nothing asked for it, it has compiled nothing
+    # It takes seconds to import; where nothing has asked for it, it has compiled nothing.
+    dynamo = sys.modules.get("torch._dynamo")
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], show: Callable, s: Settings) -> None:
-    """See to the steps whose figures have arrived on the host, and log the first five and each of TRAIN_LOG_EVERY."""
-    for step in [step for step in figures if step < len(clock.completed)]:
-        loss, gradient_norm = figures.pop(step).tolist()
+def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], show: Callable, s: Settings) -> None:
+    """See to the steps whose figures have reached the host; log the first five and each of TRAIN_LOG_EVERY."""
+    for step in [step for step in figures_of if step < len(clock.completed)]:
+        loss, gradient_norm = figures_of.pop(step).tolist()
         if not math.isfinite(loss + gradient_norm):
-            raise FloatingPointError(f"training diverged: the loss of step {step + 1} is {loss}, its gradient's norm "
-                                     f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+            raise FloatingPointError(f"training diverged: the loss of step {step + 1} is {loss}, its gradient's "
+                                     f"norm {gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
         seconds = clock.completed[step]
-        share = seconds / clock.budget if s.max_wallclock_seconds else (step + 1) / s.iterations
-        show(seconds if s.max_wallclock_seconds else step + 1, f"loss {loss:.3f}")
+        if s.max_wallclock_seconds:
+            done, total = seconds, clock.budget
+        else:
+            done, total = step + 1, s.iterations
+        show(done, f"loss {loss:.3f}")
         if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
+            share = done / total
             first = max(0, step - max(1, s.train_log_every))
             window = seconds - clock.completed[first]
             rate = round((step - first) * s.train_batch_tokens / window) if window > 0 else 0
@@ -1861,18 +2036,20 @@ def log_steps(log: RunLog, clock: TrainingClock, figures: dict[int, Tensor], sho
                       eta_seconds=round(seconds * (1 / share - 1), 1))
 
 
-def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, s: Settings, runtime: Runtime,
-                    **counts: int) -> None:
+def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, s: Settings,
+                    runtime: Runtime, **counts: int) -> None:
     """Steps, seconds and speed, before and after looping started."""
     def rate(first: int, last: int) -> int:
-        # The first step of a phase is left out: its end is the first moment at which the phase runs at its own speed.
+        # The first step of a phase is left out: only from its end on does the phase run at its own speed.
         if last - first < 2:
             return 0
-        return round((last - first - 1) * s.train_batch_tokens / (clock.completed[last - 1] - clock.completed[first]))
+        seconds = clock.completed[last - 1] - clock.completed[first]
+        return round((last - first - 1) * s.train_batch_tokens / seconds)
 
     switch = steps if looping_from is None else looping_from
     memory = torch.cuda.max_memory_reserved() / 2**20 if runtime.on_cuda else 0
-    seconds, total = clock.completed[-1] if steps else 0.0, clock.elapsed()
+    seconds = clock.completed[-1] if steps else 0.0
+    total = clock.elapsed()
     log.result("training", steps=steps, seconds=round(seconds, 3), calibration_seconds=round(total - seconds, 3),
                clock_seconds=round(total, 3), cap_seconds=s.max_wallclock_seconds,
                within_cap=total <= (s.max_wallclock_seconds or math.inf), tokens=steps * s.train_batch_tokens,

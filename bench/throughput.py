@@ -118,15 +118,15 @@ def main() -> None:
         model = g.GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
         runtime.broadcast(model.parameters())
         optimizer = g.Optimizer(model, s, runtime)
-        passes = g.Passes(model, optimizer, s, runtime)
+        micro_batches = g.MicroBatches(model, optimizer, s, runtime)
         batches, first, waited = data.stream(s.train_seq_len), runtime.rank == 0, []
 
-        def step(looping, forward_and_backward=passes):
+        def step(looping, forward_backward=micro_batches.accumulate):
             for _ in range(s.accumulation):
                 began = time.perf_counter()
                 batch = next(batches)
                 waited.append(time.perf_counter() - began)
-                forward_and_backward(batch, looping)
+                forward_backward(batch, looping)
             with record_function("bench: optimizer"):
                 optimizer.step(1.0, 0.95)
 
@@ -140,7 +140,7 @@ def main() -> None:
         for looping in sorted({False, s.loops_at_end}):
             began = time.perf_counter()
             step(looping)
-            passes.record([(s.train_seq_len, looping)])
+            micro_batches.capture([(s.train_seq_len, looping)])
             step(looping)
             torch.cuda.synchronize()
             compiled, graphs = time.perf_counter() - began, g.compiled_graphs()
@@ -152,7 +152,7 @@ def main() -> None:
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - began) / options.steps
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiled:
-                step(looping, passes.run)  # a recorded pass does not tell which kernel belongs to what
+                step(looping, micro_batches.forward_backward)  # a recorded pass does not tell which kernel belongs to what
                 torch.cuda.synchronize()
             parts, kernels = parts_of(profiled.events(), s)
             parts_work = work(s, looping, keys)

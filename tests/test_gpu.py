@@ -106,20 +106,20 @@ def test_recorded_passes_do_what_the_others_do(kernel, fp8, tiny):
         with torch.no_grad():
             liven(model)
         optimizer = g.Optimizer(model, s, runtime)
-        passes = g.Passes(model, optimizer, dataclasses.replace(s, recorded_passes=recorded), runtime)
+        micro_batches = g.MicroBatches(model, optimizer, dataclasses.replace(s, recorded_passes=recorded), runtime)
         tokens = torch.randint(2, 512, (2048,), generator=torch.Generator().manual_seed(2))
         found = []
         for documents in (7, 3, 40, 500):
             bounds = g.segment_bounds(np.linspace(0, 2048, documents, endpoint=False).astype(int), 2048, 2048)
             batch = g.Batch(tokens.roll(documents), tokens, g.make_segments(bounds, 2048)).to(runtime)
-            passes(batch, True)
+            micro_batches.accumulate(batch, True)
             found.append([optimizer.flat_grad[:-1].clone(), *(bank.grad.clone() for bank in model.banks())])
             losses.append(optimizer.flat_grad[-1].item())
             for gradient in (optimizer.flat_grad, *(bank.grad for bank in model.banks())):
                 gradient.zero_()
-            if not passes.graphs:
-                passes.record([(2048, True)])
-        assert passes.unrecorded == 2 * recorded  # the first, which compiles, and the one with 500
+            if not micro_batches.graphs:
+                micro_batches.capture([(2048, True)])
+        assert micro_batches.unrecorded == 2 * recorded  # the first, which compiles, and the one with 500
         gradients.append(found)
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
     for got, expected in zip(*gradients):

@@ -939,27 +939,27 @@ def test_tail_cut_of_a_stream_shorter_than_a_window_is_refused_by_name(corpus, t
 
 @pytest.mark.parametrize("progress, expected", [
     (0.0, 1.0), (0.1, 1.0), (0.149, 1.0), (0.575, 0.5), (0.83, 0.2), (0.95, 0.1), (1.0, 0.1)])
-def test_learning_rate_multiplier_by_hand(progress, expected):
+def test_learning_rate_by_hand(progress, expected):
     s = changed(g.Settings(), warmdown_frac=0.85, min_lr=0.1)
-    assert g.learning_rate_multiplier(progress, 500, 0, s) == pytest.approx(expected)
+    assert g.schedule(progress, 500, 0, s).lr_factor == pytest.approx(expected)
 
 
 def test_learning_rate_without_warmdown():
     s = changed(g.Settings(), warmdown_frac=0.0)
-    assert [g.learning_rate_multiplier(f, 0, 0, s) for f in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert [g.schedule(f, 0, 0, s).lr_factor for f in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
 
 
 def test_learning_rate_rises_again_after_a_change_of_context():
     s = tiny(WARMDOWN_FRAC=0, SEQ_CHANGE_WARMUP_STEPS=4, TRAIN_SEQ_SCHEDULE="64@0.1,256@1.0")
-    assert [g.learning_rate_multiplier(0.5, step, 20, s) for step in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert g.learning_rate_multiplier(0.0, 0, 0, s) == 1.0
+    assert [g.schedule(0.5, step, 20, s).lr_factor for step in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert g.schedule(0.0, 0, 0, s).lr_factor == 1.0
     falling = changed(s, warmdown_frac=0.8)
-    assert g.learning_rate_multiplier(0.6, 21, 20, falling) == pytest.approx(0.25)  # half risen, half fallen
+    assert g.schedule(0.6, 21, 20, falling).lr_factor == pytest.approx(0.25)  # half risen, half fallen
 
 
 def test_context_grows_with_progress():
     s = tiny(TRAIN_SEQ_SCHEDULE="128@0.7,64@0.1,256@0.9", ITERATIONS=10)
-    assert [s.context_at(f) for f in (0.0, 0.1, 0.11, 0.7, 1.0)] == [64, 64, 128, 128, 256]
+    assert [g.schedule(f, 3, 0, s).context for f in (0.0, 0.1, 0.11, 0.7, 1.0)] == [64, 64, 128, 128, 256]
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -971,14 +971,14 @@ def test_context_grows_with_progress():
 def test_every_shape_that_training_meets_is_compiled(changes, expected):
     s = tiny(**changes)
     assert g.training_shapes(s) == expected
-    met = {(s.context_at(f), s.loops_at_end and f >= s.enable_looping_at) for f in np.linspace(0, 1, 201)}
+    met = {g.schedule(f, 3, 0, s)[:2] for f in np.linspace(0, 1, 201)[:-1]}
     assert met <= set(expected)
 
 
 @pytest.mark.parametrize("step, expected", [(0, 0.92), (750, 0.945), (1500, 0.97), (9999, 0.97)])
 def test_muon_momentum_by_hand(step, expected):
-    assert g.muon_momentum(step, g.Settings()) == pytest.approx(expected)
-    assert g.muon_momentum(step, changed(g.Settings(), muon_momentum_warmup_steps=0)) == 0.97
+    assert g.schedule(0.5, step, 0, g.Settings()).momentum == pytest.approx(expected)
+    assert g.schedule(0.5, step, 0, changed(g.Settings(), muon_momentum_warmup_steps=0)).momentum == 0.97
 
 
 # --- Optimizer
@@ -999,7 +999,7 @@ def set_gradients(model, seed, size=1.0):
     return gradients
 
 
-def slow_newton_schulz(update):
+def slow_polar_express(update):
     triples = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1049,7 +1049,7 @@ class SlowOptimizer:
                     update = gradient[i] + momentum * self.m[name][i]
                     if s.muon_row_normalize:
                         update = update / update.norm(dim=1, keepdim=True).clamp(min=1e-7)
-                    update = self.skylight(slow_newton_schulz(update), matrix, (name, i))
+                    update = self.skylight(slow_polar_express(update), matrix, (name, i))
                     matrix -= lr * s.muon_wd * matrix
                     matrix -= lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * update
                 continue
@@ -1094,15 +1094,15 @@ def test_gradients_are_zero_after_a_step():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 64), (2, 128, 32), (2, 32, 128)])
-def test_newton_schulz_makes_matrices_nearly_orthogonal(shape):
+def test_polar_express_makes_matrices_nearly_orthogonal(shape):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = g.newton_schulz(update, 5)
+    result = g.polar_express(update, 5)
     assert result.is_contiguous() and result.shape == update.shape
     values = torch.linalg.svdvals(result)
     assert 0.7 < values.min() and values.max() < 1.3
     for matrix, made in zip(update, result):
-        torch.testing.assert_close(made.double(), slow_newton_schulz(matrix.double()), atol=1e-4, rtol=1e-3)
-    assert not g.newton_schulz(torch.zeros(shape), 5).any()
+        torch.testing.assert_close(made.double(), slow_polar_express(matrix.double()), atol=1e-4, rtol=1e-3)
+    assert not g.polar_express(torch.zeros(shape), 5).any()
 
 
 def holds(tensor, p):
@@ -1115,9 +1115,9 @@ def holds(tensor, p):
 def test_every_trained_parameter_is_in_exactly_one_group(changes):
     model = random_model(reference_settings(**changes))
     optimizer = g.Optimizer(model, model.settings, runtime())
-    runs = [optimizer.flat[group.run] for group in optimizer.flat_groups]
+    runs = [group.weight for group in optimizer.adamw_groups]
     for name, p in model.named_parameters():
-        places = sum(p is bank for group in optimizer.groups for bank in group.banks) + sum(holds(run, p) for run in runs)
+        places = sum(p is bank for shard in optimizer.shards for bank in shard.banks) + sum(holds(run, p) for run in runs)
         assert places == (1 if p.requires_grad else 0), name
         assert p.requires_grad or "softcap" in name and model.settings.softcap_lr == 0
 
@@ -1139,7 +1139,7 @@ def test_softcaps_train_unless_their_rate_is_zero(lr, moves):
 @pytest.fixture
 def graphs(monkeypatch):
     """CUDA graphs that keep what was to be run, on the CPU; returns those that were recorded."""
-    made, run = [], g.Passes.run
+    made, run = [], g.MicroBatches.forward_backward
 
     class Graph:
         def replay(self):
@@ -1148,7 +1148,7 @@ def graphs(monkeypatch):
     @contextmanager
     def recording(graph, pool, capture_error_mode):
         with monkeypatch.context() as patch:
-            patch.setattr(g.Passes, "run", lambda *call: setattr(graph, "call", call))
+            patch.setattr(g.MicroBatches, "forward_backward", lambda *call: setattr(graph, "call", call))
             yield
         made.append(graph)
 
@@ -1158,10 +1158,10 @@ def graphs(monkeypatch):
     return made
 
 
-def passes_of(s, kernel="torch"):
+def micro_batches_of(s, kernel="torch"):
     model = random_model(s)
     model.attention_kernel = kernel
-    return g.Passes(model, g.Optimizer(model, s, runtime()), s, SimpleNamespace(on_cuda=True, device=torch.device("cpu")))
+    return g.MicroBatches(model, g.Optimizer(model, s, runtime()), s, SimpleNamespace(on_cuda=True, device=torch.device("cpu")))
 
 
 def batch_of(lengths, context, seed=0):
@@ -1174,37 +1174,38 @@ def test_recorded_passes_see_their_micro_batch_and_count_the_others(graphs):
     s = changed(reference_settings(), train_batch_tokens=8 * 130, grad_accum_steps=8, train_seq_len=64)
     batches = [batch_of(lengths, context, seed) for seed, (lengths, context) in enumerate([
         ((100, 30), 64), ((50, 50, 30), 64), ((130,), 64), ((2,) * 65, 64), ((60, 70), 32)])]
-    plain, recorded = passes_of(changed(s, recorded_passes=False)), passes_of(s)
-    recorded.record([(64, True), (64, False)])
+    plain, recorded = micro_batches_of(changed(s, recorded_passes=False)), micro_batches_of(s)
+    recorded.capture([(64, True), (64, False)])
     assert len(graphs) == 2 and recorded.optimizer.flat_grad.count_nonzero() == 0
     for batch in batches:
-        for passes in (plain, recorded):
-            passes(batch, True)
+        for micro_batches in (plain, recorded):
+            micro_batches.accumulate(batch, True)
         assert torch.equal(plain.optimizer.flat_grad, recorded.optimizer.flat_grad)
         for ours, theirs in zip(recorded.model.banks(), plain.model.banks()):
             assert torch.equal(ours.grad, theirs.grad) and ours.grad.count_nonzero()
     assert (plain.unrecorded, recorded.unrecorded) == (0, 2)
-    assert passes_of(s, "reference").buffers is None
+    assert micro_batches_of(s, "reference").buffers is None
 
 
 def test_warm_up_runs_every_shape_before_it_records_them(graphs, corpus):
     s = changed(reference_settings(), train_batch_tokens=260, grad_accum_steps=2, train_seq_len=64, warmup_steps=2,
                 train_seq_schedule="32@0.2,64@1.0", enable_looping_at=0.5, data_path=str(corpus / "data"), vocab_size=BOS + 300,
                 gptq_calibration_batches=0)
-    passes, steps, log = passes_of(s), [], SimpleNamespace(event=lambda name, **facts: None)
+    micro_batches, steps, log = micro_batches_of(s), [], SimpleNamespace(event=lambda name, **facts: None)
 
-    def take_step(batches, looping, multiplier, momentum):
+    def take_step(batches, now):
         for _ in range(s.accumulation):
             batch = next(batches)
-            passes(batch, looping)
-        steps.append((batch.segments.max_seqlen, looping, len(graphs)))
+            micro_batches.accumulate(batch, now.looping)
+        assert now.context == batch.segments.max_seqlen and now[2:] == (1.0, s.muon_momentum)
+        steps.append((now.context, now.looping, len(graphs)))
 
-    before = [p.detach().clone() for p in passes.model.parameters()]
-    g.warm_up(take_step, passes, g.TrainingData(s, runtime()), lambda looping, rehearsal: None, s, runtime(), log)
+    before = [p.detach().clone() for p in micro_batches.model.parameters()]
+    g.warm_up(take_step, micro_batches, g.TrainingData(s, runtime()), lambda looping, rehearsal: None, s, runtime(), log)
     shapes = [(32, False), (64, False), (64, True)]
     assert steps == [(*shape, 0) for shape in shapes for _ in range(2)] + [(*shape, 3) for shape in shapes]
-    assert list(passes.graphs) == shapes and passes.unrecorded == 0
-    assert all(map(torch.equal, before, passes.model.parameters()))
+    assert list(micro_batches.graphs) == shapes and micro_batches.unrecorded == 0
+    assert all(map(torch.equal, before, micro_batches.model.parameters()))
 
 
 @pytest.mark.parametrize("mode, factor", [("active", 1.0), ("zero", (1 - 0.02 * 0.5) ** 3)])
@@ -1263,17 +1264,17 @@ def test_every_matrix_is_dealt_to_exactly_one_rank(world_size):
     for number in range(3):
         dealt, whole = [], None
         for rank in range(world_size):
-            group = g.Optimizer(model, model.settings, runtime(rank, world_size)).groups[number]
-            for slot, bank in zip(group.slots, group.banks):
-                slot.copy_(bank.detach())
-            share = len(group.all) // world_size
-            mine = group.all[rank * share:(rank + 1) * share]
-            matrices = [matrix for run, weights, _ in group.runs for matrix in mine[run].view_as(weights)]
-            assert all(torch.equal(mine[run].view_as(weights), weights) for run, weights, _ in group.runs)
-            assert len(mine) == len(group.mine) == len(group.momentum)
+            shard = g.Optimizer(model, model.settings, runtime(rank, world_size)).shards[number]
+            for update, bank in zip(shard.updates, shard.banks):
+                update.copy_(bank.detach())
+            share = len(shard.all) // world_size
+            shard.own.copy_(shard.all[rank * share:(rank + 1) * share])  # as the reduce-scatter would
+            assert all(torch.equal(own.update, own.weight) for own in shard.owned)
+            assert all(own.momentum.shape == own.weight.shape for own in shard.owned)
+            matrices = [matrix for own in shard.owned for matrix in own.update]
             dealt += matrices
             loads[rank] += len(matrices)
-            whole = [matrix for bank in group.banks for matrix in bank]
+            whole = [matrix for bank in shard.banks for matrix in bank]
         assert len(dealt) == len(whole) and all(torch.equal(a, b) for a, b in zip(dealt, whole))
         assert share == math.ceil(len(whole) / world_size)
     assert loads.sum() == 30 and loads.max() <= 3 * math.ceil(10 / world_size)

@@ -11,6 +11,7 @@ Exit code 2 with one line on stderr for bad input; --out is then left as it was.
 """
 import argparse
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -45,7 +46,8 @@ ROLES = {"tok_emb": "embedding", "attn.c_q": "attention q", "attn.c_k": "attenti
 CLASSES = {"embedding": "#f4a259", "attention q": "#c6dbef", "attention k": "#9ac5e8", "attention v": "#6ea6d6",
            "attention out": "#3b75af", "MLP up": "#8fce9b", "MLP down": "#2f8f5b", "other matrices": "#e6b8d4",
            "rest": "#d9d9d9", "code": "#595959"}
-GONE = dict(lr_warmup_steps=0, warmdown_iters=0, midrun_cap_schedule="", train_seq_schedule_mode="wallclock")  # in older records
+# Settings of older records that changed the schedules, at the only values that train_gpt.schedule still follows.
+GONE = dict(lr_warmup_steps=0, warmdown_iters=0, midrun_cap_schedule="", train_seq_schedule_mode="wallclock")
 NEEDED = "max_wallclock_seconds", "iterations", "warmdown_frac", "min_lr", "train_seq_len"  # settings that schedules follow
 OWN = "seed", "run_id", "artifact_dir", "rank", "local_rank"  # settings in which the runs of one experiment may differ
 
@@ -230,64 +232,81 @@ class Schedule(NamedTuple):
     recorded: np.ndarray
 
 
-def schedule(run: Run) -> Schedule | str:
-    """Learning-rate multiplier and context length of every step (of 5,000 in longer runs), by train_gpt's own functions.
+def recorded_settings(run: Run, known: type):
+    """The run's settings as `known`, the class of train_gpt's; None if another version's schedules were meant."""
+    if any(finite(run.settings.get(name)) is None for name in NEEDED):
+        return None
+    if any(run.settings.get(name, value) != value for name, value in GONE.items()):
+        return None
+    given = {}
+    for field in dataclasses.fields(known):
+        if field.name not in run.settings:
+            continue
+        value = run.settings[field.name]
+        kind = type(field.default)
+        if not isinstance(value, (int, float) if kind is float else kind):
+            return None
+        if kind in (int, float) and finite(value) is None:
+            return None
+        given[field.name] = value
+    s = known(**given)
+    try:
+        s.context_stages
+    except ValueError:  # TRAIN_SEQ_SCHEDULE in another notation
+        return None
+    return s if s.iterations >= 1 else None
 
-    A run under a time cap has its progress from the clock, which the record shows at some steps; between these it is
-    interpolated. Returns why not in a word or two where the record does not allow it.
+
+def timed_progress(run: Run, at: np.ndarray, last: int, batch_tokens: int, budget: float) -> np.ndarray:
+    """Progress at the start of the steps `at` under a time cap: known at some steps, interpolated between them."""
+    known = {}
+    for event in run.events("step", "step", "seconds"):
+        pace = finite(event.get("tokens_per_second")) or 0
+        length = batch_tokens / pace if pace > 0 else event["seconds"]
+        # Step lines count from 1 and tell when a step ended.
+        known[event["step"] - 1] = max(0.0, event["seconds"] - length) / budget
+    if run.figure("training", "seconds"):
+        known[last] = run.figure("training", "seconds") / budget
+    for kind in ("looping", "context"):
+        known |= {event["step"]: event["progress"] for event in run.events(kind, "step", "progress")}
+    steps = sorted(known)
+    return np.interp(at, steps, np.maximum.accumulate([known[step] for step in steps])).clip(0, 1)
+
+
+def schedule(run: Run) -> Schedule | str:
+    """Learning rate's factor and context length of every step (of 5,000 in longer runs), by train_gpt's own function.
+
+    Returns why not in a word or two where the record does not allow it.
     """
     try:
         import train_gpt
     except ImportError as error:
         return f"train_gpt.py needs {error.name}"
-    if (any(finite(run.settings.get(name)) is None for name in NEEDED)
-            or any(run.settings.get(name, value) != value for name, value in GONE.items())):
+    s = recorded_settings(run, train_gpt.Settings)
+    if s is None:
         return "settings of another version"
-    known = {field.name: type(field.default) for field in train_gpt.dataclasses.fields(train_gpt.Settings)}
-    given = {name: value for name, value in run.settings.items() if name in known}
-    if any(not isinstance(value, (int, float) if known[name] is float else known[name])
-           or known[name] in (int, float) and finite(value) is None for name, value in given.items()):
-        return "settings of another version"
-    s = train_gpt.Settings(**given)
-    steps = run.events("step", "step", "seconds")
-    last = int(max([run.figure("training", "steps") or 0, *(event["step"] for event in steps)]))
+    steps = [event["step"] for event in run.events("step", "step", "seconds")]
     if not steps:
         return "no steps"
-    try:
-        s.context_at(0.0)
-        sound = s.iterations >= 1
-    except ValueError:  # of a schedule in another notation
-        sound = False
-    if not sound:
-        return "settings of another version"
-    reserve = next((event["reserve_seconds"] for event in run.events("warmup", "reserve_seconds")), s.gptq_reserve_seconds)
-    budget = s.max_wallclock_seconds - reserve
-    timed = s.max_wallclock_seconds > 0
-    if timed and budget <= 0:
-        return "no time to train"
-    points = {}  # progress at the start of a step, which is numbered from 0
-    for event in steps if timed else ():
-        pace = finite(event.get("tokens_per_second")) or 0
-        length = s.train_batch_tokens / pace if pace > 0 else event["seconds"]
-        points[event["step"] - 1] = max(0.0, event["seconds"] - length) / budget
-    if timed and run.figure("training", "seconds"):
-        points[last] = run.figure("training", "seconds") / budget
-    changes = {kind: run.events(kind, "step", "progress") for kind in ("looping", "context")}
-    points |= {event["step"]: event["progress"] for event in itertools.chain(*changes.values()) if timed}
-    at = np.unique(np.concatenate((np.linspace(0, last - 1, min(last, 5000)).round().astype(int),
-                                   [event["step"] - 1 for event in steps]))).astype(int)
-    if timed:
-        known_at = sorted(points)
-        progress = np.interp(at, known_at, np.maximum.accumulate([points[step] for step in known_at])).clip(0, 1)
+    last = int(max(run.figure("training", "steps") or 0, *steps))
+    recorded = [step - 1 for step in steps]
+    evenly = np.linspace(0, last - 1, min(last, 5000)).round()
+    at = np.unique(np.concatenate((evenly, recorded))).astype(int)
+    if s.max_wallclock_seconds > 0:
+        reserves = [event["reserve_seconds"] for event in run.events("warmup", "reserve_seconds")]
+        budget = s.max_wallclock_seconds - (reserves[0] if reserves else s.gptq_reserve_seconds)
+        if budget <= 0:
+            return "no time to train"
+        progress = timed_progress(run, at, last, s.train_batch_tokens, budget)
     else:
         progress = at / s.iterations
-    multiplier, context = [], []
-    for step, p in zip(at.tolist(), progress.tolist()):
-        changed = max([event["step"] for event in changes["context"] if event["step"] <= step], default=0)
-        multiplier.append(train_gpt.learning_rate_multiplier(p, step, changed, s))
-        context.append(s.context_at(p))
-    recorded = np.isin(at, [event["step"] - 1 for event in steps])
-    return Schedule(progress, np.array(multiplier), np.array(context), recorded)
+    changes = [event["step"] for event in run.events("context", "step", "progress")]
+    moments = []
+    for step, share in zip(at.tolist(), progress.tolist()):
+        context_start = max([change for change in changes if change <= step], default=0)
+        moments.append(train_gpt.schedule(share, step, context_start, s))
+    return Schedule(progress, multiplier=np.array([now.lr_factor for now in moments]),
+                    context=np.array([now.context for now in moments]), recorded=np.isin(at, recorded))
 
 
 def seed_groups(runs: list[Run]) -> list[list[Run]]:
