@@ -159,10 +159,10 @@ def numbered_lines(source: WatchedFile, docs: Path) -> Iterator[tuple[int, bytes
 
 
 def decompressed_lines(source: WatchedFile, docs: Path) -> Iterable[bytes]:
-    """The decompressed lines of `source`. Its name or, as a pipe has none, its first bytes tell the format."""
+    """The decompressed lines of `source`. Its name tells the format, or its first bytes."""
     file = io.BufferedReader(source, BATCH_BYTES)
     start = file.peek()[:512]
-    name = docs.name.lower()
+    name = docs.name.lower()  # that of a pipe says nothing
     if not start:
         return []
     if name.endswith(".xz") or start.startswith(b"\xfd7zXZ\x00"):
@@ -669,7 +669,8 @@ def command_parser(file: str, text: str) -> argparse.ArgumentParser:
     """A parser for the script `file`, without options yet, whose help is the docstring `text`."""
     summary, _, details = text.partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(Path(file).name, description=summary, epilog=details, formatter_class=layout)
+    name = Path(file).name
+    return argparse.ArgumentParser(name, description=summary, epilog=details, formatter_class=layout)
 
 
 def run(arguments: list[str]) -> None:
