@@ -18,20 +18,23 @@ BOS = 1
 VOCAB = 256
 
 TINY = dict(
-    VOCAB_SIZE="256", NUM_LAYERS="5", MODEL_DIM="64", NUM_HEADS="4", NUM_KV_HEADS="2", MLP_MULT="2", XSA_LAST_N="5",
-    NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", ROPE_DIMS="8", TRAIN_BATCH_TOKENS="2048",
-    GRAD_ACCUM_STEPS="2", TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256", VAL_BATCH_TOKENS="16384", ITERATIONS="20",
-    MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="1", TRAIN_LOG_EVERY="1", EMA_DECAY="0.8",
-    TIED_EMBED_INIT_STD="0.05", GRAD_CLIP_NORM="1.0", GPTQ_CALIBRATION_BATCHES="4", TTT_ENABLED="0")
+    VOCAB_SIZE="256", NUM_LAYERS="5", MODEL_DIM="64", NUM_HEADS="4", NUM_KV_HEADS="2", MLP_MULT="2",
+    XSA_LAST_N="5", NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", ROPE_DIMS="8",
+    TRAIN_BATCH_TOKENS="2048", GRAD_ACCUM_STEPS="2", TRAIN_SEQ_LEN="256", EVAL_SEQ_LEN="256",
+    VAL_BATCH_TOKENS="16384", ITERATIONS="20", MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="1",
+    TRAIN_LOG_EVERY="1", EMA_DECAY="0.8", TIED_EMBED_INIT_STD="0.05", GRAD_CLIP_NORM="1.0",
+    GPTQ_CALIBRATION_BATCHES="4", TTT_ENABLED="0")
 
-# What launchers and shells add to the environment of a real run; only these pass from the tests' own environment.
+# Of the tests' own environment only these reach a run.
 INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
 
 
 def environment(folder=None, **changes) -> dict[str, str]:
     """The variables of a tiny run: data in folder/data, everything it writes in folder/out."""
-    places = dict(DATA_PATH=str(folder / "data"), ARTIFACT_DIR=str(folder / "out"), RUN_ID="tiny") if folder else {}
-    return TINY | places | {name: str(value) for name, value in changes.items()}
+    result = dict(TINY)
+    if folder:
+        result |= dict(DATA_PATH=str(folder / "data"), ARTIFACT_DIR=str(folder / "out"), RUN_ID="tiny")
+    return result | {name: str(value) for name, value in changes.items()}
 
 
 def tiny(folder=None, **changes) -> g.Settings:
@@ -39,13 +42,15 @@ def tiny(folder=None, **changes) -> g.Settings:
 
 
 def documents(count: int, seed: int = 0, longest: int = 300) -> list[np.ndarray]:
-    """Random documents, BOS included: mostly a fixed successor of the last token, else a draw from a skewed unigram."""
+    """Random documents, BOS included: mostly a fixed successor of the last token, else a skewed draw."""
     successor = np.random.default_rng(99).permutation(np.arange(2, VOCAB))
     draw = np.random.default_rng(seed)
     result = []
     for length in draw.integers(2, longest, count):
         tokens = [BOS]
-        for kept, other in zip(draw.random(length) < 0.8, 2 + np.minimum(draw.geometric(0.03, length), VOCAB - 3)):
+        follows = draw.random(length) < 0.8
+        others = 2 + np.minimum(draw.geometric(0.03, length), VOCAB - 3)
+        for kept, other in zip(follows, others):
             tokens.append(int(successor[tokens[-1] - 2]) if kept and tokens[-1] != BOS else int(other))
         result.append(np.array(tokens, dtype=np.uint16))
     return result
@@ -63,7 +68,7 @@ def write_shard(path: Path, values) -> None:
 
 
 def write_data(folder: Path, train, val, shards: int = 3, sidecar=None) -> Path:
-    """Write the two streams (any sequences of token ids), the training one cut into `shards` uneven pieces."""
+    """Write the two streams, any sequences of token ids; training's is cut into `shards` uneven pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     train, val = np.asarray(train), np.asarray(val)
     cuts = [len(train) * (i + 1) ** 2 // (shards + 1) ** 2 for i in range(shards - 1)]
@@ -75,18 +80,22 @@ def write_data(folder: Path, train, val, shards: int = 3, sidecar=None) -> Path:
 
 
 def write_corpus(folder: Path, train_docs: int = 600, val_docs: int = 60) -> Path:
-    return write_data(folder, np.concatenate(documents(train_docs, 1)), np.concatenate(documents(val_docs, 2)))
+    train, val = documents(train_docs, 1), documents(val_docs, 2)
+    return write_data(folder, np.concatenate(train), np.concatenate(val))
 
 
-def start(env: dict[str, str], *arguments: str, ranks: int = 1, script=ROOT / "train_gpt.py", **options) -> subprocess.Popen:
+def start(env: dict, *arguments, ranks=1, script=ROOT / "train_gpt.py", **options) -> subprocess.Popen:
     """Start the program in a clean environment plus `env`; more than one rank through torchrun."""
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen([sys.executable, *launcher, str(script), *arguments], env=inherited | env, text=True,
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen([sys.executable, *launcher, str(script), *arguments],
+                            env=inherited | {"OMP_NUM_THREADS": "1"} | env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def launch(env: dict[str, str], *arguments: str, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+def launch(env: dict, *arguments, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """`start` and wait for the end."""
     with start(env, *arguments, **options) as process:
         try:

@@ -1,4 +1,4 @@
-"""The recipes of the published systems: their commands are understood, and what each of them names really happens.
+"""The recipes of the published systems: their commands parse, and what each of them names really happens.
 
 `python -m tests.test_recipes` writes the tables of README.md that this file checks.
 """
@@ -18,7 +18,8 @@ import torch
 
 import train_gpt as g
 from env_settings import fields_by_group, setting_text
-from tests.synthetic import BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, write_data
+from tests.synthetic import (
+    BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, write_data)
 from tools import diff_recipes
 
 torch.set_num_threads(1)
@@ -32,34 +33,38 @@ SPEC = ROOT.parent / "shared" / "spec" / "settings.md"
 
 # Every environment variable that one of the published systems reads.
 VARIABLES = """
-DATA_DIR DATA_PATH TOKENIZER_PATH CASEOPS_ENABLED VOCAB_SIZE TRAIN_BATCH_TOKENS VAL_DOC_FRACTION EVAL_INCLUDE_TAIL SEED RUN_ID
-ARTIFACT_DIR ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_LOG_EVERY VAL_LOSS_EVERY TTT_EVAL_ONLY PREQUANT_ONLY QUANTIZE_ONLY
-FORCE_STOP_STEP RANK WORLD_SIZE LOCAL_RANK DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT NUM_LAYERS MODEL_DIM
-NUM_HEADS NUM_KV_HEADS MLP_MULT LEAKY_RELU_SQ_SLOPE XSA_LAST_N LOGIT_SOFTCAP ASYM_LOGIT_RESCALE TIE_EMBEDDINGS
-TIED_EMBED_INIT_STD ROPE_BASE ROPE_DIMS ROPE_TRAIN_SEQ_LEN ROPE_YARN LN_SCALE QK_GAIN_INIT QK_GAIN_INIT_SCHEDULE NUM_LOOPS
-LOOP_START LOOP_END PARALLEL_START_LAYER PARALLEL_FINAL_LANE FUSED_CE_ENABLED SKIP_GATES_ENABLED SMEAR_GATE_ENABLED
-SMEAR_GATE_BOS_FIX GATE_WINDOW SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE GATED_ATTN_ENABLED
-GATED_ATTN_INIT_STD ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC GATED_XSA MATRIX_LR SCALAR_LR TIED_EMBED_LR EMBED_LR MUON_MOMENTUM
-MUON_BACKEND_STEPS MUON_ROW_NORMALIZE MUON_WD MUON_HUBER_WD MUON_HUBER_DELTA BETA1 BETA2 ADAM_EPS ADAM_WD EMBED_WD
-GRAD_CLIP_NORM EMA_DECAY SKYLIGHT_MUON BETA2_NORMUON UW_FLOOR SKYLIGHT_UW_FLOOR SKYLIGHT_UW_RATIO SKYLIGHT_NORM_EMA
-SKYLIGHT_NORM_BETA2 SKYLIGHT_NORM_EPS CONTROL_TENSOR_NAME_PATTERNS WARMUP_STEPS WARMDOWN_FRAC WARMDOWN_ITERS MIN_LR
-MIDRUN_CAP_SCHEDULE MIDRUN_CAP_LOG_UPDATES ENABLE_LOOPING_AT MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS
-GPTQ_RESERVE_SECONDS TRAIN_SEQ_LEN TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE SEQ_CHANGE_WARMUP_STEPS COMPILE_SHAPE_WARMUP
-COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES GPTQ_CALIBRATION_BATCHES GPTQ_CALIBRATION_MODE MATRIX_BITS
-EMBED_BITS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS GATED_ATTN_QUANT_GATE OPTROT_ENABLED
-LQER_ENABLED LQER_RANK LQER_TOP_K LQER_FACTOR_BITS LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_SCOPE LQER_GAIN_SELECT
-AWQ_LITE_ENABLED AWQ_LITE_BITS AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE COMPRESSOR PERGROUP_ROUNDTRIP_CHECK EVAL_SEQ_LEN
-EVAL_STRIDE VAL_BATCH_TOKENS TEMPERATURE_SCALE TTT_ENABLED TTT_LORA_RANK TTT_LORA_ALPHA TTT_LORA_LR TTT_LOCAL_LR_MULT
-TTT_OPTIMIZER TTT_WEIGHT_DECAY TTT_BETA1 TTT_BETA2 TTT_WARM_START_A TTT_WARM_START_MEAN_ENABLED TTT_WARM_START_MEAN_DOC_LEN
-TTT_WARM_START_MEAN_MOMENTUM TTT_MASK TTT_Q_LORA TTT_V_LORA TTT_K_LORA TTT_O_LORA TTT_MLP_LORA TTT_CHUNK_SIZE TTT_EVAL_SEQ_LEN
-TTT_BATCH_SIZE TTT_GRAD_STEPS TTT_GRAD_STEPS_CLEAN TTT_UPDATE_EVERY TTT_LORA_EMA_DECAY TTT_EVAL_BATCHES
-TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE TTT_SHORT_LORA_ENABLED
-TTT_SHORT_LORA_RANK TTT_SHORT_LORA_LR TTT_SHORT_WEIGHT_DECAY TTT_SHORT_BETA2 TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN
-PHASED_TTT_PREFIX_DOCS PHASED_TTT_NUM_PHASES GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NS_STEPS
-GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_EPOCHS GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_WARMUP_CHUNKS
-GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES NGRAM_TILT_ENABLED
-NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_ORDER TOKEN_THRESHOLD TOKEN_BOOST WITHIN_TAU WITHIN_BOOST WORD_ORDER WORD_NORMALIZE
-WORD_TAU WORD_BOOST AGREE_ADD_BOOST PG_NGRAM_BUILD_DIR
+DATA_DIR DATA_PATH TOKENIZER_PATH CASEOPS_ENABLED VOCAB_SIZE TRAIN_BATCH_TOKENS VAL_DOC_FRACTION
+EVAL_INCLUDE_TAIL SEED RUN_ID ARTIFACT_DIR ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_LOG_EVERY VAL_LOSS_EVERY
+TTT_EVAL_ONLY PREQUANT_ONLY QUANTIZE_ONLY FORCE_STOP_STEP RANK WORLD_SIZE LOCAL_RANK DYNAMO_CACHE_SIZE_LIMIT
+DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT LEAKY_RELU_SQ_SLOPE
+XSA_LAST_N LOGIT_SOFTCAP ASYM_LOGIT_RESCALE TIE_EMBEDDINGS TIED_EMBED_INIT_STD ROPE_BASE ROPE_DIMS
+ROPE_TRAIN_SEQ_LEN ROPE_YARN LN_SCALE QK_GAIN_INIT QK_GAIN_INIT_SCHEDULE NUM_LOOPS LOOP_START LOOP_END
+PARALLEL_START_LAYER PARALLEL_FINAL_LANE FUSED_CE_ENABLED SKIP_GATES_ENABLED SMEAR_GATE_ENABLED
+SMEAR_GATE_BOS_FIX GATE_WINDOW SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE
+GATED_ATTN_ENABLED GATED_ATTN_INIT_STD ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC GATED_XSA MATRIX_LR SCALAR_LR
+TIED_EMBED_LR EMBED_LR MUON_MOMENTUM MUON_BACKEND_STEPS MUON_ROW_NORMALIZE MUON_WD MUON_HUBER_WD
+MUON_HUBER_DELTA BETA1 BETA2 ADAM_EPS ADAM_WD EMBED_WD GRAD_CLIP_NORM EMA_DECAY SKYLIGHT_MUON BETA2_NORMUON
+UW_FLOOR SKYLIGHT_UW_FLOOR SKYLIGHT_UW_RATIO SKYLIGHT_NORM_EMA SKYLIGHT_NORM_BETA2 SKYLIGHT_NORM_EPS
+CONTROL_TENSOR_NAME_PATTERNS WARMUP_STEPS WARMDOWN_FRAC WARMDOWN_ITERS MIN_LR MIDRUN_CAP_SCHEDULE
+MIDRUN_CAP_LOG_UPDATES ENABLE_LOOPING_AT MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS
+GPTQ_RESERVE_SECONDS TRAIN_SEQ_LEN TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE SEQ_CHANGE_WARMUP_STEPS
+COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_MODE MATRIX_BITS EMBED_BITS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS MLP_CLIP_SIGMAS
+ATTN_CLIP_SIGMAS GATED_ATTN_QUANT_GATE OPTROT_ENABLED LQER_ENABLED LQER_RANK LQER_TOP_K LQER_FACTOR_BITS
+LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_SCOPE LQER_GAIN_SELECT AWQ_LITE_ENABLED AWQ_LITE_BITS
+AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE COMPRESSOR PERGROUP_ROUNDTRIP_CHECK EVAL_SEQ_LEN EVAL_STRIDE
+VAL_BATCH_TOKENS TEMPERATURE_SCALE TTT_ENABLED TTT_LORA_RANK TTT_LORA_ALPHA TTT_LORA_LR TTT_LOCAL_LR_MULT
+TTT_OPTIMIZER TTT_WEIGHT_DECAY TTT_BETA1 TTT_BETA2 TTT_WARM_START_A TTT_WARM_START_MEAN_ENABLED
+TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM TTT_MASK TTT_Q_LORA TTT_V_LORA TTT_K_LORA TTT_O_LORA
+TTT_MLP_LORA TTT_CHUNK_SIZE TTT_EVAL_SEQ_LEN TTT_BATCH_SIZE TTT_GRAD_STEPS TTT_GRAD_STEPS_CLEAN
+TTT_UPDATE_EVERY TTT_LORA_EMA_DECAY TTT_EVAL_BATCHES TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_SCORE_FIRST_STEPS
+TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE TTT_SHORT_LORA_ENABLED TTT_SHORT_LORA_RANK TTT_SHORT_LORA_LR
+TTT_SHORT_WEIGHT_DECAY TTT_SHORT_BETA2 TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN PHASED_TTT_PREFIX_DOCS
+PHASED_TTT_NUM_PHASES GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NS_STEPS
+GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_EPOCHS GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS
+GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES
+NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_ORDER TOKEN_THRESHOLD TOKEN_BOOST WITHIN_TAU
+WITHIN_BOOST WORD_ORDER WORD_NORMALIZE WORD_TAU WORD_BOOST AGREE_ADD_BOOST PG_NGRAM_BUILD_DIR
 """.split()
 
 
@@ -79,6 +84,16 @@ def complaints(environ: dict[str, str]) -> list[str]:
     except g.InputError as error:
         return str(error).splitlines()
     return []
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.env")))
+def test_recipe_sets_what_it_says_and_each_name_once(recipe):
+    lines = (ROOT / "recipes" / f"{recipe}.env").read_text().splitlines()
+    chosen = variables_of(recipe)
+    assert len(chosen) == sum(line != "" and not line.startswith("#") for line in lines)
+    for name in chosen.keys() - g.Settings.fixed.keys():
+        text, value = chosen[name], getattr(settings_of(recipe), name.lower())
+        assert setting_text(value) == text or float(text) == value
 
 
 # --- Names of the published systems
@@ -111,10 +126,11 @@ def test_what_is_no_setting_is_refused_with_its_reason(name):
 
 # --- Published commands
 
-REFUSED = {"pr1787": {"PHASED_TTT_ENABLED"}, "pr2118": {"PHASED_TTT_ENABLED", "LQER_GROUP_SIZE"}, "pr2123": set(),
-           "pr2135": set(), "pr2140": {"ROPE_TRAIN_SEQ_LEN", "COMPILE_SHAPE_WARMUP_ITERS"}}
+REFUSED = {"pr1787": {"PHASED_TTT_ENABLED"}, "pr2118": {"PHASED_TTT_ENABLED", "LQER_GROUP_SIZE"},
+           "pr2123": set(), "pr2135": set(), "pr2140": {"ROPE_TRAIN_SEQ_LEN", "COMPILE_SHAPE_WARMUP_ITERS"}}
 # Set by the command, read by no line of the system's code; the recipe has what the code did.
-NEVER_READ = {"pr2118": {"TTT_MASK", "TTT_Q_LORA", "TTT_V_LORA", "TTT_LOCAL_LR_MULT"}, "pr2140": {"EVAL_STRIDE"}}
+NEVER_READ = {"pr2118": {"TTT_MASK", "TTT_Q_LORA", "TTT_V_LORA", "TTT_LOCAL_LR_MULT"},
+              "pr2140": {"EVAL_STRIDE"}}
 
 
 def header_of(recipe: str) -> str:
@@ -125,13 +141,15 @@ def header_of(recipe: str) -> str:
 
 
 def command_of(recipe: str) -> dict[str, str]:
-    return dict(re.findall(r"([A-Z]\w*)=(\S+)", header_of(recipe).split("Its command")[1].split("torchrun")[0]))
+    command = header_of(recipe).split("Its command")[1].split("torchrun")[0]
+    return dict(re.findall(r"([A-Z]\w*)=(\S+)", command))
 
 
 def fixed_by_code(recipe: str) -> dict[str, str]:
     """The last paragraph of a recipe: what its command does not say because its code had no choice."""
-    text = (ROOT / "recipes" / f"{recipe}.env").read_text().split("# What its code fixes and is a setting here\n")[1]
-    return dict(line.split("=", 1) for line in text.splitlines())
+    text = (ROOT / "recipes" / f"{recipe}.env").read_text()
+    fixed = text.split("# What its code fixes and is a setting here\n")[1]
+    return dict(line.split("=", 1) for line in fixed.splitlines())
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -148,27 +166,31 @@ def test_published_command_parses(recipe):
     differing = {name for name in named if getattr(theirs, name.lower()) != getattr(ours, name.lower())}
     assert differing == NEVER_READ.get(recipe, set())
     told = header_of(recipe).split("train_gpt.py")[-1]
-    assert all(name in told for name in refused | differing), "the header names what its command cannot be taken at"
+    assert all(name in told for name in refused | differing), "the header names what its command got wrong"
 
 
 # --- Toy runs
 
 LENGTHS = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "TTT_EVAL_SEQ_LEN")
-SMALLER = dict.fromkeys(LENGTHS, 16) | dict(TTT_CHUNK_SIZE=4, TTT_CHUNK_MAX=4, TTT_LORA_RANK=16, TTT_LORA_ALPHA=16, PHASED_TTT_PREFIX_DOCS=250, TTT_CHUNK_GROWTH=1 / 8)
-SIZES = {name: TINY[name] for name in (
-    "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "NUM_LOOPS", "LOOP_START",
-    "LOOP_END", "PARALLEL_START_LAYER", "ROPE_DIMS", "VAL_BATCH_TOKENS", "MAX_WALLCLOCK_SECONDS", "WARMUP_STEPS",
-    "TRAIN_LOG_EVERY", "TIED_EMBED_INIT_STD")} | dict(ITERATIONS="14", TRAIN_BATCH_TOKENS="1024", GRAD_ACCUM_STEPS="1",
-                                                      TTT_BATCH_SIZE="1", GLOBAL_TTT_CHUNK_TOKENS="512")
+SMALLER = dict.fromkeys(LENGTHS, 16) | dict(
+    TTT_CHUNK_SIZE=4, TTT_CHUNK_MAX=4, TTT_LORA_RANK=16, TTT_LORA_ALPHA=16, PHASED_TTT_PREFIX_DOCS=250,
+    TTT_CHUNK_GROWTH=1 / 8)
+SIZES = {name: TINY[name] for name in """
+    VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT XSA_LAST_N NUM_LOOPS LOOP_START LOOP_END
+    PARALLEL_START_LAYER ROPE_DIMS VAL_BATCH_TOKENS MAX_WALLCLOCK_SECONDS WARMUP_STEPS TRAIN_LOG_EVERY
+    TIED_EMBED_INIT_STD""".split()}
+SIZES |= dict(ITERATIONS="14", TRAIN_BATCH_TOKENS="1024", GRAD_ACCUM_STEPS="1", TTT_BATCH_SIZE="1",
+              GLOBAL_TTT_CHUNK_TOKENS="512")
 LRZIP = shutil.which("lrzip") is not None
 
 
 def toy(recipe: str, **changes) -> g.Settings:
-    """The recipe, its sizes and lengths aside: lengths are a sixteenth, chunks a quarter, the global phases' documents
-    one in 250."""
+    """The recipe, its sizes and lengths aside: lengths are a sixteenth, chunks a quarter, the global phases'
+    documents one in 250."""
     ours = settings_of(recipe)
     smaller = {name: f"{getattr(ours, name.lower()) / share:g}" for name, share in SMALLER.items()}
-    smaller["TRAIN_SEQ_SCHEDULE"] = re.sub(r"(\d+)@", lambda m: f"{int(m[1]) // 16}@", ours.train_seq_schedule)
+    smaller["TRAIN_SEQ_SCHEDULE"] = re.sub(
+        r"(\d+)@", lambda m: f"{int(m[1]) // 16}@", ours.train_seq_schedule)
     smaller["TTT_SHORT_SCORE_FIRST_STEPS"] = re.sub(
         r"(\d+):(\d+)", lambda m: f"{int(m[1]) // 16}:{int(m[2]) // 4}", ours.ttt_short_score_first_steps)
     if ours.compressor == "pergroup" and not LRZIP:
@@ -215,7 +237,7 @@ def flat(model: g.GPT) -> torch.Tensor:
 
 
 class Laboratory:
-    """What a recipe does with `changes` to its settings, at toy size: one method for each stage, and whole runs."""
+    """What a recipe does with `changes` to its settings, at toy size: stage by stage, and whole runs."""
 
     def __init__(self, folder):
         self.folder, self.results = folder, {}
@@ -223,11 +245,12 @@ class Laboratory:
         self.text = repeated(11, 3, 40)  # what `evaluation` scores
 
     def places(self, run_id: str, folder: str) -> dict[str, str]:
-        return dict(DATA_PATH=str(self.folder / "data"), ARTIFACT_DIR=str(self.folder / folder / "out"), RUN_ID=run_id)
+        return dict(DATA_PATH=str(self.folder / "data"), ARTIFACT_DIR=str(self.folder / folder / "out"),
+                    RUN_ID=run_id)
 
     @once
     def run(self, recipe: str, **changes) -> SimpleNamespace:
-        """From the program's door to the score, in this process; with changes: quantized once more, from its checkpoint."""
+        """From the program's door to the score, here; with changes: quantized again, from its checkpoint."""
         folder, run_id = (f"{recipe}_changed", "changed") if changes else (recipe, "tiny")
         if changes:
             shutil.copytree(self.folder / recipe / "out", self.folder / folder / "out", dirs_exist_ok=True)
@@ -257,14 +280,15 @@ class Laboratory:
         with open(s.artifact_path, "rb") as file:
             streams = file.read()[-sum(table["streams"]):] if table["streams"] else b""
         cuts = list(itertools.accumulate(table["streams"], initial=0))
-        return SimpleNamespace(settings=s, code=code, record=record(self.folder / folder, run_id), windows=windows,
-                               model=model, looping=looping, table=table, arrays=arrays, trained=trained,
-                               streams=[streams[a:b] for a, b in itertools.pairwise(cuts)])
+        return SimpleNamespace(
+            settings=s, code=code, record=record(self.folder / folder, run_id), windows=windows, model=model,
+            looping=looping, table=table, arrays=arrays, trained=trained,
+            streams=[streams[a:b] for a, b in itertools.pairwise(cuts)])
 
     @once
     def model(self, recipe: str, spare: str = "", **changes) -> torch.Tensor:
-        """Loss of every token of a model whose parameters, all but `spare`, have left their initial values, by the same
-        steps with and without the changes."""
+        """Loss of every token of a model whose parameters, all but `spare`, have left their initial values, by
+        the same steps with and without the changes."""
         s, draw, away = toy(recipe, **changes), torch.Generator().manual_seed(1), {}
         for name, p in g.GPT(toy(recipe)).named_parameters():
             away[name] = torch.randn(p.shape, generator=draw) * 0.1 * (name != spare)
@@ -283,7 +307,8 @@ class Laboratory:
     def steps(self, recipe: str, **changes) -> SimpleNamespace:
         """Training as the program does it, watched: weights before and after every step and what is kept of them, learning
         rates' factors, gradients' norms, the longest piece of text."""
-        s = toy(recipe, **dict(WARMUP_STEPS=0, TRAIN_BATCH_TOKENS=512) | changes, **self.places("", "nowhere"))
+        changes = dict(WARMUP_STEPS=0, TRAIN_BATCH_TOKENS=512) | changes
+        s = toy(recipe, **changes, **self.places("", "nowhere"))
         model, seen = g.GPT(s), SimpleNamespace(factors=[], pieces=[], norms=[])
         seen.settings, seen.weights = s, [flat(model)]
         step, token_losses = g.Optimizer.step, g.GPT.token_losses
@@ -299,11 +324,13 @@ class Laboratory:
             seen.pieces.append(int(segments.cu_seqlens.diff().max()))
             return token_losses(self, ids, targets, segments, looping)
 
-        nothing = SimpleNamespace(event=lambda *_, **__: None, result=lambda *_, **__: None, score=lambda *_: {})
+        nothing = SimpleNamespace(
+            event=lambda *_, **__: None, result=lambda *_, **__: None, score=lambda *_: {})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(g.Optimizer, "step", stepping)
             patch.setattr(g.GPT, "token_losses", losing)
-            g.train(model, g.TrainingData(s, runtime()), nothing, lambda *_, **__: None, s, runtime(), nothing)
+            data = g.TrainingData(s, runtime())
+            g.train(model, data, nothing, lambda *_, **__: None, s, runtime(), nothing)
         seen.kept = flat(model)
         seen.caps = [float(cap.detach()) for cap in (model.softcap_pos, model.softcap_neg) if cap is not None]
         return seen
@@ -320,7 +347,8 @@ class Laboratory:
         return toy(recipe, **common | changes)
 
     def evaluation(self, recipe: str, **changes) -> torch.Tensor:
-        """Nats of every target with test-time training of the run's artifact; recipes that evaluate alike share them."""
+        """Nats of every target with test-time training of the run's artifact, shared by recipes that evaluate
+        alike."""
         alike = next(other for other in RECIPES if evaluated(other) == evaluated(recipe))
         return self.adapted(alike, **changes).nats
 
@@ -368,12 +396,15 @@ def test_recipe_runs_from_training_to_score(recipe, lab):
     results = run.record["results"]
     assert run.code == 0 and run.record["status"] == "finished"
     assert results.keys() >= {"unigram", "training", "raw", "averaged", "artifact", "size", "quantized", "ttt"}
-    assert results["training"]["steps"] == int(SIZES["ITERATIONS"]) and results["artifact"]["round_trip"] == "exact"
+    assert results["training"]["steps"] == int(SIZES["ITERATIONS"])
+    assert results["artifact"]["round_trip"] == "exact"
     assert results["averaged"]["val_bpb"] < results["unigram"]["val_bpb"]
     assert abs(results["quantized"]["val_bpb"] - results["averaged"]["val_bpb"]) < 0.1
     assert results["ttt"]["targets"] == results["quantized"]["targets"] and results["ttt"]["whole_text"]
-    toy_sizes = SIZES.keys() | SMALLER.keys() | {"EMA_DECAY", "TRAIN_SEQ_SCHEDULE", "TTT_SHORT_SCORE_FIRST_STEPS", "DATA_PATH",
-                                                "ARTIFACT_DIR", "RUN_ID"} | ({"COMPRESSOR"} if not LRZIP else set())
+    toy_sizes = SIZES.keys() | SMALLER.keys() | {"EMA_DECAY", "TRAIN_SEQ_SCHEDULE", "TTT_SHORT_SCORE_FIRST_STEPS",
+                                                 "DATA_PATH", "ARTIFACT_DIR", "RUN_ID"}
+    if not LRZIP:
+        toy_sizes |= {"COMPRESSOR"}
     ran, published = g.Settings(**run.record["settings"]), settings_of(recipe)
     assert {f.name for f in dataclasses.fields(ran) if f.name.upper() not in toy_sizes
             and getattr(ran, f.name) != getattr(published, f.name)} == set()
@@ -394,13 +425,15 @@ def caps_stay_or_move(lab, recipe):
 def pieces_grow_and_rates_rise_again(lab, recipe):
     seen, at_once = lab.steps(recipe), lab.steps(recipe, SEQ_CHANGE_WARMUP_STEPS=0)
     s, stages = seen.settings, [pair.split("@") for pair in seen.settings.train_seq_schedule.split(",")]
-    lengths = [next(int(length) for length, end in stages if step / s.iterations <= float(end)) for step in range(s.iterations)]
+    lengths = [next(int(length) for length, end in stages if step / s.iterations <= float(end))
+               for step in range(s.iterations)]
     assert lengths == sorted(lengths) and len(set(lengths)) == len(stages) == 3
     assert seen.pieces == lengths  # every batch has documents that are longer
     change, later = [step for step in range(1, s.iterations) if lengths[step] != lengths[step - 1]]
     for step in range(change, s.iterations):
         since = step - (later if step >= later else change)
-        assert seen.factors[step] == pytest.approx(at_once.factors[step] * min(1, (since + 1) / s.seq_change_warmup_steps))
+        rise = min(1, (since + 1) / s.seq_change_warmup_steps)
+        assert seen.factors[step] == pytest.approx(at_once.factors[step] * rise)
     assert seen.factors[:change] == at_once.factors[:change]
     moved, freely = (float((run.weights[change + 1] - run.weights[change]).norm()) for run in (seen, at_once))
     assert moved == pytest.approx(freely / s.seq_change_warmup_steps, rel=1e-3)
@@ -519,13 +552,16 @@ def adapters_sit_where_they_should(lab, recipe):
 
 def chunks_follow_lengths(lab, recipe):
     s = settings_of(recipe)
-    chunks = [s.first_chunk(length) for length in (254, 255, 256, 1998, 1999, 2000, 10000)]  # two BOS more or less
-    assert sorted(set(chunks)) == [16, 32, 64] and chunks == sorted(chunks) and chunks[0] == 16 and chunks[-1] == 64
+    lengths = (254, 255, 256, 1998, 1999, 2000, 10000)  # two BOS more or less
+    chunks = [s.first_chunk(length) for length in lengths]
+    assert sorted(set(chunks)) == [16, 32, 64] and chunks == sorted(chunks)
+    assert chunks[0] == 16 and chunks[-1] == 64
 
 
 def phases_are_recorded(lab, recipe):
     s, phases = settings_of(recipe), lab.run(recipe).record["results"]["ttt"]["phases"]
-    due = [s.phased_ttt_prefix_docs // 250 * (k + 1) // s.phased_ttt_num_phases for k in range(s.phased_ttt_num_phases)]
+    due = [s.phased_ttt_prefix_docs // 250 * (k + 1) // s.phased_ttt_num_phases
+           for k in range(s.phased_ttt_num_phases)]
     assert len(phases) == s.phased_ttt_num_phases
     assert all(number <= phase["documents"] < 16 and phase["steps"] > 0 for number, phase in zip(due, phases))
 
@@ -550,7 +586,8 @@ def order_is_recorded(lab, recipe):
     assert lab.run(recipe).record["results"]["ttt"]["decodable"] == (s.ttt_order == "stream")
     lengths = np.diff(np.flatnonzero(lab.text == BOS), append=len(lab.text) - 1)
     first = next(g.ttt_schedule(lengths, lab.evaluation_settings(recipe))).document
-    assert first.tolist() == (list(range(8)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable")[:8].tolist())
+    order = np.arange(len(lengths)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable")
+    assert first.tolist() == order[:8].tolist()
 
 
 # --- Features
@@ -571,80 +608,121 @@ def sites(s: g.Settings) -> list[str]:
     return [site for site in g.ADAPTER_SITES if getattr(s, f"ttt_{site}_lora")]
 
 
-def flipped(name: str) -> Callable[[g.Settings], dict]:
-    return lambda s: {name.upper(): int(not getattr(s, name))}
-
-
 def stored(cell, evidence) -> Feature:
     return Feature("artifact", cell, off(), evidence)
+
+
+def smear(s: g.Settings) -> str:
+    return s.smear_gate_enabled and ("BOS-fixed" if s.smear_gate_bos_fix else "leaks")
+
+
+def boost(s: g.Settings) -> str:
+    if s.ngram_boost == "fixed":
+        return s.ngram_tilt_enabled and f"{s.token_boost:g} from {s.token_threshold:g}"
+    return s.ngram_tilt_enabled and s.ngram_boost
+
+
+def without_boost(s: g.Settings) -> list[dict]:
+    if s.ngram_boost == "fixed":
+        return [dict(NGRAM_TILT_ENABLED=0), dict(TOKEN_BOOST=1), dict(TOKEN_THRESHOLD=0.3)]
+    return [dict(NGRAM_TILT_ENABLED=0), dict(TOKEN_BACKOFF=""), dict(NGRAM_BOOST="fixed")]
+
+
+def other_order(s: g.Settings) -> list[dict]:
+    if s.ttt_short_score_first_enabled:  # which needs the order that it has
+        return []
+    return [dict(TTT_ORDER="stream" if s.ttt_order == "length" else "length")]
+
+
+def other_context(s: g.Settings) -> list[dict]:
+    other = "cache" if s.ttt_context == "recompute" else "recompute"
+    return [dict(TTT_EVAL_SEQ_LEN=32), dict(TTT_CONTEXT=other)]
+
+
+def other_decay(s: g.Settings) -> list[dict]:
+    return [dict(ADAM_WD_MODE="active" if s.adam_wd_mode == "zero" else "zero")]
 
 
 FEATURES = {
     "leaky slope": Feature("model", lambda s: s.leaky_relu_sq_slope, off(LEAKY_RELU_SQ_SLOPE=0)),
     "XSA": Feature("model", lambda s: f"{s.xsa_last_n} blocks", off(XSA_LAST_N=0)),
     "gated XSA": Feature("model", lambda s: s.gated_xsa, off(GATED_XSA=0), gated_xsa_starts_switched_off),
-    "two soft caps": Feature("model", lambda s: s.asym_logit_rescale and ("trained" if s.softcap_lr else "fixed"),
-                             off(ASYM_LOGIT_RESCALE=0), caps_stay_or_move),
-    "SmearGate": Feature("model", lambda s: s.smear_gate_enabled and ("BOS-fixed" if s.smear_gate_bos_fix else "leaks"),
-                         lambda s: [dict(SMEAR_GATE_ENABLED=0), flipped("smear_gate_bos_fix")(s)]),
-    "sparse head gate": Feature("model", lambda s: s.sparse_attn_gate_enabled and f"scale {s.sparse_attn_gate_scale:g}",
-                                lambda s: [dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_QUANT_GATE=0),
-                                           dict(SPARSE_ATTN_GATE_SCALE=0.75)]),
+    "two soft caps": Feature(
+        "model", lambda s: s.asym_logit_rescale and ("trained" if s.softcap_lr else "fixed"),
+        off(ASYM_LOGIT_RESCALE=0), caps_stay_or_move),
+    "SmearGate": Feature(
+        "model", smear,
+        lambda s: [dict(SMEAR_GATE_ENABLED=0), dict(SMEAR_GATE_BOS_FIX=int(not s.smear_gate_bos_fix))]),
+    "sparse head gate": Feature(
+        "model", lambda s: s.sparse_attn_gate_enabled and f"scale {s.sparse_attn_gate_scale:g}",
+        lambda s: [dict(SPARSE_ATTN_GATE_ENABLED=0, GATED_ATTN_QUANT_GATE=0),
+                   dict(SPARSE_ATTN_GATE_SCALE=0.75)]),
     "QK gain": Feature("model", lambda s: s.qk_gain_init, off(QK_GAIN_INIT=1)),
-    "looping": Feature("model", lambda s: s.num_loops > 0 and f"{s.num_loops} x {s.loop_start}-{s.loop_end}", off(NUM_LOOPS=0)),
-    "two lanes": Feature("model", lambda s: s.parallel_start_layer > 0 and f"from {s.parallel_start_layer}",
-                         off(PARALLEL_START_LAYER=0)),
+    "looping": Feature(
+        "model", lambda s: s.num_loops > 0 and f"{s.num_loops} x {s.loop_start}-{s.loop_end}",
+        off(NUM_LOOPS=0)),
+    "two lanes": Feature(
+        "model", lambda s: s.parallel_start_layer > 0 and f"from {s.parallel_start_layer}",
+        off(PARALLEL_START_LAYER=0)),
     "skip gates": Feature("model", lambda s: s.skip_gates_enabled, off(SKIP_GATES_ENABLED=0)),
     "LN scale": Feature("model", lambda s: s.ln_scale, off(LN_SCALE=0)),
-    "context schedule": Feature("training", lambda s: s.train_seq_schedule and f"3 stages, re-warm {s.seq_change_warmup_steps}",
-                                lambda s: [dict(TRAIN_SEQ_SCHEDULE="", SEQ_CHANGE_WARMUP_STEPS=0),
-                                           dict(SEQ_CHANGE_WARMUP_STEPS=0)], pieces_grow_and_rates_rise_again),
-    "scalar weight decay": Feature("training", lambda s: s.adam_wd > 0 and s.adam_wd_mode,
-                                   lambda s: [dict(ADAM_WD_MODE="active" if s.adam_wd_mode == "zero" else "zero")]),
+    "context schedule": Feature(
+        "training", lambda s: s.train_seq_schedule and f"3 stages, re-warm {s.seq_change_warmup_steps}",
+        lambda s: [dict(TRAIN_SEQ_SCHEDULE="", SEQ_CHANGE_WARMUP_STEPS=0), dict(SEQ_CHANGE_WARMUP_STEPS=0)],
+        pieces_grow_and_rates_rise_again),
+    "scalar weight decay": Feature("training", lambda s: s.adam_wd > 0 and s.adam_wd_mode, other_decay),
     "EMA": Feature("training", lambda s: s.ema_decay, off(), average_by_hand),
-    "gradient clip": Feature("training", lambda s: s.grad_clip_norm, off(GRAD_CLIP_NORM=0), gradients_exceed_the_clip),
-    "warm-down, floor": Feature("training", lambda s: f"{s.warmdown_frac:g}, {s.min_lr:g}", off(WARMDOWN_FRAC=0),
-                                rates_fall_to_the_floor),
+    "gradient clip": Feature(
+        "training", lambda s: s.grad_clip_norm, off(GRAD_CLIP_NORM=0), gradients_exceed_the_clip),
+    "warm-down, floor": Feature(
+        "training", lambda s: f"{s.warmdown_frac:g}, {s.min_lr:g}", off(WARMDOWN_FRAC=0),
+        rates_fall_to_the_floor),
     "Adam beta2": Feature("training", lambda s: s.beta2, off(BETA2=0.9)),
     "row-normalized Muon": Feature("training", lambda s: s.muon_row_normalize, off(MUON_ROW_NORMALIZE=0)),
     "GPTQ": stored(lambda s: s.gptq_calibration_batches > 0 and f"{s.gptq_calibration_batches} batches",
                    codes_make_good_of_each_other),
-    "quantization steps": stored(lambda s: "loss, trellis" if s.step_rule == "loss" else
-                    f"{s.matrix_bits}/{s.embed_bits} bits", steps_by_hand),
+    "quantization steps": stored(
+        lambda s: "loss, trellis" if s.step_rule == "loss" else f"{s.matrix_bits}/{s.embed_bits} bits",
+        steps_by_hand),
     "int8 gates": stored(lambda s: s.gated_attn_quant_gate, gates_are_int8),
-    "LQER": stored(lambda s: s.lqer_enabled and f"top {s.lqer_top_k}, rank {s.lqer_rank}, {s.lqer_asym_group}",
-                   corrections_are_stored),
+    "LQER": stored(
+        lambda s: s.lqer_enabled and f"top {s.lqer_top_k}, rank {s.lqer_rank}, {s.lqer_asym_group}",
+        corrections_are_stored),
     "AWQ-lite": stored(lambda s: s.awq_lite_enabled and f"{s.awq_lite_group_top_k} at {s.awq_lite_bits} bits",
                        finer_groups_are_stored),
     "compressor": stored(lambda s: s.compressor, frame_is_of_its_compressor),
-    "adapters on": Feature("evaluation", lambda s: " ".join(sites(s)),
-                           lambda s: [{f"TTT_{site.upper()}_LORA": 0 for site in sites(s)}],
-                           adapters_sit_where_they_should),
-    "adapter rank, alpha": Feature("evaluation", lambda s: f"{s.ttt_lora_rank}, {s.ttt_lora_alpha:g}",
-                                   off(TTT_LORA_RANK=1, TTT_LORA_ALPHA=1)),
+    "adapters on": Feature(
+        "evaluation", lambda s: " ".join(sites(s)),
+        lambda s: [{f"TTT_{site.upper()}_LORA": 0 for site in sites(s)}], adapters_sit_where_they_should),
+    "adapter rank, alpha": Feature(
+        "evaluation", lambda s: f"{s.ttt_lora_rank}, {s.ttt_lora_alpha:g}",
+        off(TTT_LORA_RANK=1, TTT_LORA_ALPHA=1)),
     "A kept": Feature("evaluation", lambda s: s.ttt_warm_start_a, off(TTT_WARM_START_A=0)),
-    "adapter rate": Feature("evaluation", lambda s: f"{s.ttt_lora_lr * s.ttt_local_lr_mult:g}",
-                            lambda s: [dict(TTT_LORA_LR=0)] + [dict(TTT_LOCAL_LR_MULT=1)] * (s.ttt_local_lr_mult != 1)),
-    "adapter decay, beta2": Feature("evaluation", lambda s: f"{s.ttt_weight_decay:g}, {s.ttt_beta2:g}",
-                                    off(TTT_WEIGHT_DECAY=0, TTT_BETA2=0.9)),
-    "chunk": Feature("evaluation", lambda s: f"{s.ttt_chunk_size}" + f" to {s.ttt_chunk_max}" * (s.ttt_chunk_growth > 0),
-                     lambda s: [dict(TTT_CHUNK_SIZE=7)] + [dict(TTT_CHUNK_GROWTH=0)] * (s.ttt_chunk_growth > 0)),
-    "short chunks": Feature("evaluation", lambda s: s.ttt_short_score_first_enabled and "16, 32",
-                            off(TTT_SHORT_SCORE_FIRST_ENABLED=0), chunks_follow_lengths),
-    "context of a chunk": Feature("evaluation", lambda s: f"{s.ttt_eval_seq_len} {s.ttt_context}",
-                                  lambda s: [dict(TTT_EVAL_SEQ_LEN=32), dict(
-                                      TTT_CONTEXT="cache" if s.ttt_context == "recompute" else "recompute")]),
-    "order of documents": Feature("evaluation", lambda s: s.ttt_order, lambda s: [] if s.ttt_short_score_first_enabled else
-                     [dict(TTT_ORDER="stream" if s.ttt_order == "length" else "length")], order_is_recorded),
-    "global phases": Feature("evaluation", lambda s: s.phased_ttt_prefix_docs > 0 and
-                             f"{s.phased_ttt_num_phases} by {s.phased_ttt_prefix_docs}",
-                             lambda s: [dict(PHASED_TTT_PREFIX_DOCS=0)] + [dict(PHASED_TTT_NUM_PHASES=1)] * (
-                                 s.phased_ttt_num_phases > 1), phases_are_recorded),
-    "tilt": Feature("evaluation", lambda s: s.ngram_tilt_enabled and (
-        f"{s.token_boost:g} from {s.token_threshold:g}" if s.ngram_boost == "fixed" else s.ngram_boost), lambda s: [
-        dict(NGRAM_TILT_ENABLED=0), *([dict(TOKEN_BOOST=1), dict(TOKEN_THRESHOLD=0.3)] if s.ngram_boost == "fixed" else
-                                      [dict(TOKEN_BACKOFF=""), dict(NGRAM_BOOST="fixed")])], hints_are_recorded),
-    "tail of the text": Feature("evaluation", lambda s: "scored" if s.eval_include_tail else "cut", off(), targets_by_hand),
+    "adapter rate": Feature(
+        "evaluation", lambda s: f"{s.ttt_lora_lr * s.ttt_local_lr_mult:g}",
+        lambda s: [dict(TTT_LORA_LR=0)] + ([dict(TTT_LOCAL_LR_MULT=1)] if s.ttt_local_lr_mult != 1 else [])),
+    "adapter decay, beta2": Feature(
+        "evaluation", lambda s: f"{s.ttt_weight_decay:g}, {s.ttt_beta2:g}",
+        off(TTT_WEIGHT_DECAY=0, TTT_BETA2=0.9)),
+    "chunk": Feature(
+        "evaluation",
+        lambda s: f"{s.ttt_chunk_size} to {s.ttt_chunk_max}" if s.ttt_chunk_growth else f"{s.ttt_chunk_size}",
+        lambda s: [dict(TTT_CHUNK_SIZE=7)] + ([dict(TTT_CHUNK_GROWTH=0)] if s.ttt_chunk_growth else [])),
+    "short chunks": Feature(
+        "evaluation", lambda s: s.ttt_short_score_first_enabled and "16, 32",
+        off(TTT_SHORT_SCORE_FIRST_ENABLED=0), chunks_follow_lengths),
+    "context of a chunk": Feature(
+        "evaluation", lambda s: f"{s.ttt_eval_seq_len} {s.ttt_context}", other_context),
+    "order of documents": Feature("evaluation", lambda s: s.ttt_order, other_order, order_is_recorded),
+    "global phases": Feature(
+        "evaluation",
+        lambda s: s.phased_ttt_prefix_docs > 0 and f"{s.phased_ttt_num_phases} by {s.phased_ttt_prefix_docs}",
+        lambda s: [dict(PHASED_TTT_PREFIX_DOCS=0)] + (
+            [dict(PHASED_TTT_NUM_PHASES=1)] if s.phased_ttt_num_phases > 1 else []),
+        phases_are_recorded),
+    "tilt": Feature("evaluation", boost, without_boost, hints_are_recorded),
+    "tail of the text": Feature(
+        "evaluation", lambda s: "scored" if s.eval_include_tail else "cut", off(), targets_by_hand),
 }
 
 
@@ -660,7 +738,8 @@ def slug(feature: str) -> str:
 CELLS = [(recipe, feature) for recipe in RECIPES for feature in FEATURES if cell(feature, recipe) != "-"]
 
 
-@pytest.mark.parametrize("recipe, feature", CELLS, ids=[f"{recipe}-{slug(feature)}" for recipe, feature in CELLS])
+@pytest.mark.parametrize("recipe, feature", CELLS,
+                         ids=[f"{recipe}-{slug(feature)}" for recipe, feature in CELLS])
 def test_feature_is_on(recipe, feature, lab):
     stage, _, without, evidence = FEATURES[feature]
     for changes in without(settings_of(recipe)):
@@ -674,12 +753,14 @@ def test_feature_is_on(recipe, feature, lab):
 # --- Each helper notices when nothing happens
 
 
-@pytest.mark.parametrize("stage, changes", [("model", dict(LEAKY_RELU_SQ_SLOPE=0)), ("training", dict(GRAD_CLIP_NORM=0)),
-                                            ("evaluation", dict(TTT_WARM_START_A=0))])
+@pytest.mark.parametrize("stage, changes", [
+    ("model", dict(LEAKY_RELU_SQ_SLOPE=0)), ("training", dict(GRAD_CLIP_NORM=0)),
+    ("evaluation", dict(TTT_WARM_START_A=0))])
 def test_what_is_off_on_both_sides_makes_no_difference(stage, changes, lab):
     measured, known = getattr(lab, stage)("pr2140", **changes), lab.results
     assert not same(measured, getattr(lab, stage)("pr2140"))
-    lab.results = {key: result for key, result in known.items() if key[0] == "run"}  # measure everything else again
+    # Measure all but the runs again.
+    lab.results = {key: result for key, result in known.items() if key[0] == "run"}
     assert same(measured, getattr(lab, stage)("pr2140", **changes))
     lab.results = known
 
@@ -717,7 +798,7 @@ def settings_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """README.md with both tables as they are today, each in place of the one that begins with its first cell."""
+    """README.md with today's tables, each in place of the one that begins with its first cell."""
     for today in (features_table(), settings_table()):
         first_cell = re.match(r"\| .*? \|", today)[0]
         text, count = re.subn(rf"^{re.escape(first_cell)}.*\n(\|.*\n)+", lambda _: today, text, flags=re.M)
@@ -765,8 +846,8 @@ def test_diff_of_a_recipe_with_itself_and_of_an_unknown_one(capsys):
     assert not out and len(err.splitlines()) == 1 and "pr1.env" in err
 
 
-@pytest.mark.parametrize("content, word", [(b"\xff\xfe\x00", "NAME=VALUE"), (b"export SEED=1\n", "NAME=VALUE"),
-                                           (b"MATRIX_LR=fast\n", "MATRIX_LR")])
+@pytest.mark.parametrize("content, word", [
+    (b"\xff\xfe\x00", "NAME=VALUE"), (b"export SEED=1\n", "NAME=VALUE"), (b"MATRIX_LR=fast\n", "MATRIX_LR")])
 def test_a_file_that_is_no_recipe_is_named(content, word, tmp_path, capsys):
     (tmp_path / "mine.env").write_bytes(content)
     assert diff_recipes.main(["record", str(tmp_path / "mine.env")]) == 2

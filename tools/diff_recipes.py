@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
+# In a submission train_gpt.py is packed, and source/ has the modules.
+sys.path[:0] = [str(ROOT / "source"), str(ROOT)]
 
 from env_settings import InputError, fields_by_group, setting_text  # noqa: E402
 from train_gpt import Settings  # noqa: E402
