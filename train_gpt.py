@@ -69,14 +69,17 @@ from gpt_kernels import (
 # ======================================================================================================================
 
 CASEOPS_NAME = "lossless_caps_caseops_v1_reserved"
-PUBLISHED_SET = "datasets/fineweb10B_sp8192_caseops/datasets"  # as prepare_caseops_data.py downloads it
+PUBLISHED_SET = "datasets/fineweb10B_sp8192_caseops/datasets"  # where its download puts it
 BOS_ID = 1  # first token of every document, in every shard format this project knows
-SIGMA = "STEP_RULE=sigma"
+SIGMA = "STEP_RULE=sigma"  # the quantizer of the published systems
 
 
 @dataclass(frozen=True)
 class Settings(FromEnvironment):
-    """Everything a run can be told. Defaults are those of the record run."""
+    """Everything a run can be told, by the environment variable of the name in upper case.
+
+    Defaults are those of the record run. See Rule in env_settings.py for what `setting` takes.
+    """
 
     fixed = fixed_variables(PUBLISHED)
 
@@ -91,7 +94,7 @@ class Settings(FromEnvironment):
     grad_accum_steps: int = setting(
         0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8", low=0)
     eval_include_tail: bool = setting(
-        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows alone, as #2135 and before")
+        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows alone, as #2135 and its ancestors")
 
     # Run
     seed: int = setting(1337, "seed of the initial weights; the data's order is fixed", low=0, group="Run")
@@ -125,7 +128,7 @@ class Settings(FromEnvironment):
     leaky_relu_sq_slope: float = setting(0.5, "s of the activation: x^2, below 0 (s x)^2", low=0, high=1)
     xsa_last_n: int = setting(11, "how many of the last blocks use exclusive self-attention (XSA)", low=0)
     logit_softcap: float = setting(30.0, "logits become c tanh(logits / c)", above=0)
-    asym_logit_rescale: bool = setting(True, "1: learned caps for positive and negative logits, from that on")
+    asym_logit_rescale: bool = setting(True, "1: a learned cap for each sign, starting at LOGIT_SOFTCAP")
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above=0)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", above=1)
     rope_dims: int = setting(16, "leading dimensions of each head that are rotated; 0: all", low=0)
@@ -139,7 +142,7 @@ class Settings(FromEnvironment):
     # Gates
     skip_gates_enabled: bool = setting(True, "1: blend U-Net skips by a gate; 0: add them", group="Gates")
     smear_gate_enabled: bool = setting(True, "1: add a gated share of the previous token's embedding")
-    smear_gate_bos_fix: bool = setting(True, "1: not across documents; 0: also there, a leak #2135 came with")
+    smear_gate_bos_fix: bool = setting(True, "1: never across documents; 0: across them too, #2135's leak")
     gate_window: int = setting(12, "leading channels that drive the small gates", low=1)
     sparse_attn_gate_enabled: bool = setting(True, "1: head gate sigmoid(scale W x) of those channels")
     sparse_attn_gate_scale: float = setting(0.5, "the scale in that sigmoid", above=0)
@@ -161,9 +164,9 @@ class Settings(FromEnvironment):
                                          alias="BETA2_NORMUON", only_with="SKYLIGHT_NORM_EMA=1")
     skylight_norm_eps: float = setting(1e-7, "added to it before the square root", above=0,
                                        only_with="SKYLIGHT_NORM_EMA=1")
-    skylight_uw_floor: bool = setting(False, "1: updates have a least norm in proportion to their matrix's",
+    skylight_uw_floor: bool = setting(False, "1: an update has SKYLIGHT_UW_RATIO x its matrix's norm or more",
                                       alias="SKYLIGHT_MUON")
-    skylight_uw_ratio: float = setting(0.35, "that proportion, before the learning rate", above=0,
+    skylight_uw_ratio: float = setting(0.35, "that ratio, before the learning rate", above=0,
                                        alias="UW_FLOOR", only_with="SKYLIGHT_UW_FLOOR=1")
     beta1: float = setting(0.9, "AdamW first-moment coefficient", low=0, below=1)
     beta2: float = setting(0.99, "AdamW second-moment coefficient", low=0, below=1)
@@ -682,6 +685,7 @@ class RunLog:
             os.makedirs(settings.log_dir, exist_ok=True)
             folder = os.path.dirname(settings.artifact_path) or "."
             self.lock = self.lock_folder(folder, settings.ttt_eval_only)
+            # Line by line, so that a run that is killed leaves all it has said.
             self.file = open(self.path + ".txt", "w", buffering=1, encoding="utf-8")
             self.save()
 
@@ -783,8 +787,8 @@ def check_tokens(path: str, tokens: np.ndarray, settings: Settings) -> None:
 def check_manifest(settings: Settings) -> dict:
     """Compare the settings with the data set's manifest.json; returns what the run record should say of it.
 
-    A data set may have none. Raises InputError if the manifest is broken or belongs to another vocabulary, and if
-    training and validation share documents.
+    A data set may have none. Raises InputError if it is broken or belongs to another vocabulary, and if training
+    and validation share documents.
     """
     path = os.path.join(settings.shards_dir, "manifest.json")
     if not os.path.exists(path):
@@ -858,6 +862,7 @@ class TrainingData:
         if self.total < settings.micro_batch_tokens + 1:
             raise InputError(f"TRAIN_BATCH_TOKENS: the shards in {settings.shards_dir} hold only "
                              f"{self.total} tokens; one micro-batch is {settings.micro_batch_tokens}")
+        # Data of another tokenizer shows at once, not when training has come to it.
         for path, shard in zip(self.files, self.shards):
             check_tokens(path, shard[:self.SAMPLE], settings)
         if BOS_ID not in self.shards[0][:self.SAMPLE]:
@@ -883,7 +888,7 @@ class TrainingData:
         """This rank's micro-batch on the host, documents cut to `max_seqlen` tokens."""
         length = self.settings.micro_batch_tokens
         index = (step * self.settings.accumulation + micro) * self.runtime.world_size + self.runtime.rank
-        tokens = self.read(index * length, length + 1)  # the last is only a target here
+        tokens = self.read(index * length, length + 1)  # one more: the last input's target
         bounds = segment_bounds(np.flatnonzero(tokens[:-1] == BOS_ID), length, max_seqlen)
         return Batch(torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy()),
                      make_segments(bounds, max_seqlen))
@@ -4189,12 +4194,10 @@ def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
 
 def collect_statistics(model: GPT, data: TrainingData, s: Settings, runtime: Runtime, looping: bool,
                        rehearsal: bool) -> Statistics | None:
-    """What quantization needs to know of the model's activations, None if it asks for nothing.
-
-    A rehearsal runs one round of the calibration, so that its time can be reserved.
-    """
+    """What quantization needs to know of the model's activations, None if it asks for nothing."""
     if s.prequant_only or not s.gptq_calibration_batches:
         return None
+    # A rehearsal is one round, from which the time of the whole calibration is estimated and reserved.
     one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
     return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime)
 
@@ -4210,11 +4213,9 @@ def save_checkpoint(model: GPT, looping: bool, s: Settings, log: RunLog) -> None
 
 
 def load_weights(model: GPT, path: str, s: Settings, runtime: Runtime) -> bool:
-    """Install the weights of an artifact or checkpoint; returns whether looping is on.
-
-    Rank 0 reads the file and sends what it holds: nodes need not share a disk.
-    """
+    """Install the weights of an artifact or checkpoint; returns whether looping is on."""
     looping = False
+    # Nodes need not share a disk: rank 0 reads the file and sends what it holds.
     if runtime.rank == 0:
         table, arrays = read_container(path, model, s)
         looping = install(model, table, arrays, s)
@@ -4247,6 +4248,7 @@ def log_size(code_bytes: int, s: Settings, log: RunLog) -> None:
 def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     """The stages of a run. All ranks compute; rank 0 alone writes files."""
     s = settings
+    # What can be wrong with the machine or the data shows here, before the first step.
     log_setup(s, runtime, log)
     check_tools(s, runtime)
     data, validation = load_data(s, runtime, log)
@@ -4279,7 +4281,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         if s.val_doc_fraction < 1:
             text = text.sample(s.val_doc_fraction, s.seed)
         log.result("ttt", **test_time_training(model, text, looping, s, runtime, log))
-    size = log.record["results"].get("size")  # of rank 0
+    # Last of all: a run that misses the cap is no record, but its scores are worth having.
+    size = log.record["results"].get("size")  # rank 0 alone has it
     if size and not size["within_cap"]:
         raise OverCapError(f"artifact and code take {size['total_bytes']:,} bytes, not below {SIZE_CAP:,}: "
                            "no valid record")
@@ -4306,6 +4309,7 @@ def summary(record: dict) -> str:
     return "\n".join(lines)
 
 
+# What ends a run in one line; any other exception is a fault of this program and shows its traceback.
 BAD_INPUT = (InputError, KernelError, ngram.NgramError)
 FAILED_RUN = (OverCapError, FloatingPointError)
 INTERRUPTS = (SystemExit, KeyboardInterrupt)
@@ -4382,7 +4386,8 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
                              "--help and --check")
         settings = Settings.from_environment(environ)
     except InputError as error:
-        if rank in ("0", "") or not rank.isdigit():  # every rank finds the same: one speaks
+        # Every rank finds the same problems: rank 0 speaks, or whoever has a rank that is no number.
+        if rank in ("0", "") or not rank.isdigit():
             print_errors(error, rank)
         return 2
     try:
