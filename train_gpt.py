@@ -2419,7 +2419,7 @@ def step_sizes(q: Quantized) -> Tensor:
 
 def take_columns(matrices: Tensor, order: Tensor) -> Tensor:
     """The columns of `matrices` (layers, rows, columns) in `order` (layers, columns)."""
-    return matrices.take_along_dim(order[:, None], 2)
+    return matrices.gather(2, order[:, None].expand_as(matrices))
 
 
 def trellis_order(column_scale: Tensor) -> Tensor:
@@ -2461,7 +2461,7 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
     """
     if not hessian.isfinite().all():
         raise FloatingPointError("a Hessian is not finite: training diverged")
-    h = take_columns(hessian.take_along_dim(order[:, :, None], 1), order)
+    h = take_columns(take_columns(hessian, order).mT, order)  # symmetric: columns, then rows
     diagonal = h.diagonal(dim1=1, dim2=2)
     no_input = diagonal == 0
     mean = diagonal.sum(1) / (~no_input).sum(1).clamp(min=1)
@@ -2544,8 +2544,9 @@ def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor,
         error = error.flatten(2).gather(2, transition)
         parent = transition // 2
         history.append((code, error, parent))
-        paths = paths[..., 1:].take_along_dim(parent[..., None], 2)
-        paths = paths - error[..., None] * upper[:, j, None, None, j + 1:]
+        paths = paths[..., 1:]
+        paths = paths.gather(2, parent[..., None].expand_as(paths))
+        paths -= error[..., None] * upper[:, j, None, None, j + 1:]
 
     final = at = cost.argmin(2, keepdim=True)
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)

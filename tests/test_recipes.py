@@ -518,7 +518,9 @@ def corrections_are_stored(lab, recipe, run=None):
 def finer_groups_are_stored(lab, recipe, run=None):
     run, s = run or lab.run(recipe), settings_of(recipe)
     scales = {name: a for name, a in run.arrays.items() if name.endswith(".column_scale")}
-    [name] = [name for name, a in scales.items() if (a < 1).any()]
+    spared = [name for name, a in scales.items() if (a < 1).any()]
+    assert len(spared) == 1
+    name = spared[0]
     role, columns = name.removesuffix(".column_scale"), np.argwhere(scales[name] < 1)
     assert len(columns) == s.awq_lite_group_size and s.awq_lite_group_top_k == 1
     layer, first = columns[0]
