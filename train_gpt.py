@@ -2068,6 +2068,7 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
 # ============================================================================================================
 
 HESSIAN_DAMPING = 0.01  # added to the diagonal, as a share of its mean
+GPTQ_BLOCK = 128  # columns whose errors reach the later ones in one product
 SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 # quantize_by_loss stores scales as whole numbers k: 2^(k / 8) for a row, 2^(k / 4) for a column.
 SCALES_PER_OCTAVE = 8
@@ -2144,7 +2145,10 @@ class Observer(Rider):
 
     def add(self, kind: str, site: str, layer: int, value: Tensor) -> None:
         key = (kind, site, layer)
-        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
+        if key in self.sums:
+            self.sums[key] += value
+        else:
+            self.sums[key] = value
 
     def block(self, visit: int, layer: int) -> dict:
         def see(site: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:  # x (T, columns), y (T, rows)
@@ -2158,7 +2162,9 @@ class Observer(Rider):
         """The backward pass ends at the embedding's rows x (T, d) of `ids`."""
         def see(g):
             self.add("hessian", "embed", 0, second_moment(g))
-            self.add("squares", "embed", 0, torch.zeros(rows, device=g.device).index_add_(0, ids, g.square().sum(1)))
+            squares = torch.zeros(rows, device=g.device)
+            squares.index_add_(0, ids, g.square().sum(1))
+            self.add("squares", "embed", 0, squares)
         if self.gradients:
             x.requires_grad_().register_hook(see)
 
@@ -2167,7 +2173,9 @@ class Observer(Rider):
         self.add("hessian", "head", 0, second_moment(hidden))
         if self.gradients:
             p = logits.softmax(-1)
-            self.add("squares", "head", 0, ((p - p * p) * (1 - (logits / caps).square()).square()).sum(0))
+            slope = 1 - (logits / caps).square()
+            curvature = (p - p * p) * slope.square()
+            self.add("squares", "head", 0, curvature.sum(0))
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -2189,7 +2197,8 @@ def calibration_pass(s: Settings, runtime: Runtime) -> int:
 
 def calibration_rounds(s: Settings, runtime: Runtime) -> int:
     """How many passes every rank makes."""
-    return math.ceil(calibration_count(s) / (calibration_pass(s, runtime) * runtime.world_size))
+    per_round = calibration_pass(s, runtime) * runtime.world_size
+    return math.ceil(calibration_count(s) / per_round)
 
 
 def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
@@ -2208,7 +2217,8 @@ def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
     window_starts = np.arange(len(windows)) * s.eval_seq_len
     starts = np.concatenate((window_starts, np.flatnonzero(ids == BOS_ID)))
     bounds = segment_bounds(starts, len(ids), s.eval_seq_len)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), make_segments(bounds, s.eval_seq_len))
+    segments = make_segments(bounds, s.eval_seq_len)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), segments)
 
 
 def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
@@ -2237,16 +2247,21 @@ def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
 def summarize(observer: Observer, model: GPT, tokens: int, looping: bool, runtime: Runtime) -> Statistics:
     """Statistics from what all ranks have seen in `tokens` tokens."""
     s, d = model.settings, model.settings.model_dim
-    sites = dict(head=(s.vocab_size, d), embed=(s.vocab_size, d), qkv=(d + 2 * s.kv_dim, d), out=(d, d),
-                 up=(s.mlp_dim, d), down=(d, s.mlp_dim))  # rows, columns of each site's matrix
+    sites = dict(  # rows, columns of each site's matrix
+        head=(s.vocab_size, d),
+        embed=(s.vocab_size, d),
+        qkv=(d + 2 * s.kv_dim, d),
+        out=(d, d),
+        up=(s.mlp_dim, d),
+        down=(d, s.mlp_dim))
     if not observer.gradients:
         del sites["embed"]
 
     def mean(kind: str, site: str, *shape: int) -> Tensor:
         layers = 1 if site in ("head", "embed") else s.num_layers
         nothing = torch.zeros(shape, device=runtime.device)  # what a rank without windows has seen
-        total = torch.stack([observer.sums.get((kind, site, i), nothing) for i in range(layers)])
-        return runtime.sum(total) / tokens
+        seen = [observer.sums.get((kind, site, i), nothing) for i in range(layers)]
+        return runtime.sum(torch.stack(seen)) / tokens
 
     hessian, curvature = {}, {}
     for site, (rows, columns) in sites.items():
@@ -2255,7 +2270,8 @@ def summarize(observer: Observer, model: GPT, tokens: int, looping: bool, runtim
         ones = torch.ones(len(hessian[site]), rows, device=runtime.device)
         curvature[site] = mean("squares", site, rows) if observer.gradients else ones
     order = sum(model.orders[looping], [])
-    visits = torch.tensor([float(order.count(i)) for i in range(s.num_layers)], device=runtime.device)
+    counts = [float(order.count(i)) for i in range(s.num_layers)]
+    visits = torch.tensor(counts, device=runtime.device)
     if observer.gradients:
         for site in ("qkv", "out", "up", "down"):
             # A layer's visits feel the same change of its weights: if their gradients were independent, their
@@ -2330,12 +2346,16 @@ class Problem(NamedTuple):
         """The columns' order (layers, columns), those with the largest inputs first."""
         return self.inputs.argsort(dim=1, descending=True, stable=True)
 
+    def no_codes(self) -> Tensor:
+        return torch.zeros_like(self.weight, dtype=torch.int8)
+
     def row_deviation(self) -> Tensor:
         """Standard deviation of each row over the columns with an input, (layers, rows)."""
-        count = self.has_input.sum(2)
-        mean = self.weight.sum(2, keepdim=True) / count.clamp(min=1)[..., None]
+        count = self.has_input.sum(2, keepdim=True)
+        mean = self.weight.sum(2, keepdim=True) / count.clamp(min=1)
         squares = ((self.weight - mean) * self.has_input).square()
-        return (squares.sum(2) / (count - 1).clamp(min=1)).sqrt()
+        variance = squares.sum(2, keepdim=True) / (count - 1).clamp(min=1)
+        return variance.sqrt()[..., 0]
 
     def predicted_loss(self, error: Tensor) -> Tensor:
         """Rise of the loss for a change `error` of the weights, in nats per token, (layers,)."""
@@ -2384,18 +2404,22 @@ class LowRank(NamedTuple):
 class Quantized(NamedTuple):
     """One role's matrices as stored: row scale x column scale x (code + offset) + low-rank correction.
 
-    By loss, scales are whole numbers k for 2^(k / SCALES_PER_OCTAVE) and 2^(k / COLUMN_SCALES_PER_OCTAVE),
-    and the trellis gives the offsets. Published, scales are stored themselves, and there are no offsets.
+    By loss, scales are whole numbers k for 2^(k / SCALES_PER_OCTAVE) and 2^(k / COLUMN_SCALES_PER_OCTAVE), and
+    the trellis gives the offsets. Published, scales are stored themselves (1 for columns, less with AWQ-lite), and
+    there are no offsets.
     """
 
     codes: Tensor  # (layers, rows, columns) int8
     row_scale: Tensor  # (layers, rows) int16, or float16
-    column_scale: Tensor | None  # (layers, columns) int8, or float32 with AWQ-lite
+    column_scale: Tensor  # (layers, columns) int8, or float32
     low_rank: dict[int, LowRank]  # by layer
 
     @property
     def by_loss(self) -> bool:
         return self.row_scale.dtype == torch.int16
+
+
+QuantizedRoles = dict[str, Quantized]
 
 
 def grid_value(exponent: Tensor, per_octave: int) -> Tensor:
@@ -2408,12 +2432,10 @@ def float16_scale(value: Tensor) -> Tensor:
 
 def step_sizes(q: Quantized) -> Tensor:
     """The quantization step of every weight, (layers, rows, columns) float32."""
+    row, column = q.row_scale.float(), q.column_scale.float()
     if q.by_loss:
         row = grid_value(q.row_scale, SCALES_PER_OCTAVE)
         column = grid_value(q.column_scale, COLUMN_SCALES_PER_OCTAVE)
-    else:
-        row = q.row_scale.float()
-        column = torch.ones_like(q.codes[:, 0]).float() if q.column_scale is None else q.column_scale
     return row[:, :, None] * column[:, None]
 
 
@@ -2461,10 +2483,11 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
     """
     if not hessian.isfinite().all():
         raise FloatingPointError("a Hessian is not finite: training diverged")
-    h = take_columns(take_columns(hessian, order).mT, order)  # symmetric: columns, then rows
+    h = take_columns(take_columns(hessian.mT, order).mT, order)  # its rows, then its columns
     diagonal = h.diagonal(dim1=1, dim2=2)
     no_input = diagonal == 0
-    mean = diagonal.sum(1) / (~no_input).sum(1).clamp(min=1)
+    count = (~no_input).sum(1)
+    mean = diagonal.sum(1) / count.clamp(min=1)
     mean = torch.where(mean > 0, mean, 1.0)
     h = h + torch.diag_embed(torch.where(no_input, mean[:, None], 0.0))
     identity = torch.eye(h.size(1), device=h.device)
@@ -2479,27 +2502,26 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
         damping = torch.where(failed > 0, 10 * damping, damping)
 
 
-def gptq(weight: Tensor, factor: Tensor, step: Tensor, max_code: Tensor, quantize_block: Callable) -> Tensor:
-    """Codes (layers, rows, columns) for `weight`: later columns make up for earlier errors.
+def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, factor: Tensor,
+         quantize_block: Callable) -> Quantized:
+    """`q` with codes for which later columns make up for earlier ones' errors (GPTQ, Frantar et al. 2022).
 
-    Frantar et al. 2022, GPTQ.
-
-    factor: hessian_factor in this order of columns; step: like weight; max_code: (layers, 1, columns);
-    quantize_block: round_block or trellis_block.
+    max_code: (layers, 1, columns); order: that in which columns are taken, (layers, columns); factor:
+    hessian_factor in it; quantize_block: round_block or trellis_block.
     """
-    layers, rows, columns = weight.shape
+    layers, rows, columns = p.weight.shape
+    weight, step, max_code = (take_columns(x, order) for x in (p.weight, step_sizes(q), max_code))
     identity = torch.eye(columns, device=factor.device).expand_as(factor)
     upper = torch.linalg.solve_triangular(factor, identity, upper=True)  # of the inverse Hessian
-    weight = weight.clone()
     codes = torch.empty_like(weight, dtype=torch.int8)
     state = torch.zeros(layers, rows, dtype=torch.long, device=weight.device)
-    for start in range(0, columns, 128):
-        block = slice(start, min(start + 128, columns))
-        later = slice(block.stop, None)
+    for start in range(0, columns, GPTQ_BLOCK):
+        block = slice(start, start + GPTQ_BLOCK)
+        later = slice(start + GPTQ_BLOCK, None)
         codes[..., block], errors, state = quantize_block(
             weight[..., block], upper[:, block, block], step[..., block], max_code[..., block], state)
         weight[..., later] -= errors @ upper[:, block, later]
-    return codes
+    return q._replace(codes=take_columns(codes, order.argsort(1)))
 
 
 def round_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor, state: Tensor):
@@ -2507,7 +2529,8 @@ def round_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor, s
     weight = weight.clone()
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for j in range(weight.size(2)):
-        x, scale, bound = weight[..., j], step[..., j], max_code[..., j]
+        x, scale = weight[..., j], step[..., j]
+        bound = max_code[..., j]
         code = (x / scale).round().clamp(-bound, bound)
         error = (x - scale * code) / upper[:, j, j, None]
         weight[..., j + 1:] -= error[..., None] * upper[:, j, None, j + 1:]
@@ -2532,7 +2555,8 @@ def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor,
     paths = weight[:, :, None].repeat(1, 1, states, 1)  # weights less the errors on the way into each state
     history = []
     for j in range(columns):
-        scale, bound = step[..., j, None, None], max_code[..., j, None, None]
+        scale = step[..., j, None, None]
+        bound = max_code[..., j, None, None]
         x = paths[..., 0, None] / scale - offset  # (layers, rows, states, 1)
         nearest = 2 * ((x - parity) / 2).round() + parity  # of either parity: (layers, rows, states, 2)
         code = nearest.minimum(bound - 1 + parity).maximum(-bound + 1 - parity)
@@ -2558,35 +2582,25 @@ def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor,
     return codes.to(torch.int8), errors, final[..., 0]
 
 
-def with_codes(q: Quantized, p: Problem, max_code: Tensor, order: Tensor, factor: Tensor,
-               quantize_block: Callable) -> Quantized:
-    """`q` with GPTQ's codes, columns taken in `order` (layers, columns), which is that of `factor`."""
-    weight, step = take_columns(p.weight, order), take_columns(step_sizes(q), order)
-    codes = gptq(weight, factor, step, take_columns(max_code, order), quantize_block)
-    return q._replace(codes=take_columns(codes, order.argsort(1)))
-
-
 # --- The published quantizer
 
 
-def quantize_published(problems: Problems, s: Settings) -> dict[str, Quantized]:
+def quantize_published(problems: Problems, s: Settings) -> QuantizedRoles:
     """What #1787 to #2140 did: GPTQ with rounding, AWQ-lite, LQER corrections.
 
     A row's step is its role's clip_sigmas deviations over the largest code, in float16. GPTQ takes the
     columns with the largest inputs first.
     """
-    spared = choose_awq_columns(problems, s) if s.awq_lite_enabled else {}
+    spared = choose_awq_columns(problems, s)
     quantized = {}
     for name, p in problems.items():
         largest = 2 ** (p.role.bits - 1) - 1
+        max_code = torch.full_like(p.inputs, largest)  # (layers, columns)
+        max_code[spared[name]] = 2 ** (s.awq_lite_bits - 1) - 1
         row_scale = float16_scale(p.role.clip_sigmas * p.row_deviation() / largest)
-        column_scale, max_code = None, torch.full_like(p.inputs, largest)
-        if name in spared:
-            max_code[spared[name]] = 2 ** (s.awq_lite_bits - 1) - 1
-            column_scale = largest / max_code
-        q = Quantized(torch.zeros_like(p.weight, dtype=torch.int8), row_scale, column_scale, {})
+        q = Quantized(p.no_codes(), row_scale, largest / max_code, {})
         factor = hessian_factor(p.hessian, p.by_input)
-        quantized[name] = with_codes(q, p, max_code[:, None], p.by_input, factor, round_block)
+        quantized[name] = gptq(p, q, max_code[:, None], p.by_input, factor, round_block)
     if s.lqer_enabled:
         correct_largest_errors(problems, quantized, s)
     return quantized
@@ -2600,9 +2614,10 @@ def choose_awq_columns(problems: Problems, s: Settings) -> dict[str, Tensor]:
     """
     size, candidates = s.awq_lite_group_size, []
     for name, p in problems.items():
-        if s.awq_lite_bits <= p.role.bits:
+        if not s.awq_lite_enabled or s.awq_lite_bits <= p.role.bits:
             continue
-        saliency = (p.inputs / p.visits[:, None]).sqrt() * p.weight.abs().mean(1)  # (layers, columns)
+        input_rms = (p.inputs / p.visits[:, None]).sqrt()
+        saliency = input_rms * p.weight.abs().mean(1)  # (layers, columns)
         groups = saliency.size(1) // size
         totals = saliency[:, :groups * size].unflatten(1, (groups, size)).sum(2)
         for layer, row in enumerate(totals.tolist()):
@@ -2614,7 +2629,7 @@ def choose_awq_columns(problems: Problems, s: Settings) -> dict[str, Tensor]:
     return spared
 
 
-def correct_largest_errors(problems: Problems, quantized: dict[str, Quantized], s: Settings) -> None:
+def correct_largest_errors(problems: Problems, quantized: QuantizedRoles, s: Settings) -> None:
     """LQER: give the LQER_TOP_K matrices with the largest errors, by their norm, a correction, in place."""
     candidates = []
     for name, p in problems.items():
@@ -2640,8 +2655,8 @@ def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
 def round_rows(values: Tensor, low: int, high: int, reach: float) -> tuple[Tensor, Tensor]:
     """Codes low .. high of `values` (..., columns), and scales: each row's largest magnitude over `reach`."""
     scale = float16_scale(values.abs().amax(-1) / reach)
-    codes = (values / scale.float()[..., None]).round().clamp(low, high)
-    return codes.to(torch.int8), scale
+    codes = (values / scale.float()[..., None]).round()
+    return codes.clamp(low, high).to(torch.int8), scale
 
 
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -2671,6 +2686,9 @@ class LossSteps(NamedTuple):
     factor: Tensor  # hessian_factor in that order
 
 
+RoleSteps = dict[str, LossSteps]
+
+
 def steps_by_loss(p: Problem) -> LossSteps:
     """Steps such that every weight adds the same predicted loss.
 
@@ -2695,7 +2713,7 @@ def steps_by_loss(p: Problem) -> LossSteps:
         factor=hessian_factor(p.hessian, order))
 
 
-def quantize_by_loss(problems: Problems, steps: dict[str, LossSteps], octaves: float) -> dict[str, Quantized]:
+def quantize_by_loss(problems: Problems, steps: RoleSteps, octaves: float) -> QuantizedRoles:
     """Steps 2^octaves times those of steps_by_loss, on a logarithmic grid; GPTQ on a trellis."""
     quantized = {}
     for name, p in problems.items():
@@ -2703,13 +2721,13 @@ def quantize_by_loss(problems: Problems, steps: dict[str, LossSteps], octaves: f
         row_octaves = role_steps.row_octaves + octaves
         row_octaves = row_octaves.minimum(role_steps.max_octaves).maximum(role_steps.min_octaves)
         row_scale = (row_octaves * SCALES_PER_OCTAVE).round().to(torch.int16)
-        q = Quantized(torch.zeros_like(p.weight, dtype=torch.int8), row_scale, role_steps.column_scale, {})
-        max_code = torch.full_like(p.weight[:, :1], 127)
-        quantized[name] = with_codes(q, p, max_code, role_steps.order, role_steps.factor, trellis_block)
+        q = Quantized(p.no_codes(), row_scale, role_steps.column_scale, {})
+        max_code = torch.full_like(p.inputs[:, None], 127)
+        quantized[name] = gptq(p, q, max_code, role_steps.order, role_steps.factor, trellis_block)
     return quantized
 
 
-def octaves_for(bits: float, steps: dict[str, LossSteps]) -> float:
+def octaves_for(bits: float, steps: RoleSteps) -> float:
     """log2 of the common factor at which codes take about so many bits, were their rows normal."""
     total, count = 0.0, 0
     for role_steps in steps.values():
@@ -2720,8 +2738,8 @@ def octaves_for(bits: float, steps: dict[str, LossSteps]) -> float:
     return total / count + GAUSSIAN_BITS - bits
 
 
-def quantize_to_size(problems: Problems, pack: Callable[[dict[str, Quantized]], bytes],
-                     max_bytes: int) -> tuple[dict[str, Quantized], bytes]:
+def quantize_to_size(problems: Problems, pack: Callable[[QuantizedRoles], bytes],
+                     max_bytes: int) -> tuple[QuantizedRoles, bytes]:
     """quantize_by_loss with the steps at which the packed result ends just below `max_bytes`.
 
     A secant search on the packed size, until less than SPARE_BYTES are left. Returns the largest result that
@@ -2737,10 +2755,11 @@ def quantize_to_size(problems: Problems, pack: Callable[[dict[str, Quantized]], 
         quantized = quantize_by_loss(problems, steps, octaves)
         packed = pack(quantized)
         bytes_left = max_bytes - len(packed)
-        if bytes_left >= 0 and (best is None or len(packed) > len(best[1])):
-            best = quantized, packed
-        if 0 <= bytes_left < SPARE_BYTES or (bytes_left >= 0 and octaves == finest):
-            break
+        if bytes_left >= 0:
+            if best is None or len(packed) > len(best[1]):
+                best = quantized, packed
+            if bytes_left < SPARE_BYTES or octaves == finest:
+                break
         if before and octaves != before[0]:
             slope = (before[1] - len(packed)) / (octaves - before[0])
             bytes_per_octave = max(bytes_per_octave / 8, slope)
@@ -2810,17 +2829,10 @@ Arrays = dict[str, np.ndarray]  # by name
 Specs = list[ArraySpec]
 
 
-def describe(quantized: dict[str, Quantized], s: Settings) -> dict:
-    """What a table says of the quantization; with the model's settings it fixes the layout."""
-    corrected = [f"{name}.{layer}" for name, q in quantized.items() for layer in q.low_rank]
-    return dict(step_rule=s.step_rule, awq=s.awq_lite_enabled, lqer=[s.lqer_rank, s.lqer_asym_group],
-                corrected=corrected, int8_gates=s.gated_attn_quant_gate)
-
-
 def layout(model: GPT, quantization: dict | None) -> Specs:
-    """Every array of an artifact, in order; quantization: from `describe`, or None for a checkpoint.
+    """Every array of an artifact, in order: the writer fills exactly these, a reader accepts no other.
 
-    The writer fills exactly these; a reader accepts no other.
+    quantization: what the table says of it, None for a checkpoint.
     """
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if quantization is None:
@@ -2833,8 +2845,7 @@ def layout(model: GPT, quantization: dict | None) -> Specs:
         layers, rows, columns = role.weights(model).shape
         specs.append(ArraySpec(f"{name}.codes", "int8", (layers, rows, columns)))
         specs.append(ArraySpec(f"{name}.row_scale", row_dtype, (layers, rows)))
-        if by_loss or quantization["awq"]:
-            specs.append(ArraySpec(f"{name}.column_scale", column_dtype, (layers, columns)))
+        specs.append(ArraySpec(f"{name}.column_scale", column_dtype, (layers, columns)))
         for matrix in (f"{name}.{layer}" for layer in range(layers)):
             if matrix in quantization["corrected"]:
                 specs.append(ArraySpec(f"{matrix}.left", "int8", (rows, rank)))
@@ -2846,10 +2857,11 @@ def layout(model: GPT, quantization: dict | None) -> Specs:
         shape = parameters.pop("attn_gate")
         specs.append(ArraySpec("attn_gate.codes_by_row", "int8", shape))
         specs.append(ArraySpec("attn_gate.row_scale", "float16", shape[:2]))
-    return specs + [ArraySpec(name, "float16", shape) for name, shape in parameters.items()]
+    specs += [ArraySpec(name, "float16", shape) for name, shape in parameters.items()]
+    return specs
 
 
-def artifact_arrays(model: GPT, quantized: dict[str, Quantized], s: Settings) -> tuple[dict, Arrays]:
+def artifact_arrays(model: GPT, quantized: QuantizedRoles, s: Settings) -> tuple[dict, Arrays]:
     """What the table says of the quantization, and every array of the artifact."""
     tensors = {name: parameter.half() for name, parameter in model.named_parameters()}
     if s.gated_attn_quant_gate:
@@ -2861,10 +2873,17 @@ def artifact_arrays(model: GPT, quantized: dict[str, Quantized], s: Settings) ->
         tensors[f"{name}.column_scale"] = q.column_scale
         for layer, correction in q.low_rank.items():
             tensors |= {f"{name}.{layer}.{part}": tensor for part, tensor in correction._asdict().items()}
-    quantization, arrays = describe(quantized, s), {}
+    corrected = [f"{name}.{layer}" for name, q in quantized.items() for layer in q.low_rank]
+    quantization = dict(
+        step_rule=s.step_rule,
+        lqer=[s.lqer_rank, s.lqer_asym_group],
+        corrected=corrected,
+        int8_gates=s.gated_attn_quant_gate)
+    arrays = {}
     for spec in layout(model, quantization):
-        arrays[spec.name] = tensors[spec.name].detach().cpu().contiguous().numpy()
-        assert spec == (spec.name, arrays[spec.name].dtype.name, arrays[spec.name].shape)
+        array = tensors[spec.name].detach().cpu().contiguous().numpy()
+        assert spec == (spec.name, array.dtype.name, array.shape)
+        arrays[spec.name] = array
     return quantization, arrays
 
 
@@ -2879,7 +2898,7 @@ def install(model: GPT, table: dict, arrays: Arrays, s: Settings) -> bool:
         for layer in range(len(codes)):
             if f"{name}.{layer}.left" in tensors:
                 low_rank[layer] = LowRank(*(tensors[f"{name}.{layer}.{part}"] for part in LowRank._fields))
-        q = Quantized(codes, tensors[f"{name}.row_scale"], tensors.get(f"{name}.column_scale"), low_rank)
+        q = Quantized(codes, tensors[f"{name}.row_scale"], tensors[f"{name}.column_scale"], low_rank)
         role.weights(model).copy_(dequantize(q))
     if "attn_gate.codes_by_row" in tensors:
         scale = tensors["attn_gate.row_scale"].float()
@@ -2897,10 +2916,17 @@ def is_codes(name: str) -> bool:
     return name.endswith(".codes")
 
 
+def split_codes(arrays: Arrays) -> tuple[Arrays, Arrays]:
+    """The codes of all roles, and the other arrays."""
+    codes = {name: array for name, array in arrays.items() if is_codes(name)}
+    rest = {name: array for name, array in arrays.items() if not is_codes(name)}
+    return codes, rest
+
+
 def byte_planes(array: np.ndarray) -> bytes:
     """An array's bytes with the low bytes of all values first, then the next."""
-    values = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
-    return values.T.tobytes()
+    values = np.ascontiguousarray(array).view(np.uint8)
+    return values.reshape(array.size, array.itemsize).T.tobytes()
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
@@ -2929,26 +2955,48 @@ def decompress(packed: bytes, specs: Specs) -> Arrays:
     return unpack_arrays(brotli.Decompressor().process(packed, output_buffer_limit=promised + 1), specs)
 
 
-class RawCodec:
-    """The arrays' bytes as they are, for checkpoints."""
+class OneStreamCodec(NamedTuple):
+    """All arrays in one stream."""
+
+    compress: Callable[[Arrays], bytes]
+    decompress: Callable[[bytes, Specs], Arrays]
 
     def pack(self, arrays: Arrays) -> list[bytes]:
-        return [pack_arrays(arrays)]
+        return [self.compress(arrays)]
 
     def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
-        [raw] = streams
-        return unpack_arrays(raw, specs)
+        [stream] = streams
+        return self.decompress(stream, specs)
 
 
-class BrotliCodec:
-    """Brotli over all arrays."""
+def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes of rows (layers, rows) and columns (layers, columns), int16; a code's class is the sum of both.
 
-    def pack(self, arrays: Arrays) -> list[bytes]:
-        return [compress(arrays)]
+    Their factors are fitted to the codes' second moments by alternation.
+    """
+    squares = codes.float().square() + 1e-3
+    row, column = squares.mean(2), torch.ones_like(squares[:, 0])
+    for _ in range(4):
+        by_row = 1 / row
+        column = (by_row[:, None] @ squares)[:, 0] / codes.size(1)
+        column = column / column.log().mean(1, keepdim=True).exp()
+        by_column = 1 / column
+        row = (squares @ by_column[..., None])[..., 0] / codes.size(2)
+    classes = [0.5 * factor.log2() * SPREADS_PER_OCTAVE for factor in (row, column)]  # of a square's root
+    row, column = (exponent.round().to(torch.int16) for exponent in classes)
+    return row, column
 
-    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
-        [packed] = streams
-        return decompress(packed, specs)
+
+def code_classes(row: Tensor, column: Tensor) -> Tensor:
+    """The class (layers, rows, columns) of every code, uint8 below SPREADS, by its row's and its column's."""
+    classes = row[:, :, None] + column[:, None] + SPREAD_OFFSET
+    return classes.clamp(0, SPREADS - 1).to(torch.uint8)
+
+
+def class_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
+    """Counts (SPREADS, 256) of the symbols -128 .. 127 in each class."""
+    cells = classes.int() * 256 + symbols.int() + 128
+    return torch.bincount(cells.flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
 
 
 class EntropyCodec:
@@ -2959,19 +3007,19 @@ class EntropyCodec:
     """
 
     def pack(self, arrays: Arrays) -> list[bytes]:
-        codes = {name: array for name, array in arrays.items() if is_codes(name)}
-        stored = {name: array for name, array in arrays.items() if not is_codes(name)}
+        codes, stored = split_codes(arrays)
         for name, stack in codes.items():
             fitted_row, fitted_column = spread_classes(torch.from_numpy(stack))
             row, column = self.classes_of_scales(name, stored)
             stored[name + ".row_class"] = (fitted_row.numpy() - row).astype(np.int8)
             stored[name + ".column_class"] = (fitted_column.numpy() - column).astype(np.int8)
+        # The classes as a decoder will see them: what is stored has wrapped around if it did not fit.
         classes = np.concatenate([self.classes_of(name, stored).ravel() for name in codes])
         symbols = np.concatenate([stack.ravel() for stack in codes.values()])
         counts = class_histogram(torch.from_numpy(symbols), torch.from_numpy(classes)).numpy()
         totals = counts.sum(1, keepdims=True)
         shares = counts / totals.clip(min=1)
-        stored["table"] = np.ceil(shares * 65535).astype(np.uint16)
+        stored["table"] = np.ceil(shares * 65535).astype(np.uint16)  # not 0 where a symbol occurs
 
         coder = constriction.stream.stack.AnsCoder()
         ordered = symbols[np.argsort(classes, kind="stable")]
@@ -2994,7 +3042,8 @@ class EntropyCodec:
         classes = np.concatenate([self.classes_of(spec.name, stored).ravel() for spec in codes])
         totals = np.bincount(classes, minlength=SPREADS)
         models = self.models_of(stored["table"])
-        require(len(coded) % 4 == 0 and set(np.flatnonzero(totals)) == set(models))
+        require(len(coded) % 4 == 0)
+        require(set(np.flatnonzero(totals)) == set(models))
 
         words = np.frombuffer(coded, "<u4").astype(np.uint32)
         coder = constriction.stream.stack.AnsCoder(words)
@@ -3005,7 +3054,7 @@ class EntropyCodec:
         require(coder.is_empty())
         ordered = np.concatenate(decoded)
         symbols = np.empty_like(ordered)
-        symbols[np.argsort(classes, kind="stable")] = ordered
+        symbols[np.argsort(classes, kind="stable")] = ordered  # back to where `pack` took them from
         ends = itertools.accumulate(spec.nbytes for spec in codes)  # a byte for each code
         for spec, end in zip(codes, ends):
             stored[spec.name] = symbols[end - spec.nbytes:end].reshape(spec.shape)
@@ -3024,7 +3073,8 @@ class EntropyCodec:
         row, column = stored.get(scales + ".row_scale"), stored.get(scales + ".column_scale")
         if column is None or column.dtype != np.int8:
             return np.int16(0), np.int16(0)  # steps by deviation: the spread of the codes is smooth itself
-        return -(row >> (SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1)), -column.astype(np.int16)
+        halvings = SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1
+        return -(row >> halvings), -column.astype(np.int16)  # a code is a weight over its step
 
     def models_of(self, table: np.ndarray) -> dict[int, tuple]:
         """For each class in use its lowest symbol and constriction's model of the symbols from there on."""
@@ -3038,33 +3088,6 @@ class EntropyCodec:
             model = constriction.stream.model.Categorical(weights / weights.sum(), perfect=False)
             models[int(spread)] = int(used[0]) - 128, model
         return models
-
-
-def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes of rows (layers, rows) and columns (layers, columns), int16; a code's class is the sum of both.
-
-    Their factors are fitted to the codes' second moments by alternation.
-    """
-    squares = codes.float().square() + 1e-3
-    row, column = squares.mean(2), torch.ones_like(squares[:, 0])
-    for _ in range(4):
-        column = ((1 / row)[:, None] @ squares)[:, 0] / codes.size(1)
-        column = column / column.log().mean(1, keepdim=True).exp()
-        row = (squares @ (1 / column)[..., None])[..., 0] / codes.size(2)
-    classes = [0.5 * factor.log2() * SPREADS_PER_OCTAVE for factor in (row, column)]
-    return classes[0].round().to(torch.int16), classes[1].round().to(torch.int16)
-
-
-def code_classes(row: Tensor, column: Tensor) -> Tensor:
-    """The class (layers, rows, columns) of every code, uint8 below SPREADS, by its row's and its column's."""
-    classes = row[:, :, None] + column[:, None] + SPREAD_OFFSET
-    return classes.clamp(0, SPREADS - 1).to(torch.uint8)
-
-
-def class_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
-    """Counts (SPREADS, 256) of the symbols -128 .. 127 in each class."""
-    cells = classes.int() * 256 + symbols.int() + 128
-    return torch.bincount(cells.flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
 
 
 def code_bits(codes: list[Tensor]) -> list[Tensor]:
@@ -3093,48 +3116,6 @@ def correction_bytes(correction: LowRank) -> float:
     return order0_bytes(correction.left) + order0_bytes(correction.right) + 2 * scales
 
 
-class PergroupCodec:
-    """Each role's codes, column after column through lrzip's ZPAQ; brotli for the rest.
-
-    The compressor of #2135. The rows of some roles are sorted so that neighbours resemble each other.
-    """
-
-    def pack(self, arrays: Arrays) -> list[bytes]:
-        rest = {name: array for name, array in arrays.items() if not is_codes(name)}
-        streams = []
-        for name, codes in arrays.items():
-            if not is_codes(name):
-                continue
-            if name in PERGROUP_SORTED:
-                order = similarity_order(torch.from_numpy(codes))
-                codes = np.take_along_axis(codes, order[..., None], 1)
-                rest[name + ".order"] = order.astype(np.uint16)
-            streams.append(lrzip(codes.transpose(0, 2, 1).tobytes(), "-z", "-L", "9"))
-        return [*streams, compress(rest)]
-
-    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
-        *coded, packed = streams
-        codes = [spec for spec in specs if is_codes(spec.name)]
-        rest = [spec for spec in specs if not is_codes(spec.name)]
-        for name, _, shape in codes:
-            if name in PERGROUP_SORTED:
-                rest.append(ArraySpec(name + ".order", "uint16", shape[:2]))
-        arrays = decompress(packed, rest)
-        for (name, _, (layers, rows, columns)), stream in zip(codes, coded, strict=True):
-            try:
-                raw = lrzip(stream, "-d", max_bytes=layers * rows * columns)
-            except RuntimeError:
-                raise DamagedError from None
-            stack = np.frombuffer(raw, np.int8).reshape(layers, columns, rows)
-            stack = stack.transpose(0, 2, 1)
-            if name in PERGROUP_SORTED:
-                order = arrays[name + ".order"].astype(np.int64)
-                require((np.sort(order, 1) == np.arange(rows)).all())
-                stack = np.take_along_axis(stack, order.argsort(1)[..., None], 1)
-            arrays[name] = np.ascontiguousarray(stack)
-        return {spec.name: arrays[spec.name] for spec in specs}
-
-
 def similarity_order(codes: Tensor) -> np.ndarray:
     """Row order (layers, rows) of a greedy walk from row 0, each time to the nearest unused row (L1)."""
     wide = codes.to("cuda" if torch.cuda.is_available() else "cpu").float()
@@ -3145,7 +3126,7 @@ def similarity_order(codes: Tensor) -> np.ndarray:
     used[:, 0] = True
     for step in range(1, rows):
         last = wide[which, order[:, step - 1]]
-        distance = torch.cdist(last[:, None], wide, p=1)[:, 0]  # whole numbers, exact
+        distance = torch.cdist(last[:, None], wide, p=1)[:, 0]  # whole numbers: exact on every machine
         order[:, step] = distance.masked_fill(used, math.inf).argmin(1)
         used[which, order[:, step]] = True
     return order.cpu().numpy()
@@ -3160,14 +3141,62 @@ def lrzip(data: bytes, *arguments: str, max_bytes: int = 1 << 30) -> bytes:
             file.write(data)
         command = ["prlimit", f"--fsize={max_bytes}", "lrzip", "-q", *arguments, "-o", result, source]
         try:
-            subprocess.run(command, check=True, timeout=600, capture_output=True, stdin=subprocess.DEVNULL)
+            subprocess.run(command, check=True, timeout=600, capture_output=True,
+                           stdin=subprocess.DEVNULL)
             with open(result, "rb") as file:
                 return file.read()
         except (subprocess.SubprocessError, OSError) as error:
             raise RuntimeError(f"lrzip {' '.join(arguments)} failed: {error}") from None
 
 
-CODECS = {"entropy": EntropyCodec(), "pergroup": PergroupCodec(), "brotli": BrotliCodec(), "none": RawCodec()}
+class PergroupCodec:
+    """Each role's codes, column after column through lrzip's ZPAQ; brotli for the rest.
+
+    The compressor of #2135. The rows of some roles are sorted so that neighbours resemble each other.
+    """
+
+    def pack(self, arrays: Arrays) -> list[bytes]:
+        all_codes, rest = split_codes(arrays)
+        streams = []
+        for name, codes in all_codes.items():
+            if name in PERGROUP_SORTED:
+                order = similarity_order(torch.from_numpy(codes))
+                codes = np.take_along_axis(codes, order[..., None], 1)
+                rest[name + ".order"] = order.astype(np.uint16)
+            text = codes.transpose(0, 2, 1).tobytes()  # columns: their neighbours are alike after the sort
+            streams.append(lrzip(text, "-z", "-L", "9"))
+        return [*streams, compress(rest)]
+
+    def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
+        *coded, packed = streams
+        codes = [spec for spec in specs if is_codes(spec.name)]
+        rest = [spec for spec in specs if not is_codes(spec.name)]
+        for name, _, shape in codes:
+            if name in PERGROUP_SORTED:
+                rest.append(ArraySpec(name + ".order", "uint16", shape[:2]))
+        arrays = decompress(packed, rest)
+        for (name, _, shape), stream in zip(codes, coded, strict=True):
+            layers, rows, columns = shape
+            try:
+                raw = lrzip(stream, "-d", max_bytes=layers * rows * columns)
+            except RuntimeError:
+                raise DamagedError from None
+            stack = np.frombuffer(raw, np.int8).reshape(layers, columns, rows)
+            stack = stack.transpose(0, 2, 1)
+            if name in PERGROUP_SORTED:
+                order = arrays[name + ".order"].astype(np.int64)
+                require((np.sort(order, 1) == np.arange(rows)).all())  # a permutation
+                stack = np.take_along_axis(stack, order.argsort(1)[..., None], 1)
+            arrays[name] = np.ascontiguousarray(stack)
+        return {spec.name: arrays[spec.name] for spec in specs}
+
+
+CODECS = {
+    "entropy": EntropyCodec(),
+    "pergroup": PergroupCodec(),
+    "brotli": OneStreamCodec(compress, decompress),
+    "none": OneStreamCodec(pack_arrays, unpack_arrays),  # of checkpoints
+}
 
 
 # --- The file
@@ -3181,9 +3210,11 @@ def container(table: dict, arrays: Arrays, compressor: str) -> bytes:
     """
     streams = CODECS[compressor].pack(arrays)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
-    table = table | dict(compressor=compressor, arrays=specs, streams=[len(stream) for stream in streams])
+    lengths = [len(stream) for stream in streams]
+    table = table | dict(compressor=compressor, arrays=specs, streams=lengths)
     text = json.dumps(table, separators=(",", ":"))
-    packed_table, payload = brotli.compress(text.encode()), b"".join(streams)
+    packed_table = brotli.compress(text.encode())
+    payload = b"".join(streams)
     digest = hashlib.sha256(packed_table + payload).digest()
     header = ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_table), len(payload), digest)
     return header + packed_table + payload
@@ -3196,7 +3227,8 @@ def write_container(path: str, table: dict, arrays: Arrays, compressor: str) -> 
 
 def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
     """Table and arrays of the file `path`; raises InputError if it is missing or open_container raises it."""
-    max_bytes = 5 * sum(p.numel() for p in model.parameters()) + (4 << 20)
+    parameters = sum(p.numel() for p in model.parameters())
+    max_bytes = 5 * parameters + (4 << 20)  # a checkpoint has 4 for each; no more of a forged file is read
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes)
@@ -3216,6 +3248,7 @@ def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dic
         table, payload = open_envelope(data)
         check_function(dict(table["function"]), path, s)
         specs = check_table(table, model)
+        # lrzip is no parser that strangers' bytes should reach unasked.
         if table["compressor"] == "pergroup" != s.compressor:
             remedy = "set COMPRESSOR=pergroup if you trust the file"
             raise InputError(f"COMPRESSOR: {path} needs the program lrzip; {remedy}")
@@ -3237,6 +3270,7 @@ def open_envelope(data: bytes) -> tuple[dict, bytes]:
     require((magic, version) == (ARTIFACT_MAGIC, ARTIFACT_VERSION))
     require(len(body) == table_bytes + payload_bytes)
     require(hashlib.sha256(body).digest() == digest)
+    # A megabyte holds any table of ours; a forged one could swell to gigabytes.
     text = brotli.Decompressor().process(body[:table_bytes], output_buffer_limit=1 << 20)
     return json.loads(text), body[table_bytes:]
 
@@ -3306,7 +3340,7 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
     sort_hidden_units(model, statistics)
     problems = build_problems(model, statistics)
 
-    def pack(quantized: dict[str, Quantized]) -> bytes:
+    def pack(quantized: QuantizedRoles) -> bytes:
         nonlocal packing
         started = time.perf_counter()
         quantization, arrays = artifact_arrays(model, quantized, s)
@@ -3326,8 +3360,10 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
     started = time.perf_counter()
     _, decoded = open_container(data, s.artifact_path, model, s)
     finished = time.perf_counter()
+    # The search may have gone on after the best result, so its arrays are made once more.
     _, arrays = artifact_arrays(model, quantized, s)
-    if any(decoded[name].tobytes() != array.tobytes() for name, array in arrays.items()):
+    exact = all(decoded[name].tobytes() == array.tobytes() for name, array in arrays.items())
+    if not exact:
         raise AssertionError(f"COMPRESSOR={s.compressor} does not give back what it got; nothing was written")
     write_atomically(s.artifact_path, data)
     predicted_loss = log_matrices(problems, quantized, s, log)
@@ -3337,7 +3373,7 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
                round_trip="exact")
 
 
-def log_matrices(problems: dict[str, Problem], quantized: dict[str, Quantized], s: Settings,
+def log_matrices(problems: Problems, quantized: QuantizedRoles, s: Settings,
                  log: RunLog) -> float | None:
     """Log what became of every matrix; returns the predicted loss in nats per token, or None."""
     all_bits = code_bits([q.codes for q in quantized.values()])
@@ -3348,19 +3384,26 @@ def log_matrices(problems: dict[str, Problem], quantized: dict[str, Quantized], 
         error = p.weight - dequantize(q)
         losses = p.predicted_loss(error)
         total_loss += float(losses.sum())
-        relative = (error @ p.hessian * error).sum((1, 2))
-        relative /= (p.weight @ p.hessian * p.weight).sum((1, 2))
-        spared = (q.column_scale < 1).sum(1) if s.awq_lite_enabled else torch.zeros(layers)
+        error_energy = (error @ p.hessian * error).sum((1, 2))
+        energy = (p.weight @ p.hessian * p.weight).sum((1, 2))
+        if q.by_loss:
+            spared = torch.zeros(layers)
+        else:
+            spared = (q.column_scale < 1).sum(1)
         for i in range(layers):
             spent = float(bits[i])
             extra = correction_bytes(q.low_rank[i]) if i in q.low_rank else 0.0
             log.event(
-                "matrix", name=name if name == "tok_emb" else f"blocks.{i}.{name}",
-                rows=rows, columns=columns,
-                weighted_error=float(f"{relative[i]:.4g}"),
+                "matrix",
+                name=name if name == "tok_emb" else f"blocks.{i}.{name}",
+                rows=rows,
+                columns=columns,
+                weighted_error=float(f"{error_energy[i] / energy[i]:.4g}"),
                 predicted_loss=float(f"{losses[i]:.4g}") if s.uses_curvature else None,
-                bits_per_weight=round(spent / (rows * columns), 4), bytes=round(spent / 8 + extra),
-                awq_columns=int(spared[i]), lqer=i in q.low_rank)
+                bits_per_weight=round(spent / (rows * columns), 4),
+                bytes=round(spent / 8 + extra),
+                awq_columns=int(spared[i]),
+                lqer=i in q.low_rank)
     return round(total_loss, 6) if s.uses_curvature else None
 
 

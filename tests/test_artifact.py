@@ -525,7 +525,7 @@ def test_a_strangers_words_reach_the_terminal_in_one_short_line(small, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(step_rule="other"), dict(step_rule="loss"), dict(awq=False), dict(lqer=[65, 8]), dict(lqer=[0, 8]), dict(lqer=[2, 0]),
+    dict(step_rule="other"), dict(step_rule="loss"), dict(lqer=[65, 8]), dict(lqer=[0, 8]), dict(lqer=[2, 0]),
     dict(lqer=[2, 7]), dict(lqer=[2]), dict(lqer=[True, 8]), dict(corrected=[]), dict(corrected=None), dict(int8_gates=True)],
     ids=str)
 def test_a_quantization_that_does_not_fit_the_arrays_is_refused(forms, tmp_path, changes):
@@ -759,7 +759,6 @@ class Mutations:
         draw = np.random.default_rng(r.randrange(1 << 30))
         quantization = table["quantization"]
         quantization["step_rule"] = r.choice(("loss", "loss", "sigma"))
-        quantization["awq"] = r.random() < 0.3
         if r.random() < 0.3:
             quantization["lqer"] = [r.choice((1, 2, 64, 65)), r.choice((1, 2, 7, 16))]
             quantization["corrected"] = r.sample(["tok_emb.0", "mlp.fc.1", "attn.c_q.2", "mlp.fc.9", "none"], r.choice((1, 3)))

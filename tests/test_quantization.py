@@ -62,8 +62,9 @@ def losses_of(p: g.Problem, error: torch.Tensor) -> torch.Tensor:
 def published(p: g.Problem, spared=None, fine_bits: int = 8) -> g.Quantized:
     """The published quantizer; spared: the mask of the columns that AWQ-lite is made to choose."""
     s = rule(AWQ_LITE_ENABLED=int(spared is not None), AWQ_LITE_BITS=fine_bits, MATRIX_BITS=2)
+    mask = torch.zeros_like(p.inputs, dtype=torch.bool) if spared is None else spared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(g, "choose_awq_columns", lambda problems, s: {"a": spared})
+        patch.setattr(g, "choose_awq_columns", lambda problems, s: {"a": mask})
         return g.quantize_published({"a": p}, s)["a"]
 
 
@@ -269,7 +270,7 @@ def rounded_alike(p: g.Problem, q: g.Quantized) -> g.Quantized:
     """Plain GPTQ with the steps of `q` in its order of columns; dequantize would add the trellis."""
     order = g.trellis_order(q.column_scale)
     factor = g.hessian_factor(p.hessian, order)
-    return g.with_codes(q, p, torch.full_like(p.weight[:, :1], 127), order, factor, g.round_block)
+    return g.gptq(p, q, torch.full_like(p.weight[:, :1], 127), order, factor, g.round_block)
 
 
 def test_trellis_gain_on_a_gaussian_source():
@@ -464,7 +465,8 @@ def test_asymmetric_integers_by_hand(rows, columns, group):
 
 def uncorrected(problems: dict[str, g.Problem]) -> dict[str, g.Quantized]:
     """All codes 0: the error of every matrix is the matrix itself."""
-    return {name: g.Quantized(torch.zeros_like(p.weight, dtype=torch.int8), torch.ones(p.weight.shape[:2]).half(), None, {})
+    return {name: g.Quantized(torch.zeros_like(p.weight, dtype=torch.int8), torch.ones(p.weight.shape[:2]).half(),
+                              torch.ones_like(p.inputs), {})
             for name, p in problems.items()}
 
 

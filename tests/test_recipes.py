@@ -483,7 +483,7 @@ def steps_by_hand(lab, recipe, run=None):
     if s.step_rule == "loss":
         assert all(scales[f"{name}.row_scale"].dtype == np.int16 and f"{name}.column_scale" in run.arrays for name in roles)
         return
-    assert all((f"{name}.column_scale" in run.arrays) == s.awq_lite_enabled for name in roles)
+    assert all((run.arrays[f"{name}.column_scale"] == 1).all() for name in roles) != s.awq_lite_enabled
     n = run.settings.num_layers
     for name, bank, bits, clip in (("tok_emb", run.trained["tok_emb"][None], s.embed_bits, s.embed_clip_sigmas),
                                    ("attn.c_v", run.trained["kv_bank"][n:], s.matrix_bits, s.attn_clip_sigmas),

@@ -29,7 +29,7 @@ from env_settings import InputError  # noqa: E402
 EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "online_ngram_tilt.py",
                     "online_ngram_state.c")
 KERNEL_DECORATORS = {"jit", "gluon_jit", "row_kernel"}
-LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code. Run it like train_gpt.py."""
+LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code: a train_gpt.py."""
 import atexit, base64, brotli, hashlib, json, os, runpy, shutil, sys, tempfile
 packed = base64.b85decode("%s")
 here = os.path.abspath(__file__)
@@ -94,9 +94,9 @@ def minified(texts: dict[str, str]) -> bytes:
 
 
 def minified_python(name: str, text: str) -> str:
-    """Without comments, docstrings, functions' annotations, lines marked `not shipped`; with short local names.
+    """Without comments, docstrings, annotations, lines marked `not shipped`; local names are short.
 
-    Triton binds the arguments of its kernels by name and type: they stay as they are.
+    Triton binds the arguments of its kernels by name and type: they stay as they are. So do annotated fields.
     """
     import python_minifier
     tree = ast.parse(re.sub(r"^.*# not shipped\n", "", text, flags=re.M), name)
