@@ -758,8 +758,8 @@ def open_shard(path: str) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from None
     if len(header) < 3 or header[2] < 1 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); use "
-                         "prepare_caseops_data.py")
+        raise InputError(f"{path}: not a token shard (wrong magic or version, or empty); "
+                         "use prepare_caseops_data.py")
     count = int(header[2])
     if size != SHARD_HEADER_BYTES + 2 * count:
         raise InputError(f"{path}: its header promises {count} values but it has {size} bytes; it is "
