@@ -3423,7 +3423,7 @@ class Window(NamedTuple):
 def evaluation_windows(tokens: np.ndarray, s: Settings) -> list[Window]:
     """Windows over the inputs tokens[:-1] that together score every target once.
 
-    A window never crosses a document border. With EVAL_STRIDE = 0 a long document is cut into disjoint windows.
+    A window never crosses a document border. With EVAL_STRIDE=0 the windows of a long document are disjoint.
     """
     starts = document_starts(tokens[:-1]).tolist()
     windows = []
@@ -3453,10 +3453,10 @@ def pack_windows(windows: list[Window], capacity: int) -> list[list[Window]]:
 
 
 class Evaluator:
-    """Plain evaluation in bits per byte: val_bpb = sum of -log2 p(token) / sum of the bytes the tokens stand for.
+    """Plain evaluation in bits per byte: the sum of -log2 p(token) over the bytes that the tokens stand for.
 
-    Every target of the validation stream is scored once. The batches are the same for every number of ranks, which take
-    them in turn; sums are float64.
+    Every target of the validation stream is scored once. The batches are the same for every number of ranks,
+    which take them in turn; sums are float64.
     """
 
     def __init__(self, data: ValidationData, settings: Settings, runtime: Runtime):
@@ -3467,7 +3467,8 @@ class Evaluator:
         self.targets = len(data.tokens) - 1
         self.bytes = int(data.bytes[1:].sum(dtype=np.int64))
         if not self.bytes:
-            raise InputError(f"DATA_PATH: the validation tokens in {settings.shards_dir} stand for no bytes; prepare again")
+            raise InputError(f"DATA_PATH: the validation tokens in {settings.shards_dir} stand for no bytes; "
+                             "prepare the data again")
         self.rehearsed = set()
 
     def batch(self, index: int) -> tuple[Batch, Tensor]:
@@ -3503,7 +3504,8 @@ class Evaluator:
         for index in range(self.runtime.rank, len(self.batches), self.runtime.world_size):
             batch, scored = self.batch(index)
             losses = model.token_losses(*batch, looping)
-            sums += torch.stack(((losses.double() * scored).sum(), scored.sum().double()))
+            nats_of_batch = (losses.double() * scored).sum()
+            sums += torch.stack((nats_of_batch, scored.sum().double()))
         nats, targets = self.runtime.sum(sums).tolist()
         if targets != self.targets:
             raise AssertionError(f"{targets} of {self.targets} validation targets were scored")
@@ -3515,28 +3517,32 @@ class Evaluator:
 
 def loss_and_bpb(nats: float, targets: float, size: int) -> dict:
     """The figures of a score: nats summed over so many targets, which stand for `size` bytes."""
-    return dict(val_loss=round(nats / targets, 8), val_bpb=round(nats / math.log(2) / size, 8), targets=int(targets),
-                bytes=size)
+    return dict(val_loss=round(nats / targets, 8), val_bpb=round(bits_per_byte(nats, size), 8),
+                targets=int(targets), bytes=size)
 
 
-# --- Score-first test-time training -----------------------------------------------------------------------------------
+def bits_per_byte(nats: float, size: int) -> float:
+    return nats / math.log(2) / size
+
+
+# --- Score-first test-time training -------------------------------------------------------------------------
 #
-# Each chunk of a document is scored, then the document's adapters are trained on it. Four guarantees make the scores code
-# lengths; each is marked with its name where it is kept:
+# Each chunk of a document is scored, then the document's adapters are trained on it. Four guarantees make the
+# scores code lengths; each is named where it is kept:
 #
 #   C1 causal                a score depends on earlier tokens alone, in the order (step, slot, position)
 #   C2 normalized            the tilted distribution sums to one
 #   C3 score before update   no weight, adapter or count has seen a token that is still to be scored
 #   C4 single pass           every target is scored once, each document from left to right
 #
-# Scores and updates follow ttt_schedule step by step; ranks split its slots. From the Parameter Golf systems #1787 to
-# #2140, which count hints in one order and score in another, so that no decoder could follow; TTT_ORDER=stream has one.
+# From the Parameter Golf systems #1787 to #2140. Those score the longest document first but count hints in
+# the order of the text, so that no decoder could follow; TTT_ORDER=stream keeps to one order.
 
 MAX_ROWS_PER_PASS = 1000  # grouped_product takes fewer than 1,024 matrices
 
 
 class Step(NamedTuple):
-    """What the slots do in one step of the schedule; arrays (slots,). Positions count the targets of a document."""
+    """What each slot does in one step of the schedule, (slots,). Positions count a document's targets."""
 
     document: np.ndarray  # its index, -1 for an idle slot
     begin: np.ndarray  # the chunk's first target
@@ -3552,15 +3558,18 @@ def chunk_length(begin: int, document_length: int, s: Settings) -> int:
 
 
 def ttt_schedule(lengths: np.ndarray, s: Settings):
-    """Yield the Steps that score each target of documents of these lengths once, in the order (step, slot, position).
+    """Yield the Steps that score every target of documents of these `lengths` once (C4).
 
-    The next document takes the first slot whose document has ended: in corpus order with TTT_ORDER=stream, the longest
-    first with TTT_ORDER=length. C1: a chunk's end follows from its begin alone; only with TTT_ORDER=length may it follow
-    from the document's length. `lengths` is read after a step, when a decoder too knows which documents ended in it: at a
-    BOS. In advance a decoder must be told only how many documents there are, and the length of the last, which no BOS ends.
+    The next document takes the first slot whose document has ended: in corpus order with TTT_ORDER=stream,
+    the longest first with TTT_ORDER=length. C1: a chunk's end follows from its begin; only TTT_ORDER=length
+    lets it follow from the document's length. `lengths` is read after a step, when a decoder too knows which
+    documents ended in it: at a BOS. In advance it must be told only how many documents there are, and the
+    length of the last, which no BOS ends.
     """
-    order = range(len(lengths)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable").tolist()
-    waiting = iter(order)
+    documents = np.arange(len(lengths))
+    if s.ttt_order == "length":
+        documents = np.argsort(-lengths, kind="stable")
+    waiting = iter(documents.tolist())
     slots = min(s.ttt_slots, len(lengths))
     document = np.full(slots, -1)
     begin = np.zeros(slots, np.int64)
@@ -3573,8 +3582,8 @@ def ttt_schedule(lengths: np.ndarray, s: Settings):
         active = np.flatnonzero(document >= 0)
         if not len(active):
             return
-        for slot in active.tolist():
-            end[slot] = begin[slot] + chunk_length(int(begin[slot]), lengths[document[slot]], s)
+        for slot in active:
+            end[slot] = begin[slot] + chunk_length(begin[slot], lengths[document[slot]], s)
         yield Step(document.copy(), begin.copy(), end.copy(), fresh)
         ended = active[end[active] >= lengths[document[active]]]
         begin[active] = end[active]
@@ -3600,7 +3609,7 @@ class Rows(NamedTuple):
     positions: Tensor  # (T,) int64
     scored: Tensor  # (C,) int64, which of the T inputs are scored
     targets: Tensor  # (C,) int64
-    weights: Tensor  # (C,) float32, of the losses: one over the length of the chunk, 0 where the document ends
+    weights: Tensor  # (C,) float32, of the losses: 1 / the chunk's length, 0 where the document ends
     hints: Tensor  # (C,) int64
     gate: Tensor  # (C,) bool, whether there is a hint
     boost: Tensor  # (C,) float32
@@ -3624,22 +3633,24 @@ def ranges(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class Text:
-    """The text to be scored, on the host: its documents, their schedule, n-gram hints, and what a step needs, packed."""
+    """The text to be scored, on the host: its documents, n-gram hints, and the packed rows of every step."""
 
     def __init__(self, data: ValidationData, s: Settings, runtime: Runtime):
         self.tokens = data.tokens
         self.settings = s
         self.runtime = runtime
-        targets = len(data.tokens) - 1
+        count = len(data.tokens) - 1
         self.starts = document_starts(data.tokens[:-1])
-        self.lengths = np.diff(self.starts, append=targets)  # in targets
-        self.own_slots = np.arange(runtime.rank, min(s.ttt_slots, len(self.starts)), runtime.world_size)
-        self.finished = np.zeros(len(self.starts), bool)
-        prefix, phases = min(len(self.starts), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
-        # numbers of finished documents at which a global phase is due
+        self.lengths = np.diff(self.starts, append=count)  # in targets
+        documents = len(self.starts)
+        self.own_slots = np.arange(runtime.rank, min(s.ttt_slots, documents), runtime.world_size)
+        self.finished = np.zeros(documents, bool)
+        # The numbers of finished documents at which a global phase is due.
+        prefix, phases = min(documents, s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
         self.phase_points = sorted({prefix * (k + 1) // phases for k in range(phases)} - {0})
-        self.hints = ngram.Hints(np.zeros(targets, np.uint16), np.zeros(targets, bool), np.zeros(targets, np.float32))
-        self.ngram_order_index = np.zeros(targets, np.uint8)
+
+        self.hints = ngram.no_hints(count)
+        self.ngram_order_index = np.zeros(count, np.uint8)
         self.all_hints_counted = False
         orders = s.token_orders if s.ngram_tilt_enabled else []
         threshold = 0.0 if s.ngram_boost == "learned" else s.token_threshold
@@ -3652,27 +3663,25 @@ class Text:
             yield step, list(self.pack(step))
 
     def count_hints(self, step: Step) -> None:
-        """Enter hints for the step's targets, each counted after its hint is given (C1, C3), in the schedule's order.
+        """Enter the hints of the step's targets in the order of scoring, each from what precedes it (C1, C3).
 
-        Contexts stay inside documents. With TTT_ORDER=length all hints are counted at once, in the order of the text.
+        Contexts stay inside documents. With TTT_ORDER=length all are counted at once, in the text's order.
         """
         if not self.ngrams or self.all_hints_counted:
             return
         if self.settings.ttt_order == "length":
-            self.enter_hints(slice(None), [state.feed(self.tokens[:-1]) for state in self.ngrams])
+            targets = slice(None)
+            found = [state.feed(self.tokens[:-1]) for state in self.ngrams]
             self.all_hints_counted = True
-            return
-        active = step.document >= 0
-        document = step.document[active]
-        first = self.starts[document]
-        begin = first + step.begin[active]
-        end = first + np.minimum(step.end[active], self.lengths[document])
-        targets, _ = ranges(begin, end - begin)
-        self.enter_hints(targets, [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams])
-
-    def enter_hints(self, targets: np.ndarray | slice, found: list[ngram.Hints]) -> None:
-        """Keep the hint of the longest context that has one; `found` has the longest first."""
-        for index, hints in reversed(list(enumerate(found))):
+        else:
+            active = step.document >= 0
+            document = step.document[active]
+            first = self.starts[document]
+            begin = first + step.begin[active]
+            end = first + np.minimum(step.end[active], self.lengths[document])
+            targets, _ = ranges(begin, end - begin)
+            found = [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams]
+        for index, hints in reversed(list(enumerate(found))):  # the longest context has the last word
             for kept, new in zip(self.hints, hints):
                 kept[targets] = np.where(hints.gate, new, kept[targets])
             self.ngram_order_index[targets] = np.where(hints.gate, index, self.ngram_order_index[targets])
@@ -3702,44 +3711,40 @@ class Text:
         """
         s = self.settings
         own = self.own_slots[slots]
-        document, first = step.document[own], self.first_inputs(step)[own]
-        begin, end = step.begin[own], step.end[own]
+        document = step.document[own]
         start, length = self.starts[document], self.lengths[document]
+        begin, end = step.begin[own], step.end[own]
+        first = self.first_inputs(step)[own]
         chunk, continues = end - begin, end < length
 
-        at, row = ranges(first, end - first)  # (T,) of every input: its position in the document, its row
-        inside = at < length[row]
-        stream = np.where(inside, start[row] + at, 0)
-        ids = np.where(inside, self.tokens[stream], BOS_ID)
-        previous = np.where(inside & (at > 0), self.tokens[stream - 1], BOS_ID)
-        positions = at if s.ttt_context == "cache" else at - first[row]
-        cu_seqlens = np.concatenate(([0], np.cumsum(end - first)))
-
-        position, owner = ranges(begin, chunk)  # (C,) of every target: its position in the document, its row
-        real = position < length[owner]
-        visible = np.flatnonzero(real)
-        target = np.where(real, start[owner] + position, 0)
+        # (T,) of each input: its position in the document, its row, its place in the stream
+        position, row = ranges(first, end - first)
+        inside = position < length[row]
+        place = np.where(inside, start[row] + position, 0)
+        has_previous = inside & (position > 0)
+        scored = np.flatnonzero(position >= begin[row])  # (C,)
+        target, visible = place[scored], np.flatnonzero(inside[scored])  # (C,), (n,)
 
         def tensor(array, dtype=np.int64) -> Tensor:
             host = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
             return host.pin_memory() if self.runtime.on_cuda else host
 
         def hinted(array, dtype=np.int64) -> Tensor:
-            return tensor(np.where(real, array[target], 0), dtype)
+            return tensor(np.where(inside[scored], array[target], 0), dtype)
 
         return Rows(
             slots=tensor(slots),
             begins=tensor(begin),
             continues=tensor(continues, bool),
             chunk_ratio=tensor(chunk / [s.first_chunk(n) for n in length.tolist()], np.float32),
-            cu_seqlens=tensor(cu_seqlens, np.int32),
+            cu_seqlens=tensor(np.concatenate(([0], np.cumsum(end - first))), np.int32),
             chunk_ends=tensor(np.cumsum(chunk), np.int32),
-            ids=tensor(ids),
-            previous=tensor(previous),
-            positions=tensor(positions),
-            scored=tensor(position - first[owner] + cu_seqlens[owner]),
+            ids=tensor(np.where(inside, self.tokens[place], BOS_ID)),
+            previous=tensor(np.where(has_previous, self.tokens[place - 1], BOS_ID)),
+            positions=tensor(position if s.ttt_context == "cache" else position - first[row]),
+            scored=tensor(scored),
             targets=tensor(self.tokens[target + 1]),
-            weights=tensor((continues / chunk)[owner], np.float32),
+            weights=tensor((continues / chunk)[row[scored]], np.float32),
             hints=hinted(self.hints.ids),
             gate=hinted(self.hints.gate, bool),
             boost=hinted(self.hints.boost, np.float32),
@@ -3750,9 +3755,9 @@ class Text:
             training=bool(continues.any()) and s.ttt_lora_lr > 0)
 
     def phases_due(self, step: Step):
-        """Yield the finished documents (C3: completely scored), once for every global phase that is due after the step.
+        """After a step, yield for each global phase that is due the documents completely scored by then (C3).
 
-        None is due after the last document, when it would help nothing.
+        None is due after the last document: nothing is left to score.
         """
         ended = (step.document >= 0) & (step.end >= self.lengths[step.document])
         self.finished[step.document[ended]] = True
@@ -3761,7 +3766,7 @@ class Text:
             yield np.flatnonzero(self.finished)
 
     def batch(self, inputs: np.ndarray, bounds: np.ndarray) -> Batch:
-        """The tokens at these places of the stream (T,) and the tokens after them, in segments with these bounds."""
+        """The tokens at these places of the stream (T,), and their targets, in segments with these bounds."""
         ids = torch.from_numpy(self.tokens[inputs].astype(np.int64))
         targets = torch.from_numpy(self.tokens[inputs + 1].astype(np.int64))
         segments = make_segments(bounds.astype(np.int32), self.settings.eval_seq_len)
@@ -3772,15 +3777,16 @@ class AdapterSite(NamedTuple):
     """Where a low-rank adapter adds to the outputs of one of a block's products."""
 
     product: str  # one of PRODUCTS
-    rows: str  # how many of the product's outputs are its, as Settings names that size
+    outputs: str  # how many of the product's outputs it adds to, as Settings names that size
     scale: str = ""  # the GPT parameter (layers, rows) that scales these outputs before they join the stream
 
 
 PRODUCTS = ("qkv", "out", "up", "down")  # as Layer names a block's matrices
 
-# All adapters but the head's. To add one: a line here and a setting TTT_<NAME>_LORA that switches it on; memory, gradients,
-# updates and resets follow. Names at the same product share its outputs in this order. Each reads u (T, model_dim): qkv and
-# out the attention's normalized input, up and down the MLP's (see Adapters.at_visit).
+# Every adapter but the head's. To add one: a line here, and a setting TTT_<NAME>_LORA that switches it on;
+# memory, gradients, updates and resets follow. Adapters of one product share its outputs, in this order and
+# without a gap. Each reads the normalized input u (T, model_dim) of its half of the block: attention's at qkv
+# and out, the MLP's at up and down.
 ADAPTER_SITES = {
     "q": AdapterSite("qkv", "model_dim"),
     "k": AdapterSite("qkv", "kv_dim"),
@@ -3791,11 +3797,11 @@ ADAPTER_SITES = {
 
 
 class Adapters:
-    """Low-rank adapters (LoRA, Hu et al. 2021) of the documents in this rank's slots: a set per block visit, one at the head.
+    """Low-rank adapters (LoRA, Hu et al. 2021) of the documents in this rank's slots.
 
-    Each adds alpha / r B A u to its outputs, before the residual scale or the soft cap. A slot's A (r, in) and B (out, r),
-    all of them, are one row of `value` (slots, n), float32, first every A, then every B; `work` is its copy in the compute
-    dtype.
+    There is a set for each block visit, and one at the head. Each adds alpha / r B A u to its outputs, before
+    the residual scale or the soft cap. All A (r, in) of a slot, then all B (out, r), are one row of `value`
+    (slots, n), float32; `work` is its copy in the compute dtype.
     """
 
     def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
@@ -3807,10 +3813,12 @@ class Adapters:
             self.names_at[site.product].append(name)
         names = [name for name in ADAPTER_SITES if getattr(s, f"ttt_{name}_lora")]
         visits = range(sum(map(len, model.orders[looping])))
-        self.sites = {(name, visit): self.rows(name) for visit in visits for name in names}
+        self.sites = {(name, visit): self.outputs(name) for visit in visits for name in names}
         self.sites["head", 0] = s.vocab_size
         rank = s.ttt_lora_rank
-        self.shapes = [(rank, s.model_dim)] * len(self.sites) + [(rows, rank) for rows in self.sites.values()]
+        shapes_of_a = [(rank, s.model_dim) for _ in self.sites]
+        shapes_of_b = [(outputs, rank) for outputs in self.sites.values()]
+        self.shapes = shapes_of_a + shapes_of_b
         self.sizes = [rows * columns for rows, columns in self.shapes]
         self.first_b = len(self.sites) * rank * s.model_dim
         shape = len(slots), sum(self.sizes)
@@ -3821,13 +3829,14 @@ class Adapters:
         for row, slot in enumerate(slots.tolist()):
             self.draw(row, slot)
 
-    def rows(self, name: str) -> int:
-        return getattr(self.settings, ADAPTER_SITES[name].rows)
+    def outputs(self, name: str) -> int:
+        return getattr(self.settings, ADAPTER_SITES[name].outputs)
 
     @torch.no_grad()
-    def draw(self, row: int, stream: int) -> None:
-        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, stream)."""
-        seed = int(np.random.SeedSequence((self.settings.seed, stream)).generate_state(1, np.uint64)[0] >> 1)
+    def draw(self, row: int, key: int) -> None:
+        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, key)."""
+        sequence = np.random.SeedSequence((self.settings.seed, key))
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
         bound = 1 / math.sqrt(self.settings.model_dim)
         self.value[row, :self.first_b].uniform_(-bound, bound, generator=generator)
@@ -3835,14 +3844,14 @@ class Adapters:
 
     @torch.no_grad()
     def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
-        """Start these slots over for other documents: B and the optimizer's state 0, A kept or drawn by the document."""
+        """Start slots over for new documents: B and the optimizer's state are 0, A is kept or drawn anew."""
         index = torch.from_numpy(rows)
         if self.runtime.on_cuda:
             index = index.pin_memory().to(self.runtime.device, non_blocking=True)
-        self.square.index_fill_(0, index, 0)
-        self.count.index_fill_(0, index, 0)
-        self.value[:, self.first_b:].index_fill_(0, index, 0)
-        self.work[:, self.first_b:].index_fill_(0, index, 0)
+        value_b = self.value[:, self.first_b:]
+        work_b = self.work[:, self.first_b:]
+        for state in (value_b, work_b, self.square, self.count):
+            state.index_fill_(0, index, 0)
         if not self.settings.ttt_warm_start_a:
             for row, document in zip(rows.tolist(), documents.tolist()):
                 self.draw(row, document)
@@ -3850,8 +3859,10 @@ class Adapters:
     def take(self, rows: Rows) -> None:
         """The next forward passes are those of these rows: their A and B become leaves of the graph."""
         parts = self.work[rows.slots].split(self.sizes, dim=1)
-        self.leaves = [part.detach().unflatten(1, shape).requires_grad_() for part, shape in zip(parts, self.shapes)]
-        self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
+        matrices = [part.detach().unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
+        self.leaves = [matrix.requires_grad_() for matrix in matrices]
+        pairs = zip(self.leaves, self.leaves[len(self.sites):])
+        self.pairs = dict(zip(self.sites, pairs))
         self.row_ends = rows.cu_seqlens[1:]
 
     def delta(self, site: tuple[str, int], u: Tensor, ends: Tensor) -> Tensor:
@@ -3866,13 +3877,13 @@ class Adapters:
             names = self.names_at[product]  # a product that nobody listed is an error
             if not any((name, visit) in self.pairs for name in names):
                 return y
-            parts = y.split([self.rows(name) for name in names], dim=-1)
+            parts = y.split([self.outputs(name) for name in names], dim=-1)
             parts = [self.add_to(part, name, visit, layer, u) for name, part in zip(names, parts)]
             return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return add
 
     def add_to(self, y: Tensor, name: str, visit: int, layer: int, u: Tensor) -> Tensor:
-        """y (T, rows), the adapter's share of a product's outputs, with what it adds."""
+        """y (T, out), the adapter's share of a product's outputs, with what it adds."""
         if (name, visit) not in self.pairs:
             return y
         delta = self.delta((name, visit), u, self.row_ends)
@@ -3893,7 +3904,7 @@ class Adapters:
 
 
 class ContextCache:
-    """Keys and values of each slot's last TTT_EVAL_SEQ_LEN tokens as they were when scored, a ring per block visit."""
+    """Keys and values of each slot's last TTT_EVAL_SEQ_LEN tokens, as when scored: a ring per block visit."""
 
     def __init__(self, visits: int, slots: int, s: Settings, runtime: Runtime):
         self.window = s.ttt_eval_seq_len
@@ -3911,8 +3922,8 @@ class ContextCache:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = self.rows
-            y = cached_attention(q, k, v, rows.cu_seqlens, rows.max_row_len, keys, values, rows.slots, rows.begins,
-                                 self.window)
+            y = cached_attention(q, k, v, rows.cu_seqlens, rows.max_row_len, keys, values, rows.slots,
+                                 rows.begins, self.window)
             # Only what the rows' own window has left behind is overwritten: the backward pass finds the rest.
             store(keys, values, k, v, self.places)
             return y
@@ -3920,7 +3931,7 @@ class ContextCache:
 
 
 class Learner(Rider):
-    """The documents in this rank's slots: adapters, cached context and the tilt's boosts; how they score and learn."""
+    """The documents in this rank's slots: adapters, cached context, and how they score and learn."""
 
     def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
         self.model = model
@@ -3935,7 +3946,7 @@ class Learner(Rider):
         self.cache = ContextCache(visits, len(slots), s, runtime) if s.ttt_context == "cache" else None
         learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
         self.learned_boost = ngram.LearnedBoost(len(s.token_orders), runtime.device) if learned else None
-        self.scored = None
+        self.scored_rows = None
 
     def refresh_layers(self) -> None:
         """Cut the weights into layers, once for all forward passes until they change."""
@@ -3947,7 +3958,7 @@ class Learner(Rider):
         context = self.cache.at_visit(visit) if self.cache else None
         return dict(adapter=self.adapters.at_visit(visit, layer), context=context)
 
-    def begin(self, step: Step) -> None:
+    def begin_step(self, step: Step) -> None:
         """A document that is new to its slot starts with fresh adapters."""
         fresh = np.flatnonzero(step.fresh[self.slots])
         if len(fresh):
@@ -3958,13 +3969,13 @@ class Learner(Rider):
         self.adapters.take(rows)
         with torch.set_grad_enabled(rows.training):
             self.nll, self.log_q = self.losses(rows)
-        self.scored = rows
+        self.scored_rows = rows
         plain = self.nll.detach()
         return self.tilted(plain, rows)[rows.visible], plain[rows.visible]
 
     def train(self, rows: Rows) -> None:
         """Learn from the rows just scored: what hints were worth, and one AdamW step on the adapters."""
-        if rows is not self.scored:
+        if rows is not self.scored_rows:
             raise AssertionError("C3: rows must be scored before anything learns from them")
         if self.learned_boost:
             hit = rows.hints == rows.targets
@@ -3979,14 +3990,15 @@ class Learner(Rider):
             self.learned_boost.step(self.runtime.sum)
 
     def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """NLL of each target, with gradients to the adapters' leaves, and log-probability of its hint, (C,) nats."""
+        """NLL of each target, with gradients to the leaves, and log-probability of its hint: (C,) nats."""
         if self.cache:
             self.cache.take(rows)
         segments = Segments(rows.cu_seqlens, rows.positions, rows.max_row_len, rows.previous)
         hidden = self.view(rows.ids, segments, self.looping, self)
         if not self.cache:
             hidden = hidden[rows.scored]
-        scores = self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
+        scores = self.view.scores(hidden)
+        scores = scores + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
         return two_value_nll(scores, *self.view.caps(), rows.targets, rows.hints)
 
     def tilted(self, nll: Tensor, rows: Rows) -> Tensor:
@@ -3999,21 +4011,19 @@ class Learner(Rider):
         return -ngram.tilt(-nll, self.log_q, rows.hints == rows.targets, boost, rows.gate)
 
     def rehearse(self, text: Text) -> None:
-        """Compile the kernels on a first chunk in every slot; nothing is trained or kept that a document would see."""
+        """Compile the kernels on the rows of the first pass, from which nothing is learned."""
         s = self.settings
         if not self.runtime.on_cuda:
             return
         if s.phased_ttt_prefix_docs:
             few = np.arange(min(s.eval_seq_len, len(text.tokens) - 1))
-            weight_gradients(self.model, text.batch(few, np.array([0, len(few)])), self.looping)
-        if not len(self.slots):
+            batch = text.batch(few, np.array([0, len(few)]))
+            weight_gradients(self.model, batch, self.looping)
+        if not len(self.slots):  # fewer documents than ranks
             return
-        zeros = np.zeros(self.slots[-1] + 1, np.int64)
-        step = Step(document=zeros, begin=zeros, end=zeros + s.ttt_chunk_size, fresh=zeros > 0)
-        most = max(1, min(MAX_ROWS_PER_PASS, s.ttt_micro_batch_tokens // s.ttt_chunk_size))
-        rows = text.pack_rows(step, np.arange(min(len(self.slots), most)))
+        rows = next(text.pack(next(ttt_schedule(text.lengths, s))))
         rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
-        for max_row_len in (rows.max_row_len, s.ttt_eval_seq_len):  # attention has a kernel for one tile of keys
+        for max_row_len in (rows.max_row_len, s.ttt_eval_seq_len):  # attention has a kernel for short rows
             for training in (False, True):
                 tried = rows._replace(max_row_len=max_row_len, training=training).to(self.runtime)
                 self.score(tried)
@@ -4031,7 +4041,7 @@ def weight_gradients(model: GPT, batch: Batch, looping: bool) -> list[Tensor]:
 
 def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bool, s: Settings,
                       runtime: Runtime) -> dict:
-    """A global phase: SGD on every weight over these documents, GLOBAL_TTT_CHUNK_TOKENS a step; returns its figures.
+    """A global phase: SGD on every weight over these documents, GLOBAL_TTT_CHUNK_TOKENS a step; its figures.
 
     Whole segments are dealt to the ranks. The rate falls to 0 as a cosine.
     """
@@ -4044,9 +4054,10 @@ def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bo
     momentum = torch.zeros(sum(sizes), device=runtime.device)
     for step in range(steps):
         chunk = inputs[step * size:(step + 1) * size]
-        bounds = segment_bounds(np.flatnonzero(text.tokens[chunk] == BOS_ID), len(chunk), s.eval_seq_len)
-        shares = [len(chunk) * (runtime.rank + k) // runtime.world_size for k in (0, 1)]
-        low, high = bounds[np.searchsorted(bounds, shares)]
+        starts = np.flatnonzero(text.tokens[chunk] == BOS_ID)
+        bounds = segment_bounds(starts, len(chunk), s.eval_seq_len)
+        share = len(chunk) * np.arange(runtime.rank, runtime.rank + 2) // runtime.world_size
+        low, high = bounds[np.searchsorted(bounds, share)]
         gradient = torch.zeros_like(momentum)
         if high > low:
             own = bounds[(bounds >= low) & (bounds <= high)] - low
@@ -4061,7 +4072,8 @@ def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bo
             for p, update in zip(weights, momentum.split(sizes)):
                 p.sub_(rate * update.view_as(p))
     runtime.synchronize()
-    return dict(documents=len(documents), tokens=len(inputs), steps=steps, seconds=round(time.perf_counter() - began, 3))
+    seconds = round(time.perf_counter() - began, 3)
+    return dict(documents=len(documents), tokens=len(inputs), steps=steps, seconds=seconds)
 
 
 class Score:
@@ -4104,8 +4116,9 @@ class Score:
         if share >= self.logged_share + 0.05:
             self.logged_share = share
             seconds = time.perf_counter() - self.began
-            bits = float(self.nats[0]) / math.log(2)  # the one place where the host waits for the device
-            self.log.event("progress", share=round(share, 3), val_bpb=round(bits / max(1, self.seen_bytes), 6),
+            nats = float(self.nats[0])  # the one place where the host waits for the device
+            self.log.event("progress", share=round(share, 3),
+                           val_bpb=round(bits_per_byte(nats, max(1, self.seen_bytes)), 6),
                            tokens_per_second=round(share * self.targets / seconds),
                            eta_seconds=round(seconds * (1 / share - 1), 1))
 
@@ -4114,8 +4127,8 @@ class Score:
         times = self.runtime.sum(torch.from_numpy(self.times).to(self.runtime.device))
         fewest, most = int(times.min()), int(times.max())
         if fewest != 1 or most != 1:
-            raise AssertionError(f"{int(times.sum())} of {self.targets} validation targets were scored, from {fewest} "
-                                 f"to {most} times each")
+            raise AssertionError(f"{int(times.sum())} of {self.targets} validation targets were scored, "
+                                 f"from {fewest} to {most} times each")
 
     def results(self) -> dict:
         """val_loss (nats per token) and val_bpb, without the tilt too, and the time they took."""
@@ -4124,7 +4137,7 @@ class Score:
             raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
         size = int(self.data.bytes[1:].sum(dtype=np.int64))
         return loss_and_bpb(nats, self.targets, size) | dict(
-            untilted_bpb=round(untilted / math.log(2) / size, 8), seconds=round(self.seconds, 3),
+            untilted_bpb=round(bits_per_byte(untilted, size), 8), seconds=round(self.seconds, 3),
             tokens_per_second=round(self.targets / self.seconds), process_seconds=round(process_seconds(), 3))
 
 
@@ -4132,8 +4145,8 @@ def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Setti
                        log: RunLog) -> dict:
     """Score the text once (C4), adapting to what has been scored; returns the figures.
 
-    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model` train on the
-    complete ones. Adapters and cached context of documents that are under way stay.
+    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model`
+    train on the complete ones. Adapters and cached context of documents that are under way stay.
     """
     text = Text(data, s, runtime)
     learner = Learner(model, looping, text.own_slots, s, runtime)
@@ -4142,7 +4155,7 @@ def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Setti
     learner.rehearse(text)
     with total.timer(), closing(ahead(text.packed_steps(), 4)) as packed_steps:
         for step, groups in packed_steps:
-            learner.begin(step)
+            learner.begin_step(step)
             for rows in groups:
                 rows = rows.to(runtime)
                 total.add(rows, *learner.score(rows))  # C3: scored ...
@@ -4168,21 +4181,18 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
         require(HAS_TRITON, "triton: test-time training on CUDA needs it; pip install triton")
         for name in ("ttt_lora_rank", "model_dim", "vocab_size"):
             value = getattr(s, name)
-            require(value % 8 == 0, f"{name.upper()}: {value} is no multiple of 8, which test-time training on CUDA needs")
-        shapes = ("test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads per "
-                  "key/value head; set TTT_ENABLED=0")
-        require(is_power_of_two(s.num_heads // s.num_kv_heads), f"NUM_HEADS: {s.num_heads}: {shapes}")
-        require(s.head_dim >= 16 and is_power_of_two(s.head_dim), f"MODEL_DIM: {s.model_dim}: {shapes}")
+            require(value % 8 == 0, f"{name.upper()}: {value} is no multiple of 8, which test-time training "
+                                    "on CUDA needs; set TTT_ENABLED=0")
+        shapes = ("test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads "
+                  "per key/value head; set TTT_ENABLED=0")
+        require(s.num_heads // s.num_kv_heads in (1, 2, 4, 8), f"NUM_HEADS: {s.num_heads}: {shapes}")
+        require(s.head_dim in (16, 32, 64, 128), f"MODEL_DIM: {s.model_dim}: {shapes}")
     if problems:
         raise InputError("\n".join(problems))
     if s.ngram_tilt_enabled:
         if runtime.rank == 0:
             ngram.load()  # compiles, once for all ranks of a host
         runtime.from_rank0([0.0])
-
-
-def is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
 
 
 # ======================================================================================================================

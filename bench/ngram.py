@@ -2,12 +2,13 @@
 
     python bench/ngram.py [SHARD ...] [--lengths 2 10 47.85] [--runs 3] [--piece N] [--record FILE.json]
 
-SHARDs (fineweb_*.bin, or .bin.xz) are concatenated, and repeated where they are too short; without any, the stream is
-synthetic: Zipf-distributed tokens, a tenth of them in passages copied from earlier ones. It is fed as one stream, by
-token_hints or with --piece N tokens at a time, and in rows: 512 equal documents take turns in slots, one call a step
-with 48 targets of each. Every run is a fresh process; the time is that of these calls alone, allocation of everything
-included, the compilation of the library not. System time, most of it the kernel's supply of fresh pages, is what varies
-from run to run. Memory is the process's peak, and what of it the hints added to Python and the stream.
+SHARDs (fineweb_*.bin, or .bin.xz) are concatenated, and repeated where they are too short; without any, the
+stream is synthetic: Zipf-distributed tokens, a tenth of them in passages copied from earlier ones. It is fed
+as one stream, by token_hints or with --piece N tokens at a time, and in rows: 512 equal documents take turns
+in slots, one call a step with 48 targets of each. Every run is a fresh process; the time is that of these
+calls alone, allocation of everything included, the compilation of the library not. System time, most of it
+the kernel's supply of fresh pages, is what varies from run to run. Memory is the process's peak, and what of
+it the hints added to Python and the stream.
 """
 import argparse
 import itertools
@@ -30,6 +31,8 @@ import online_ngram_tilt as ngram  # noqa: E402
 
 SLOTS, ROW = 512, 48
 FEEDS = "stream", "rows"
+TITLES = ("     tokens  fed as  mode        M tokens/s       gated  peak MiB  of that hints  "
+          "seconds of each run (of them system)")
 
 
 def processor_name() -> str:
@@ -40,7 +43,7 @@ def processor_name() -> str:
 
 
 def peak_mib() -> float:
-    """Most memory this process has had in use. Linux's ru_maxrss would count the process it was started from."""
+    """Most memory this process has used. Linux's ru_maxrss would count the process it was started from."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -50,7 +53,9 @@ def peak_mib() -> float:
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, (n,) uint16: 1,024 bytes of header, of which the third int32 is n."""
     try:
-        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
     except (OSError, lzma.LZMAError) as error:
         raise SystemExit(f"cannot read {path}: {error}") from None
     magic, _, count = np.frombuffer(data, "<i4", 3) if len(data) >= 1024 else (0, 0, 0)
@@ -60,19 +65,33 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def synthetic(length: int) -> np.ndarray:
-    """Zipf-distributed tokens of a vocabulary of 8,192, a tenth of them in passages of 100 copied from earlier places."""
+    """Zipf-distributed tokens of a vocabulary of 8,192, a tenth of them in copied passages of 100."""
     draw = np.random.default_rng(0)
     weights = 1 / np.arange(10, 8202)
     cumulative = np.cumsum(weights / weights.sum()).astype(np.float32)
-    tokens = np.searchsorted(cumulative[:-1], draw.random(length, np.float32)).astype(np.uint16)
+    uniform = draw.random(length, np.float32)
+    tokens = np.searchsorted(cumulative[:-1], uniform).astype(np.uint16)
     for to in range(1000, length - 100, 1000):
         start = draw.integers(to - 100)
         tokens[to:to + 100] = tokens[start:start + 100]
     return tokens
 
 
+def stream_of(shards: list[Path], length: int) -> tuple[np.ndarray, str]:
+    """`length` tokens, and what they are."""
+    if not shards:
+        return synthetic(length), "synthetic"
+    parts = []
+    read = 0
+    for shard in shards:
+        if read < length:
+            parts.append(read_shard(shard))
+            read += len(parts[-1])
+    return np.resize(np.concatenate(parts), length), f"{len(parts)} shards, {read} tokens"
+
+
 def steps(length: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """first, begin and end of the rows of each step: SLOTS documents of equal length side by side, ROW targets each."""
+    """first, begin and end of the rows of each step: SLOTS equal documents side by side, ROW targets each."""
     size = -(-length // SLOTS)
     first = np.arange(0, length, size)
     last = np.minimum(first + size, length) - 1
@@ -80,73 +99,81 @@ def steps(length: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return [(first, begin, np.minimum(begin + ROW, last)) for begin in begins]
 
 
-def measure(path: str, length: int, feed: str, mode: str, piece: int, connection) -> None:
-    """In a process of its own: (seconds, of them in the kernel, gated targets, peak MiB, peak MiB before it began)."""
-    tokens, rows = np.fromfile(path, np.uint16, length), steps(length)
-    ngram.load()
-    before, system, started = peak_mib(), os.times().system, time.perf_counter()
+def count(tokens: np.ndarray, rows: list, feed: str, mode: str, piece: int) -> int:
+    """Feed the tokens; returns how many targets have hints."""
+    if feed == "stream" and not piece:
+        return int(ngram.token_hints(tokens, mode=mode).gate.sum())
+    state = ngram.NgramState(mode=mode)
     if feed == "rows":
-        state = ngram.NgramState(mode=mode)
-        gated = sum(int(state.feed_rows(tokens, *bounds).gate.sum()) for bounds in rows)
-        seconds = time.perf_counter() - started
-    elif piece:
-        state = ngram.NgramState(mode=mode)
-        gated = sum(int(state.feed(tokens[at:at + piece]).gate.sum()) for at in range(0, length - 1, piece))
-        seconds = time.perf_counter() - started
-    else:
-        hints = ngram.token_hints(tokens, mode=mode)
-        seconds = time.perf_counter() - started
-        gated = int(hints.gate.sum())
+        return sum(int(state.feed_rows(tokens, *bounds).gate.sum()) for bounds in rows)
+    pieces = (tokens[at:at + piece] for at in range(0, len(tokens) - 1, piece))
+    return sum(int(state.feed(some).gate.sum()) for some in pieces)
+
+
+def measure(path: str, length: int, feed: str, mode: str, piece: int, connection) -> None:
+    """In a process of its own: seconds, those in the kernel, gated targets, peak MiB, that at the start."""
+    tokens = np.fromfile(path, np.uint16, length)
+    rows = steps(length)
+    ngram.load()
+    before = peak_mib()
+    system, started = os.times().system, time.perf_counter()
+    gated = count(tokens, rows, feed, mode, piece)
+    seconds = time.perf_counter() - started
     connection.send((seconds, os.times().system - system, gated, peak_mib(), before))
 
 
+def measured(*arguments) -> tuple:
+    """What `measure` sends."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=measure, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    return result
+
+
+def row_of(length: int, feed: str, mode: str, runs: list[tuple]) -> dict:
+    seconds, system, gated, peaks, before = zip(*runs)
+    rate = length / float(np.median(seconds))
+    return dict(tokens=length, fed_as=feed, mode=mode, seconds=[round(x, 3) for x in seconds],
+                system_seconds=[round(x, 2) for x in system], gated=gated[0], peak_mib=round(max(peaks)),
+                tokens_per_s=round(rate), hints_mib=round(max(peaks) - before[0]))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("shards", nargs="*", type=Path, metavar="SHARD")
-    parser.add_argument("--lengths", nargs="+", type=float, default=[2, 10, 47.85], metavar="M", help="millions of tokens")
+    parser.add_argument("--lengths", nargs="+", type=float, default=[2, 10, 47.85], metavar="M",
+                        help="millions of tokens")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--piece", type=int, default=0, metavar="N", help="tokens a feed of the stream; 0: all")
+    parser.add_argument("--piece", type=int, default=0, metavar="N",
+                        help="tokens a feed of the stream; 0: all")
     parser.add_argument("--record", type=Path, metavar="FILE.json", help="write the figures there too")
     options = parser.parse_args()
     lengths = [round(millions * 1e6) for millions in options.lengths]
     if min(lengths) < 2 or options.runs < 1 or options.piece < 0:
         parser.error("needs at least two tokens, one run and no negative piece")
-    parts, reach = [], 0
-    for shard in options.shards:
-        if reach < max(lengths):
-            parts.append(read_shard(shard))
-            reach += len(parts[-1])
-    stream = np.resize(np.concatenate(parts), max(lengths)) if parts else synthetic(max(lengths))
+    stream, source = stream_of(options.shards, max(lengths))
     compiler = subprocess.run(["cc", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
     record = dict(processor=processor_name(), cores=os.cpu_count(), compiler=compiler, numpy=np.__version__,
-                  stream=f"{len(parts)} shards, {reach} tokens" if parts else "synthetic", piece=options.piece, rows=[])
-    print(", ".join(f"{name} {value}" for name, value in record.items() if name != "rows"))
-    print("     tokens  fed as  mode        M tokens/s       gated  peak MiB  of that hints"
-          "  seconds of each run (of them system)")
-    spawn = multiprocessing.get_context("spawn")
+                  stream=source, piece=options.piece)
+    print(", ".join(f"{name} {value}" for name, value in record.items()))
+    print(TITLES)
+    record["rows"] = []
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"ngram_{os.getpid()}.bin"
     stream.tofile(path)
-    del stream, parts
+    del stream
     try:
-        for length in lengths:
-            for feed, mode in itertools.product(FEEDS, ngram.MODES):
-                runs = []
-                for _ in range(options.runs):
-                    ours, theirs = spawn.Pipe()
-                    process = spawn.Process(target=measure, args=(str(path), length, feed, mode, options.piece, theirs))
-                    process.start()
-                    theirs.close()
-                    runs.append(ours.recv())
-                    process.join()
-                seconds = [round(run[0], 3) for run in runs]
-                peak, before = max(run[3] for run in runs), runs[0][4]
-                row = dict(tokens=length, fed_as=feed, mode=mode, seconds=seconds,
-                           system_seconds=[round(run[1], 2) for run in runs], gated=runs[0][2], peak_mib=round(peak),
-                           tokens_per_s=round(length / float(np.median(seconds))), hints_mib=round(peak - before))
-                record["rows"].append(row)
-                times = " ".join(f"{s:.3f} ({k:.2f})" for s, k in zip(seconds, row["system_seconds"]))
-                print(f"{length:11,}  {feed:6}  {mode:10}  {row['tokens_per_s'] / 1e6:10.1f}  {row['gated']:10,}"
-                      f"  {row['peak_mib']:8,}  {row['hints_mib']:13,}  {times}", flush=True)
+        for length, feed, mode in itertools.product(lengths, FEEDS, ngram.MODES):
+            arguments = str(path), length, feed, mode, options.piece
+            row = row_of(length, feed, mode, [measured(*arguments) for _ in range(options.runs)])
+            record["rows"].append(row)
+            times = " ".join(f"{s:.3f} ({k:.2f})" for s, k in zip(row["seconds"], row["system_seconds"]))
+            print(f"{length:11,}  {feed:6}  {mode:10}  {row['tokens_per_s'] / 1e6:10.1f}  {row['gated']:10,}"
+                  f"  {row['peak_mib']:8,}  {row['hints_mib']:13,}  {times}", flush=True)
     finally:
         path.unlink()
     if options.record:

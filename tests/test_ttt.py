@@ -325,7 +325,7 @@ class Decoder:
         prefix, phases = min(len(finished), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
         pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
         for step in g.ttt_schedule(text.lengths, s):
-            learner.begin(step)
+            learner.begin_step(step)
             self.decode_step(step)
             for rows in text.pack(step):
                 learner.score(rows)
@@ -1122,7 +1122,7 @@ def test_ranks_beyond_the_documents_have_nothing_to_score():
         text = g.Text(Stream(tokens), s, runtime(rank, 3))
         learner = learner_of(s, text)
         for step, groups in text.packed_steps():
-            learner.begin(step)
+            learner.begin_step(step)
             for rows in groups:
                 scored[rank] += len(learner.score(rows)[0])
     assert sum(scored) == len(tokens) - 1 and scored[2] == 0 < min(scored[:2])
