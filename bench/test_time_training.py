@@ -13,11 +13,13 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import train_gpt as g  # noqa: E402
 
 
@@ -27,9 +29,13 @@ class Documents:
     def __init__(self, tokens: np.ndarray, sizes: np.ndarray | None, count: int):
         starts = np.flatnonzero(tokens == g.BOS_ID)
         first = starts[0]
-        last = starts[count] + 1 if count < len(starts) else len(tokens)
+        last = len(tokens)
+        if count < len(starts):
+            last = starts[count] + 1  # the last document's target of BOS, too
         self.tokens = np.array(tokens[first:last])
-        self.bytes = np.ones(len(self.tokens), np.uint16) if sizes is None else sizes[first:last]
+        self.bytes = np.ones_like(self.tokens)
+        if sizes is not None:
+            self.bytes = sizes[first:last]
 
 
 class Silent:
@@ -57,11 +63,14 @@ def measure(variant: str, model: g.GPT, documents: Documents, looping: bool, run
     if runtime.on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    figures = g.test_time_training(model, documents, looping, settings_of(variant), runtime, Silent())
-    nats_per_bit = np.log(2) * figures["bytes"] / figures["targets"]
-    memory = round(torch.cuda.max_memory_allocated() / 2**30, 1) if runtime.on_cuda else None
-    return dict(variant=variant, loss=figures["val_loss"],
-                untilted=round(figures["untilted_bpb"] * nats_per_bit, 6), seconds=figures["seconds"],
+    settings = settings_of(variant)
+    figures = g.test_time_training(model, documents, looping, settings, runtime, Silent())
+    nats_of_bpb = np.log(2) * figures["bytes"] / figures["targets"]  # a token, of one bit a byte
+    untilted = round(figures["untilted_bpb"] * nats_of_bpb, 6)
+    memory = None
+    if runtime.on_cuda:
+        memory = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    return dict(variant=variant, loss=figures["val_loss"], untilted=untilted, seconds=figures["seconds"],
                 tokens_per_second=figures["tokens_per_second"], memory_gib=memory)
 
 

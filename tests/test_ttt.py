@@ -153,7 +153,7 @@ def adapt(s: g.Settings, tokens=None, **parts) -> np.ndarray:
 
 
 class Open(g.Learner):
-    """Keeps the whole distribution behind each score, `tables`: (n, vocab) for each pass."""
+    """Keeps the whole distribution of each score, `tables`: (n, vocab) for each pass."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -278,7 +278,7 @@ class Decoder:
         self.coder = constriction.stream.queue.RangeDecoder(words)
 
     def next_token(self, step: g.Step, slot: int, position: int) -> int:
-        """The token behind the position: from a pass over all chunks of the step, BOS where nothing is decoded yet."""
+        """The token after the position: from a pass over all chunks of the step, BOS where nothing is decoded yet."""
         learner = self.learner
         for rows in self.text.pack(step):
             if slot in rows.slots:
@@ -407,7 +407,7 @@ def continued(run, cut: int, draw) -> np.ndarray:
 
 
 def agree(one, other, cut: int) -> bool:
-    """Whether the first `cut` scores and distributions are the same, bit for bit, and the distribution behind them."""
+    """Whether the first `cut` scores and distributions are the same, bit for bit, and the distribution after them."""
     return (np.array_equal(places(one)[:cut], places(other)[:cut]) and torch.equal(one.nll[:cut], other.nll[:cut])
             and torch.equal(one.table[:cut + 1], other.table[:cut + 1]))
 
@@ -679,7 +679,7 @@ def dictionary_hints(tokens, s: g.Settings) -> tuple[np.ndarray, np.ndarray, np.
         for document, begin, end, _ in zip(*step):
             for at in range(begin, end):
                 a = starts[document] + at
-                if a >= last or at and tokens[a] == BOS:  # behind the document's end
+                if a >= last or at and tokens[a] == BOS:  # past the document's end
                     break
                 target = int(tokens[a + 1])
                 for number, (order, table) in enumerate(zip(s.token_orders, tables)):
@@ -735,7 +735,7 @@ def test_the_tilt_moves_scores_within_its_bounds(boost):
 
 
 def test_the_learned_boost_learns_from_what_was_scored_in_earlier_steps():
-    """From the distributions of a run without tilt; nothing behind the end of a document counts."""
+    """From the distributions of a run without tilt; nothing past the end of a document counts."""
     s = small(**BOOSTS["learned"], **FROZEN)
     run = run_of(s, stream(30), learner=Open)
     plain = run_of(small(NGRAM_TILT_ENABLED=0, **FROZEN), stream(30), learner=Open)
@@ -800,7 +800,7 @@ class Dense(g.Rider):
         return dict(adapter=add, context=attend if s.ttt_context == "cache" else None)
 
     def losses(self, text, begin: int, size: int) -> torch.Tensor:
-        """NLL of the chunk that begins there in `text`, a document with the token behind it, (targets,) int64."""
+        """NLL of the chunk that begins there in `text`, a document with the token after it, (targets,) int64."""
         s, self.begin = self.settings, begin
         self.first = max(0, begin + size - s.ttt_eval_seq_len)
         cached, end = s.ttt_context == "cache", min(begin + size, len(text) - 1)
@@ -1000,7 +1000,7 @@ def test_reset_touches_only_its_slots(warm):
 
 @pytest.mark.parametrize("prefix, number, due", [(9, 3, [3, 6, 9]), (50, 5, [4, 8, 12, 16])])
 def test_global_phases_train_on_what_is_scored_completely(prefix, number, due, monkeypatch):
-    """Each comes right behind the step in which enough documents end, unless they were the last. A prefix above their number
+    """Each comes right after the step in which enough documents end, unless they were the last. A prefix above their number
     is that number."""
     s = small(PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=number, GLOBAL_TTT_CHUNK_TOKENS=1000)
     phases, model, tokens = [], model_of(s), stream(20)
@@ -1025,8 +1025,8 @@ def test_global_phases_train_on_what_is_scored_completely(prefix, number, due, m
         assert "softcap" in name or not torch.equal(before, p), name  # a step is below the last bit of the caps
 
 
-def test_a_phase_acts_on_all_scores_behind_it_and_on_none_before(monkeypatch):
-    """Without adapters: scores before it are those of the old weights, scores behind it those of the new ones."""
+def test_a_phase_acts_on_all_scores_after_it_and_on_none_before(monkeypatch):
+    """Without adapters: scores before it are those of the old weights, scores after it those of the new ones."""
     s, seen, scored = small(TTT_CONTEXT="recompute", TTT_LORA_LR=0, TTT_EVAL_SEQ_LEN=64, PHASED_TTT_PREFIX_DOCS=5), [], []
     train, model, tokens = g.train_all_weights, model_of(s), stream()
 
