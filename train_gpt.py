@@ -1309,12 +1309,13 @@ class GPT(nn.Module):
 # 5. Optimizers
 # ============================================================================================================
 
-# --- Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a function for each of its steps, put together
-# in Optimizer.muon_update. They take stacks (matrices, rows, columns). None branches on data: the host never waits.
+# --- Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): one function for each of its steps, put
+# together in Optimizer.muon_update. They take stacks (matrices, rows, columns). None branches on data: the host
+# never waits for the device.
 
-# The Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv:2505.16932): coefficients (a, b, c) of each iteration.
-# Composed, they are the best polynomial of its degree at moving singular values to 1. Computed for five iterations
-# with a safety factor of 0.02 and a cushion of 2, as in modded-nanogpt.
+# The Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv:2505.16932): coefficients (a, b, c) of each
+# iteration. Composed, they are the best polynomial of its degree at moving singular values to 1. Computed for
+# five iterations with a safety factor of 0.02 and a cushion of 2, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1335,8 +1336,9 @@ def normalize_rows(update: Tensor) -> Tensor:
     return update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
 
 
-def momentum_step(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor, row_normalize: bool) -> Tensor:
-    """What enters the iterations, in their dtype: one kernel when compiled. `hyper` is made in Optimizer.step."""
+def momentum_step(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor,
+                  row_normalize: bool) -> Tensor:
+    """What enters the iterations, in their dtype: one kernel when compiled. Optimizer.step makes `hyper`."""
     update = nesterov(gradient.float() * clip, momentum, hyper[1])
     if row_normalize:
         update = normalize_rows(update)
@@ -1467,7 +1469,8 @@ class AdamWGroup(NamedTuple):
     spare_idle: bool  # no decay where no gradient has ever arrived, as in what idles until looping starts
 
 
-def apply_adamw(group: AdamWGroup, clip: Tensor, hyper: Tensor, beta1: float, beta2: float, eps: float):
+def apply_adamw(group: AdamWGroup, clip: Tensor, hyper: Tensor, beta1: float, beta2: float,
+                eps: float) -> None:
     """AdamW (Loshchilov & Hutter 2019); hyper = (lr, 1 - beta1^t, 1 - beta2^t)."""
     gradient = group.gradient * clip
     group.mean.lerp_(gradient, 1 - beta1)
@@ -1482,7 +1485,7 @@ def apply_adamw(group: AdamWGroup, clip: Tensor, hyper: Tensor, beta1: float, be
 class Optimizer:
     """Muon for the banks, AdamW for everything else: each trained parameter belongs to exactly one of them.
 
-    What AdamW trains lives in one flat float32 buffer, its gradients in another: one all-reduce for all of them.
+    What AdamW trains lives in one flat float32 buffer, its gradients in another: one all-reduce for them all.
     The last of these gradients is the loss: its mean over the ranks costs nothing. Gradients keep their place
     from step to step, because captured passes write there.
     """
@@ -1634,7 +1637,10 @@ class Optimizer:
 
 
 class WeightAverage:
-    """Exponential moving average of all weights: A <- decay A + (1 - decay) W after every step."""
+    """Exponential moving average of all weights: A <- decay A + (1 - decay) W after every step.
+
+    With decay 0 it is the weights themselves.
+    """
 
     def __init__(self, weights: list[Tensor], decay: float):
         self.weights, self.decay = weights, decay
@@ -1713,18 +1719,11 @@ def muon_momentum(step: int, s: Settings) -> float:
 
 def training_shapes(s: Settings) -> list[tuple[int, bool]]:
     """Every (context length, looping) that training can meet, in the order in which it meets them."""
-    loop_at = s.enable_looping_at if s.num_loops else 1.0
-    # The last stage goes on to the end of training.
-    stages = [*s.context_stages[:-1], (s.context_stages[-1][0], 1.0)]
-    shapes = []
-    begin = 0.0
-    for length, end in stages:
-        if begin <= loop_at:
-            shapes.append((length, False))
-        if s.loops_at_end and end >= loop_at:
-            shapes.append((length, True))
-        begin = end
-    return list(dict.fromkeys(shapes))
+    ends = [end for _, end in s.context_stages]
+    after_ends = [math.nextafter(end, 1.0) for end in ends]
+    points = sorted([0.0, s.enable_looping_at, *ends, *after_ends])
+    moments = [schedule(point, 0, 0, s) for point in points if point < 1]
+    return list(dict.fromkeys((now.context, now.looping) for now in moments))
 
 
 class TrainingClock:
@@ -1806,9 +1805,9 @@ class MicroBatches:
     """Forward and backward passes over micro-batches, which add to the gradients and to the loss of the step.
 
     With RECORDED_PASSES one CUDA graph is captured for each context length and state of looping, and replayed
-    from then on: one launch by the host instead of some two thousand. A graph reads from buffers that stay
-    where they are, with room for more segments than documents usually make. Those that a micro-batch lacks are
-    empty; a micro-batch that has more runs without a graph.
+    from then on: one launch by the host instead of some two thousand. A graph reads from buffers that stay in
+    place, with room for more segments than documents usually make. Those that a micro-batch lacks are empty;
+    one that has more runs without a graph.
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
@@ -1950,18 +1949,16 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
 
     recompilations = compiled_graphs() - compiled_before - compiled_while_paused
     micro_batches.graphs.clear()  # and their memory
-    if s.ema_decay > 0:
-        average.swap()
+    average.swap()
     found = calibration(now.looping, rehearsal=False)
     runtime.synchronize()
     unrecorded = runtime.sum(torch.tensor(micro_batches.unrecorded, device=runtime.device)).item()
     report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations,
                     unrecorded_passes=unrecorded)
-    if s.ema_decay > 0:
-        average.swap()
+    average.swap()
     log.result("raw", **validation.score(model, now.looping))
+    average.swap()
     if s.ema_decay > 0:
-        average.swap()
         log.result("averaged", **validation.score(model, now.looping))
     return now.looping, found
 
@@ -1994,8 +1991,8 @@ def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData
               seconds=round(time.perf_counter() - began, 1), reserve_seconds=round(reserve, 3),
               process_seconds=round(process_seconds(), 1))
     if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
-        raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train: calibration "
-                         f"needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
+        raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train: "
+                         f"calibration needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
     return reserve
 
 
@@ -2018,13 +2015,15 @@ def compiled_graphs() -> int:
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], show: Callable, s: Settings) -> None:
-    """See to the steps whose figures have reached the host; log the first five and each of TRAIN_LOG_EVERY."""
+def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], show: Callable,
+              s: Settings) -> None:
+    """See to steps whose figures have reached the host; log the first five and each of TRAIN_LOG_EVERY."""
     for step in [step for step in figures_of if step < len(clock.completed)]:
         loss, gradient_norm = figures_of.pop(step).tolist()
         if not math.isfinite(loss + gradient_norm):
-            raise FloatingPointError(f"training diverged: the loss of step {step + 1} is {loss}, its gradient's "
-                                     f"norm {gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+            raise FloatingPointError(
+                f"training diverged: the loss of step {step + 1} is {loss}, its gradient's norm "
+                f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
         seconds = clock.completed[step]
         if s.max_wallclock_seconds:
             done, total = seconds, clock.budget
@@ -2055,10 +2054,10 @@ def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from:
     memory = torch.cuda.max_memory_reserved() / 2**20 if runtime.on_cuda else 0
     seconds = clock.completed[-1] if steps else 0.0
     total = clock.elapsed()
-    log.result("training", steps=steps, seconds=round(seconds, 3), calibration_seconds=round(total - seconds, 3),
-               clock_seconds=round(total, 3), cap_seconds=s.max_wallclock_seconds,
-               within_cap=total <= (s.max_wallclock_seconds or math.inf), tokens=steps * s.train_batch_tokens,
-               looping_from=looping_from,
+    log.result("training", steps=steps, seconds=round(seconds, 3),
+               calibration_seconds=round(total - seconds, 3), clock_seconds=round(total, 3),
+               cap_seconds=s.max_wallclock_seconds, within_cap=total <= (s.max_wallclock_seconds or math.inf),
+               tokens=steps * s.train_batch_tokens, looping_from=looping_from,
                tokens_per_second_plain=rate(0, switch), tokens_per_second_looping=rate(switch, steps),
                **counts, peak_memory_mib=round(memory))
 
