@@ -1310,8 +1310,8 @@ class GPT(nn.Module):
 # ============================================================================================================
 
 # --- Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): one function for each of its steps, put
-# together in Optimizer.muon_update. They take stacks (matrices, rows, columns). None branches on data: the host
-# never waits for the device.
+# together in Optimizer.muon_update. They take stacks (matrices, rows, columns). None branches on data, so the
+# host never waits for the device.
 
 # The Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv:2505.16932): coefficients (a, b, c) of each
 # iteration. Composed, they are the best polynomial of its degree at moving singular values to 1. Computed for
@@ -1811,7 +1811,8 @@ class MicroBatches:
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.model, self.optimizer = model, optimizer
+        self.settings = settings
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self.unrecorded = 0  # passes that could have been replayed and were not
         self.buffers = None
@@ -1884,13 +1885,14 @@ class MicroBatches:
             self.graphs[context, looping] = graph
 
 
-def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Callable, settings: Settings,
+def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable, settings: Settings,
           runtime: Runtime, log: RunLog) -> tuple[bool, object]:
-    """Train until the cap or the last iteration, calibrate on the averaged weights, score.
+    """Train until the cap or the last iteration, calibrate on the averaged weights, score those and the last.
 
-    calibration(looping, rehearsal) returns what quantization will need. One round of it is timed before the
-    clock starts, so that training stops early enough for all of it. Returns whether looping was on at the
-    end, from then on a property of the model, and what calibration found.
+    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what quantization
+    will need. One round of calibration is timed before the clock starts, so that training stops early enough for
+    all of it. Returns whether looping was on at the end, from then on a property of the model, and what
+    calibration found.
     """
     s = settings
     if s.fp8 == "1" and not low_products_fit(s, runtime.compute_dtype):
@@ -1925,7 +1927,7 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
             if s.val_loss_every and step and step % s.val_loss_every == 0:
                 with clock.paused(step):
                     compiled = compiled_graphs()
-                    log.event("val", step=step, **validation.score(model, now.looping))
+                    log.event("val", step=step, **score(model, now.looping))
                     compiled_while_paused += compiled_graphs() - compiled
 
             context = context_length(progress, s)
@@ -1956,10 +1958,10 @@ def train(model: GPT, data: TrainingData, validation: Evaluator, calibration: Ca
     report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations,
                     unrecorded_passes=unrecorded)
     average.swap()
-    log.result("raw", **validation.score(model, now.looping))
+    log.result("raw", **score(model, now.looping))
     average.swap()
     if s.ema_decay > 0:
-        log.result("averaged", **validation.score(model, now.looping))
+        log.result("averaged", **score(model, now.looping))
     return now.looping, found
 
 
@@ -1994,6 +1996,22 @@ def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData
         raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train: "
                          f"calibration needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
     return reserve
+
+
+def calibration_count(s: Settings) -> int:
+    """How many windows calibration reads."""
+    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
+
+
+def calibration_pass(s: Settings, runtime: Runtime) -> int:
+    """How many windows of calibration go through the model at once."""
+    return max(1, (32768 if runtime.on_cuda else 4096) // s.eval_seq_len)
+
+
+def calibration_rounds(s: Settings, runtime: Runtime) -> int:
+    """How many passes every rank makes."""
+    per_round = calibration_pass(s, runtime) * runtime.world_size
+    return math.ceil(calibration_count(s) / per_round)
 
 
 def calibration_reserve(calibration: Callable, s: Settings, runtime: Runtime) -> float:
@@ -2182,22 +2200,6 @@ def second_moment(x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == torch.bfloat16:
         return torch.mm(x.T, x, out_dtype=torch.float32)
     return x.T.float() @ x.float()
-
-
-def calibration_count(s: Settings) -> int:
-    """How many windows calibration reads."""
-    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
-
-
-def calibration_pass(s: Settings, runtime: Runtime) -> int:
-    """How many windows of calibration go through the model at once."""
-    return max(1, (32768 if runtime.on_cuda else 4096) // s.eval_seq_len)
-
-
-def calibration_rounds(s: Settings, runtime: Runtime) -> int:
-    """How many passes every rank makes."""
-    per_round = calibration_pass(s, runtime) * runtime.world_size
-    return math.ceil(calibration_count(s) / per_round)
 
 
 def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
@@ -4316,7 +4318,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         if s.quantize_only:
             looping, statistics = calibrate_checkpoint(model, validation, calibration, s, runtime, log)
         else:
-            looping, statistics = train(model, data, validation, calibration, s, runtime, log)
+            looping, statistics = train(model, data, validation.score, calibration, s, runtime, log)
         if s.prequant_only:
             return
         if runtime.rank == 0:

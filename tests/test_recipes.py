@@ -330,7 +330,7 @@ class Laboratory:
             patch.setattr(g.Optimizer, "step", stepping)
             patch.setattr(g.GPT, "token_losses", losing)
             data = g.TrainingData(s, runtime())
-            g.train(model, data, nothing, lambda *_, **__: None, s, runtime(), nothing)
+            g.train(model, data, nothing.score, lambda *_, **__: None, s, runtime(), nothing)
         seen.kept = flat(model)
         seen.caps = [float(cap.detach()) for cap in (model.softcap_pos, model.softcap_neg) if cap is not None]
         return seen
