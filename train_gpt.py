@@ -2816,18 +2816,8 @@ UNREADABLE = (DamagedError, brotli.error, struct.error, ValueError, KeyError, Ty
 # --- Layout: which arrays an artifact holds
 
 
-class ArraySpec(NamedTuple):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
-
-
 Arrays = dict[str, np.ndarray]  # by name
-Specs = list[ArraySpec]
+Specs = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of arrays, by name
 
 
 def layout(model: GPT, quantization: dict | None) -> Specs:
@@ -2837,28 +2827,28 @@ def layout(model: GPT, quantization: dict | None) -> Specs:
     """
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if quantization is None:
-        return [ArraySpec(name, "float32", shape) for name, shape in parameters.items()]
+        return {name: ("float32", shape) for name, shape in parameters.items()}
     by_loss = quantization["step_rule"] == "loss"
     rank, group = quantization["lqer"]
-    row_dtype, column_dtype = ("int16", "int8") if by_loss else ("float16", "float32")
-    specs = []
+    specs = {}
     for name, role in matrix_roles(model.settings).items():
         layers, rows, columns = role.weights(model).shape
-        specs.append(ArraySpec(f"{name}.codes", "int8", (layers, rows, columns)))
-        specs.append(ArraySpec(f"{name}.row_scale", row_dtype, (layers, rows)))
-        specs.append(ArraySpec(f"{name}.column_scale", column_dtype, (layers, columns)))
+        specs[f"{name}.codes"] = "int8", (layers, rows, columns)
+        specs[f"{name}.row_scale"] = "int16" if by_loss else "float16", (layers, rows)
+        specs[f"{name}.column_scale"] = "int8" if by_loss else "float32", (layers, columns)
         for matrix in (f"{name}.{layer}" for layer in range(layers)):
             if matrix in quantization["corrected"]:
-                specs.append(ArraySpec(f"{matrix}.left", "int8", (rows, rank)))
-                specs.append(ArraySpec(f"{matrix}.left_scale", "float16", (1,)))
-                specs.append(ArraySpec(f"{matrix}.right", "int8", (rank, columns)))
-                specs.append(ArraySpec(f"{matrix}.right_scale", "float16", (rank * columns // group,)))
+                specs[f"{matrix}.left"] = "int8", (rows, rank)
+                specs[f"{matrix}.left_scale"] = "float16", (1,)
+                specs[f"{matrix}.right"] = "int8", (rank, columns)
+                specs[f"{matrix}.right_scale"] = "float16", (rank * columns // group,)
         parameters.pop(role.stack, None)
     if quantization["int8_gates"]:
         shape = parameters.pop("attn_gate")
-        specs.append(ArraySpec("attn_gate.codes_by_row", "int8", shape))
-        specs.append(ArraySpec("attn_gate.row_scale", "float16", shape[:2]))
-    specs += [ArraySpec(name, "float16", shape) for name, shape in parameters.items()]
+        specs["attn_gate.codes_by_row"] = "int8", shape
+        specs["attn_gate.row_scale"] = "float16", shape[:2]
+    for name, shape in parameters.items():
+        specs[name] = "float16", shape
     return specs
 
 
@@ -2868,23 +2858,23 @@ def artifact_arrays(model: GPT, quantized: QuantizedRoles, s: Settings) -> tuple
     if s.gated_attn_quant_gate:
         codes, scale = round_rows(model.attn_gate, -127, 127, 127)
         tensors |= {"attn_gate.codes_by_row": codes, "attn_gate.row_scale": scale}
+    corrected = []
     for name, q in quantized.items():
         tensors[f"{name}.codes"] = q.codes
         tensors[f"{name}.row_scale"] = q.row_scale
         tensors[f"{name}.column_scale"] = q.column_scale
         for layer, correction in q.low_rank.items():
+            corrected.append(f"{name}.{layer}")
             tensors |= {f"{name}.{layer}.{part}": tensor for part, tensor in correction._asdict().items()}
-    corrected = [f"{name}.{layer}" for name, q in quantized.items() for layer in q.low_rank]
     quantization = dict(
         step_rule=s.step_rule,
         lqer=[s.lqer_rank, s.lqer_asym_group],
         corrected=corrected,
         int8_gates=s.gated_attn_quant_gate)
     arrays = {}
-    for spec in layout(model, quantization):
-        array = tensors[spec.name].detach().cpu().contiguous().numpy()
-        assert spec == (spec.name, array.dtype.name, array.shape)
-        arrays[spec.name] = array
+    for name, spec in layout(model, quantization).items():
+        arrays[name] = tensors[name].detach().cpu().contiguous().numpy()
+        assert spec == (arrays[name].dtype.name, arrays[name].shape)
     return quantization, arrays
 
 
@@ -2917,11 +2907,15 @@ def is_codes(name: str) -> bool:
     return name.endswith(".codes")
 
 
-def split_codes(arrays: Arrays) -> tuple[Arrays, Arrays]:
-    """The codes of all roles, and the other arrays."""
-    codes = {name: array for name, array in arrays.items() if is_codes(name)}
-    rest = {name: array for name, array in arrays.items() if not is_codes(name)}
+def split_codes(named: dict) -> tuple[dict, dict]:
+    """Arrays or specs by name: those of all roles' codes, and the others."""
+    codes = {name: value for name, value in named.items() if is_codes(name)}
+    rest = {name: value for name, value in named.items() if not is_codes(name)}
     return codes, rest
+
+
+def total_bytes(specs: Specs) -> int:
+    return sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in specs.values())
 
 
 def byte_planes(array: np.ndarray) -> bytes:
@@ -2936,9 +2930,9 @@ def pack_arrays(arrays: Arrays) -> bytes:
 
 def unpack_arrays(raw: bytes, specs: Specs) -> Arrays:
     """Undo `pack_arrays` for arrays of these specs."""
-    require(len(raw) == sum(spec.nbytes for spec in specs))
+    require(len(raw) == total_bytes(specs))
     arrays, start = {}, 0
-    for name, dtype, shape in specs:
+    for name, (dtype, shape) in specs.items():
         size, width = math.prod(shape), np.dtype(dtype).itemsize
         planes = np.frombuffer(raw, np.uint8, size * width, start).reshape(width, size)
         arrays[name] = planes.T.copy().view(dtype).reshape(shape)
@@ -2952,8 +2946,8 @@ def compress(arrays: Arrays) -> bytes:
 
 def decompress(packed: bytes, specs: Specs) -> Arrays:
     """Undo `compress`; never makes more bytes than the specs promise."""
-    promised = sum(spec.nbytes for spec in specs)
-    return unpack_arrays(brotli.Decompressor().process(packed, output_buffer_limit=promised + 1), specs)
+    max_bytes = total_bytes(specs) + 1
+    return unpack_arrays(brotli.Decompressor().process(packed, output_buffer_limit=max_bytes), specs)
 
 
 class OneStreamCodec(NamedTuple):
@@ -3033,16 +3027,15 @@ class EntropyCodec:
 
     def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
         coded, packed = streams
-        codes = [spec for spec in specs if is_codes(spec.name)]
-        stored_specs = [spec for spec in specs if not is_codes(spec.name)]
-        for name, _, (layers, rows, columns) in codes:
-            stored_specs.append(ArraySpec(name + ".row_class", "int8", (layers, rows)))
-            stored_specs.append(ArraySpec(name + ".column_class", "int8", (layers, columns)))
-        stored_specs.append(ArraySpec("table", "uint16", (SPREADS, 256)))
-        stored = decompress(packed, stored_specs)
-        classes = np.concatenate([self.classes_of(spec.name, stored).ravel() for spec in codes])
+        codes, stored = split_codes(specs)
+        for name, (_, (layers, rows, columns)) in codes.items():
+            stored[name + ".row_class"] = "int8", (layers, rows)
+            stored[name + ".column_class"] = "int8", (layers, columns)
+        stored["table"] = "uint16", (SPREADS, 256)
+        arrays = decompress(packed, stored)
+        classes = np.concatenate([self.classes_of(name, arrays).ravel() for name in codes])
         totals = np.bincount(classes, minlength=SPREADS)
-        models = self.models_of(stored["table"])
+        models = self.models_of(arrays["table"])
         require(len(coded) % 4 == 0)
         require(set(np.flatnonzero(totals)) == set(models))
 
@@ -3056,10 +3049,12 @@ class EntropyCodec:
         ordered = np.concatenate(decoded)
         symbols = np.empty_like(ordered)
         symbols[np.argsort(classes, kind="stable")] = ordered  # back to where `pack` took them from
-        ends = itertools.accumulate(spec.nbytes for spec in codes)  # a byte for each code
-        for spec, end in zip(codes, ends):
-            stored[spec.name] = symbols[end - spec.nbytes:end].reshape(spec.shape)
-        return {spec.name: stored[spec.name] for spec in specs}
+        start = 0
+        for name, (_, shape) in codes.items():
+            stop = start + math.prod(shape)
+            arrays[name] = symbols[start:stop].reshape(shape)
+            start = stop
+        return {name: arrays[name] for name in specs}
 
     def classes_of(self, name: str, stored: Arrays) -> np.ndarray:
         """The class (layers, rows, columns) of every code of the stack `name`, uint8 below SPREADS."""
@@ -3170,13 +3165,12 @@ class PergroupCodec:
 
     def unpack(self, streams: list[bytes], specs: Specs) -> Arrays:
         *coded, packed = streams
-        codes = [spec for spec in specs if is_codes(spec.name)]
-        rest = [spec for spec in specs if not is_codes(spec.name)]
-        for name, _, shape in codes:
+        codes, rest = split_codes(specs)
+        for name, (_, shape) in codes.items():
             if name in PERGROUP_SORTED:
-                rest.append(ArraySpec(name + ".order", "uint16", shape[:2]))
+                rest[name + ".order"] = "uint16", shape[:2]
         arrays = decompress(packed, rest)
-        for (name, _, shape), stream in zip(codes, coded, strict=True):
+        for (name, (_, shape)), stream in zip(codes.items(), coded, strict=True):
             layers, rows, columns = shape
             try:
                 raw = lrzip(stream, "-d", max_bytes=layers * rows * columns)
@@ -3189,7 +3183,7 @@ class PergroupCodec:
                 require((np.sort(order, 1) == np.arange(rows)).all())  # a permutation
                 stack = np.take_along_axis(stack, order.argsort(1)[..., None], 1)
             arrays[name] = np.ascontiguousarray(stack)
-        return {spec.name: arrays[spec.name] for spec in specs}
+        return {name: arrays[name] for name in specs}
 
 
 CODECS = {
@@ -3210,7 +3204,7 @@ def container(table: dict, arrays: Arrays, compressor: str) -> bytes:
     compressor, name, dtype and shape of each array, lengths of the streams); streams.
     """
     streams = CODECS[compressor].pack(arrays)
-    specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    specs = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     lengths = [len(stream) for stream in streams]
     table = table | dict(compressor=compressor, arrays=specs, streams=lengths)
     text = json.dumps(table, separators=(",", ":"))

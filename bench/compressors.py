@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = g.Settings.from_environment(os.environ)
     _, arrays = g.read_container(settings.artifact_path, g.GPT(settings), settings)
-    specs = [g.ArraySpec(name, a.dtype.name, a.shape) for name, a in arrays.items()]
+    specs = {name: (a.dtype.name, a.shape) for name, a in arrays.items()}
     codes, rest = g.split_codes(arrays)
     count = sum(a.size for a in codes.values())
     order0 = sum(g.order0_bytes(torch.from_numpy(matrix)) for a in codes.values() for matrix in a)

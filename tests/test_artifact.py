@@ -131,12 +131,12 @@ def forms():
     return made
 
 
-def specs_of(arrays: dict[str, np.ndarray]) -> list[g.ArraySpec]:
-    return [g.ArraySpec(name, a.dtype.name, a.shape) for name, a in arrays.items()]
+def specs_of(arrays: dict[str, np.ndarray]) -> g.Specs:
+    return {name: (a.dtype.name, a.shape) for name, a in arrays.items()}
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert specs_of(ours) == specs_of(theirs)
+    assert list(specs_of(ours).items()) == list(specs_of(theirs).items())
     assert all(ours[name].tobytes() == a.tobytes() for name, a in theirs.items())
 
 
@@ -500,19 +500,23 @@ def test_tensors_that_a_checkpoint_should_not_have_are_refused(tmp_path):
     assert not accepted(path, table, falsified(arrays), model, s)
 
 
-@pytest.mark.parametrize("roles", [True, False], ids=["artifact", "checkpoint"])
-def test_a_doubled_array_is_refused(forms, tmp_path, roles):
+@pytest.mark.parametrize("quantized", [True, False], ids=["artifact", "checkpoint"])
+def test_a_doubled_array_is_refused(forms, tmp_path, quantized):
+    """A name that stands twice in the table's text, with its bytes twice in the payload."""
     made, path = forms["default"], tmp_path / "a.ptz"
-    if roles:
+    if quantized:
         g.write_container(str(path), made.table, made.arrays, "none")
     else:
         checkpoint(made.s, made.model, path)
     table, payload = taken_apart(path.read_bytes())
-    for entry in table["arrays"]:
-        raw = np.dtype(entry[1]).itemsize * math.prod(entry[2])
-        path.write_bytes(rebuilt(table | dict(arrays=table["arrays"] + [entry], streams=[len(payload) + raw]),
-                                 payload + bytes(raw)))
-        assert refusal(path, made.model, made.s) == one_line(path), entry
+    for name, (dtype, shape) in table["arrays"].items():
+        raw = np.dtype(dtype).itemsize * math.prod(shape)
+        text = json.dumps(table | dict(streams=[len(payload) + raw]))
+        entry = f'"{name}": {json.dumps([dtype, shape])}'
+        assert text.count(entry) == 1
+        head = brotli.compress(text.replace(entry, f"{entry}, {entry}").encode(), quality=1)
+        path.write_bytes(signed(head, payload + bytes(raw)))
+        assert refusal(path, made.model, made.s) == one_line(path), name
 
 
 def test_a_strangers_words_reach_the_terminal_in_one_short_line(small, tmp_path):
@@ -548,16 +552,15 @@ def test_a_group_that_divides_no_factor_is_refused(forms, tmp_path):
     """The arrays are as the table promises, but the scales would not cover the factor."""
     made, path = forms["published, awq and lqer"], tmp_path / "a.ptz"
     quantization = made.table["quantization"] | dict(lqer=[2, 9])
-    arrays = {spec.name: np.ones(spec.shape, spec.dtype) for spec in g.layout(made.model, quantization)}
+    arrays = {name: np.ones(shape, dtype) for name, (dtype, shape) in g.layout(made.model, quantization).items()}
     g.write_container(str(path), made.table | dict(quantization=quantization), arrays, "none")
     assert refusal(path, made.model, made.s) == one_line(path)
 
 
 def test_a_checkpoint_without_its_stream_is_refused(forms, tmp_path):
     made, path = next(iter(forms.values())), tmp_path / "a.ptz"
-    arrays = [[name, "float32", list(p.shape)] for name, p in made.model.named_parameters()]
     table = dict(function=made.s.function_settings(), looping=True, quantization=None, compressor="none",
-                 arrays=arrays, streams=[])
+                 arrays=g.layout(made.model, None), streams=[])
     path.write_bytes(rebuilt(table, b""))
     assert refusal(path, made.model, made.s) == one_line(path)
 
@@ -763,10 +766,9 @@ class Mutations:
             quantization["lqer"] = [r.choice((1, 2, 64, 65)), r.choice((1, 2, 7, 16))]
             quantization["corrected"] = r.sample(["tok_emb.0", "mlp.fc.1", "attn.c_q.2", "mlp.fc.9", "none"], r.choice((1, 3)))
         arrays = {}
-        for spec in g.layout(self.model, quantization):
-            known = self.arrays.get(spec.name)
-            arrays[spec.name] = known if known is not None and spec in specs_of({spec.name: known}) else np.ones(
-                spec.shape, spec.dtype)
+        for name, spec in g.layout(self.model, quantization).items():
+            known = specs_of(self.arrays).get(name) == spec
+            arrays[name] = self.arrays[name] if known else np.ones(spec[1], spec[0])
         for name in r.sample(list(arrays), r.choice((1, 3, len(arrays)))):
             a = arrays[name]
             arrays[name] = np.frombuffer(r.choice((draw.bytes(a.nbytes), bytes(a.nbytes), b"\xff" * a.nbytes,
@@ -808,7 +810,7 @@ def outcome(path: str, small_arrays: dict, model, s) -> str:
         if not named or len(named) != len(lines) or len(lines) > len(s.function_settings()):
             raise AssertionError(f"unclear: {str(error)[:300]}") from None
         return "refused"
-    promised = [g.ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in table["arrays"]]
+    promised = {name: (dtype, tuple(shape)) for name, (dtype, shape) in table["arrays"].items()}
     if specs_of(arrays) != promised:
         raise AssertionError(f"{specs_of(arrays)} for {promised}")
     before = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
