@@ -2495,23 +2495,22 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
     damping = HESSIAN_DAMPING * mean
     while True:
         damped = h + damping[:, None, None] * identity
-        # Cholesky's factor of the matrix with rows and columns reversed is lower triangular: reversed back,
-        # upper.
+        # The factor of the reversed matrix is lower triangular: reversed back, upper.
         factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             return factor.flip(1, 2)
         damping = torch.where(failed > 0, 10 * damping, damping)
 
 
-def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, factor: Tensor,
-         quantize_block: Callable) -> Quantized:
+def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, quantize_block: Callable) -> Quantized:
     """`q` with codes for which later columns make up for earlier ones' errors (GPTQ, Frantar et al. 2022).
 
-    max_code: (layers, 1, columns); order: that in which columns are taken, (layers, columns); factor:
-    hessian_factor in it; quantize_block: round_block or trellis_block.
+    max_code: (layers, 1, columns); order: that in which columns are taken, (layers, columns); quantize_block:
+    round_block or trellis_block.
     """
     layers, rows, columns = p.weight.shape
     weight, step, max_code = (take_columns(x, order) for x in (p.weight, step_sizes(q), max_code))
+    factor = hessian_factor(p.hessian, order)
     identity = torch.eye(columns, device=factor.device).expand_as(factor)
     upper = torch.linalg.solve_triangular(factor, identity, upper=True)  # of the inverse Hessian
     codes = torch.empty_like(weight, dtype=torch.int8)
@@ -2600,8 +2599,7 @@ def quantize_published(problems: Problems, s: Settings) -> QuantizedRoles:
         max_code[spared[name]] = 2 ** (s.awq_lite_bits - 1) - 1
         row_scale = float16_scale(p.role.clip_sigmas * p.row_deviation() / largest)
         q = Quantized(p.no_codes(), row_scale, largest / max_code, {})
-        factor = hessian_factor(p.hessian, p.by_input)
-        quantized[name] = gptq(p, q, max_code[:, None], p.by_input, factor, round_block)
+        quantized[name] = gptq(p, q, max_code[:, None], p.by_input, round_block)
     if s.lqer_enabled:
         correct_largest_errors(problems, quantized, s)
     return quantized
@@ -2683,8 +2681,6 @@ class LossSteps(NamedTuple):
     min_octaves: Tensor  # (layers, rows): finer, and int8 would not hold the codes
     max_octaves: Tensor  # (layers, rows): coarser than twice the row's deviation, rounding only adds noise
     column_scale: Tensor  # (layers, columns) int8, as in Quantized
-    order: Tensor  # trellis_order
-    factor: Tensor  # hessian_factor in that order
 
 
 RoleSteps = dict[str, LossSteps]
@@ -2704,37 +2700,32 @@ def steps_by_loss(p: Problem) -> LossSteps:
     column_scale = (column_octaves * COLUMN_SCALES_PER_OCTAVE).round().to(torch.int8)
     column = grid_value(column_scale, COLUMN_SCALES_PER_OCTAVE)
     largest = (p.weight.abs() / column[:, None]).amax(2)
-    order = trellis_order(column_scale)
     return LossSteps(
         row_octaves=-0.5 * p.curvature.clamp(min=1e-30).log2() - level,
         min_octaves=(largest / 120).clamp(min=SMALLEST_SCALE).log2(),
         max_octaves=p.row_deviation().clamp(min=SMALLEST_SCALE).log2() + 1,
-        column_scale=column_scale,
-        order=order,
-        factor=hessian_factor(p.hessian, order))
+        column_scale=column_scale)
 
 
 def quantize_by_loss(problems: Problems, steps: RoleSteps, octaves: float) -> QuantizedRoles:
     """Steps 2^octaves times those of steps_by_loss, on a logarithmic grid; GPTQ on a trellis."""
     quantized = {}
     for name, p in problems.items():
-        role_steps = steps[name]
-        row_octaves = role_steps.row_octaves + octaves
-        row_octaves = row_octaves.minimum(role_steps.max_octaves).maximum(role_steps.min_octaves)
+        row_octaves, min_octaves, max_octaves, column_scale = steps[name]
+        row_octaves = (row_octaves + octaves).minimum(max_octaves).maximum(min_octaves)
         row_scale = (row_octaves * SCALES_PER_OCTAVE).round().to(torch.int16)
-        q = Quantized(p.no_codes(), row_scale, role_steps.column_scale, {})
+        q = Quantized(p.no_codes(), row_scale, column_scale, {})
         max_code = torch.full_like(p.inputs[:, None], 127)
-        quantized[name] = gptq(p, q, max_code, role_steps.order, role_steps.factor, trellis_block)
+        quantized[name] = gptq(p, q, max_code, trellis_order(column_scale), trellis_block)
     return quantized
 
 
 def octaves_for(bits: float, steps: RoleSteps) -> float:
     """log2 of the common factor at which codes take about so many bits, were their rows normal."""
     total, count = 0.0, 0
-    for role_steps in steps.values():
-        columns = role_steps.column_scale.size(1)
-        deviation = role_steps.max_octaves - 1
-        total += columns * float((deviation - role_steps.row_octaves).sum())
+    for row_octaves, _, max_octaves, column_scale in steps.values():
+        columns, deviation = column_scale.size(1), max_octaves - 1
+        total += columns * float((deviation - row_octaves).sum())
         count += columns * deviation.numel()
     return total / count + GAUSSIAN_BITS - bits
 

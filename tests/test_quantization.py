@@ -268,9 +268,7 @@ def test_the_decoder_sees_what_the_encoder_saw(monkeypatch):
 
 def rounded_alike(p: g.Problem, q: g.Quantized) -> g.Quantized:
     """Plain GPTQ with the steps of `q` in its order of columns; dequantize would add the trellis."""
-    order = g.trellis_order(q.column_scale)
-    factor = g.hessian_factor(p.hessian, order)
-    return g.gptq(p, q, torch.full_like(p.weight[:, :1], 127), order, factor, g.round_block)
+    return g.gptq(p, q, torch.full_like(p.weight[:, :1], 127), g.trellis_order(q.column_scale), g.round_block)
 
 
 def test_trellis_gain_on_a_gaussian_source():
@@ -365,8 +363,7 @@ def one_step_per_row(p: g.Problem) -> g.Quantized:
     """The published steps, on the grid and on a trellis."""
     level = published(p).row_scale.float().log2()
     column = torch.zeros(len(p.weight), p.weight.size(2), dtype=torch.int8)
-    order = g.trellis_order(column)
-    return by_loss(p, 0.0, g.LossSteps(level, level - 99, level + 99, column, order, g.hessian_factor(p.hessian, order)))
+    return by_loss(p, 0.0, g.LossSteps(level, level - 99, level + 99, column))
 
 
 def test_steps_by_loss_lose_less_at_equal_bytes():
