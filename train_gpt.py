@@ -2683,9 +2683,6 @@ class LossSteps(NamedTuple):
     column_scale: Tensor  # (layers, columns) int8, as in Quantized
 
 
-RoleSteps = dict[str, LossSteps]
-
-
 def steps_by_loss(p: Problem) -> LossSteps:
     """Steps such that every weight adds the same predicted loss.
 
@@ -2707,7 +2704,7 @@ def steps_by_loss(p: Problem) -> LossSteps:
         column_scale=column_scale)
 
 
-def quantize_by_loss(problems: Problems, steps: RoleSteps, octaves: float) -> QuantizedRoles:
+def quantize_by_loss(problems: Problems, steps: dict[str, LossSteps], octaves: float) -> QuantizedRoles:
     """Steps 2^octaves times those of steps_by_loss, on a logarithmic grid; GPTQ on a trellis."""
     quantized = {}
     for name, p in problems.items():
@@ -2720,7 +2717,7 @@ def quantize_by_loss(problems: Problems, steps: RoleSteps, octaves: float) -> Qu
     return quantized
 
 
-def octaves_for(bits: float, steps: RoleSteps) -> float:
+def octaves_for(bits: float, steps: dict[str, LossSteps]) -> float:
     """log2 of the common factor at which codes take about so many bits, were their rows normal."""
     total, count = 0.0, 0
     for row_octaves, _, max_octaves, column_scale in steps.values():
