@@ -3421,18 +3421,18 @@ def evaluation_windows(tokens: np.ndarray, s: Settings) -> list[Window]:
     return windows
 
 
-def pack_windows(windows: list[Window], capacity: int) -> list[list[Window]]:
-    """Whole windows in order, as many to a batch as fit into `capacity` tokens."""
-    batches = []
-    free = 0
-    for window in windows:
-        length = window.end - window.begin
-        if length > free:
-            batches.append([])
-            free = capacity
-        batches[-1].append(window)
-        free -= length
-    return batches
+def pack(lengths: list[int], capacity: int, most: int = 1 << 62) -> list[slice]:
+    """Neighbouring pieces that share a forward pass: as many as fit into `capacity` tokens, at least one."""
+    passes = []
+    first = tokens = 0
+    for index, length in enumerate(lengths):
+        if index > first and (tokens + length > capacity or index - first == most):
+            passes.append(slice(first, index))
+            first, tokens = index, 0
+        tokens += length
+    if lengths:
+        passes.append(slice(first, len(lengths)))
+    return passes
 
 
 class Evaluator:
@@ -3446,7 +3446,9 @@ class Evaluator:
         self.data = data
         self.settings = settings
         self.runtime = runtime
-        self.batches = pack_windows(evaluation_windows(data.tokens, settings), settings.eval_batch_tokens)
+        windows = evaluation_windows(data.tokens, settings)
+        lengths = [window.end - window.begin for window in windows]
+        self.batches = [windows[some] for some in pack(lengths, settings.eval_batch_tokens)]
         self.targets = len(data.tokens) - 1
         self.bytes = int(data.bytes[1:].sum(dtype=np.int64))
         if not self.bytes:
@@ -3500,12 +3502,8 @@ class Evaluator:
 
 def loss_and_bpb(nats: float, targets: float, size: int) -> dict:
     """The figures of a score: nats summed over so many targets, which stand for `size` bytes."""
-    return dict(val_loss=round(nats / targets, 8), val_bpb=round(bits_per_byte(nats, size), 8),
+    return dict(val_loss=round(nats / targets, 8), val_bpb=round(nats / math.log(2) / size, 8),
                 targets=int(targets), bytes=size)
-
-
-def bits_per_byte(nats: float, size: int) -> float:
-    return nats / math.log(2) / size
 
 
 # --- Score-first test-time training -------------------------------------------------------------------------
@@ -3667,7 +3665,8 @@ class Text:
         for index, hints in reversed(list(enumerate(found))):  # the longest context has the last word
             for kept, new in zip(self.hints, hints):
                 kept[targets] = np.where(hints.gate, new, kept[targets])
-            self.ngram_order_index[targets] = np.where(hints.gate, index, self.ngram_order_index[targets])
+            kept = self.ngram_order_index[targets]
+            self.ngram_order_index[targets] = np.where(hints.gate, index, kept)
 
     def first_inputs(self, step: Step) -> np.ndarray:
         """Where the inputs of each slot's row begin in the document (slots,)."""
@@ -3678,14 +3677,9 @@ class Text:
     def pack(self, step: Step):
         """Yield the Rows of this rank's active slots, as many to one as TTT_MICRO_BATCH_TOKENS allows."""
         slots = np.flatnonzero(step.document[self.own_slots] >= 0)
-        ends = np.cumsum((step.end - self.first_inputs(step))[self.own_slots[slots]])
-        at = 0
-        while at < len(slots):
-            limit = (ends[at - 1] if at else 0) + self.settings.ttt_micro_batch_tokens
-            fitting = int(np.searchsorted(ends, limit, side="right"))
-            stop = min(max(at + 1, fitting), at + MAX_ROWS_PER_PASS)
-            yield self.pack_rows(step, slots[at:stop])
-            at = stop
+        lengths = (step.end - self.first_inputs(step))[self.own_slots[slots]]
+        for some in pack(lengths.tolist(), self.settings.ttt_micro_batch_tokens, MAX_ROWS_PER_PASS):
+            yield self.pack_rows(step, slots[some])
 
     def pack_rows(self, step: Step, slots: np.ndarray) -> Rows:
         """The Rows of these slots (R,), given by their indices among this rank's.
@@ -3699,6 +3693,8 @@ class Text:
         begin, end = step.begin[own], step.end[own]
         first = self.first_inputs(step)[own]
         chunk, continues = end - begin, end < length
+        first_chunk = [s.first_chunk(n) for n in length.tolist()]
+        cu_seqlens = np.concatenate(([0], np.cumsum(end - first)))
 
         # (T,) of each input: its position in the document, its row, its place in the stream
         position, row = ranges(first, end - first)
@@ -3719,8 +3715,8 @@ class Text:
             slots=tensor(slots),
             begins=tensor(begin),
             continues=tensor(continues, bool),
-            chunk_ratio=tensor(chunk / [s.first_chunk(n) for n in length.tolist()], np.float32),
-            cu_seqlens=tensor(np.concatenate(([0], np.cumsum(end - first))), np.int32),
+            chunk_ratio=tensor(chunk / first_chunk, np.float32),
+            cu_seqlens=tensor(cu_seqlens, np.int32),
             chunk_ends=tensor(np.cumsum(chunk), np.int32),
             ids=tensor(np.where(inside, self.tokens[place], BOS_ID)),
             previous=tensor(np.where(has_previous, self.tokens[place - 1], BOS_ID)),
@@ -3744,9 +3740,10 @@ class Text:
         """
         ended = (step.document >= 0) & (step.end >= self.lengths[step.document])
         self.finished[step.document[ended]] = True
-        while self.phase_points and self.phase_points[0] <= self.finished.sum() < len(self.finished):
+        finished = np.flatnonzero(self.finished)
+        while self.phase_points and self.phase_points[0] <= len(finished) < len(self.starts):
             self.phase_points.pop(0)
-            yield np.flatnonzero(self.finished)
+            yield finished
 
     def batch(self, inputs: np.ndarray, bounds: np.ndarray) -> Batch:
         """The tokens at these places of the stream (T,), and their targets, in segments with these bounds."""
@@ -4100,8 +4097,8 @@ class Score:
             self.logged_share = share
             seconds = time.perf_counter() - self.began
             nats = float(self.nats[0])  # the one place where the host waits for the device
-            self.log.event("progress", share=round(share, 3),
-                           val_bpb=round(bits_per_byte(nats, max(1, self.seen_bytes)), 6),
+            so_far = loss_and_bpb(nats, self.seen_targets, max(1, self.seen_bytes))
+            self.log.event("progress", share=round(share, 3), val_bpb=so_far["val_bpb"],
                            tokens_per_second=round(share * self.targets / seconds),
                            eta_seconds=round(seconds * (1 / share - 1), 1))
 
@@ -4119,8 +4116,9 @@ class Score:
         if not math.isfinite(nats):
             raise FloatingPointError("the loss of test-time training is not finite: lower TTT_LORA_LR")
         size = int(self.data.bytes[1:].sum(dtype=np.int64))
+        plain = loss_and_bpb(untilted, self.targets, size)
         return loss_and_bpb(nats, self.targets, size) | dict(
-            untilted_bpb=round(bits_per_byte(untilted, size), 8), seconds=round(self.seconds, 3),
+            untilted_bpb=plain["val_bpb"], seconds=round(self.seconds, 3),
             tokens_per_second=round(self.targets / self.seconds), process_seconds=round(process_seconds(), 3))
 
 
@@ -4154,24 +4152,20 @@ def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Setti
 
 def check_machine(s: Settings, runtime: Runtime) -> None:
     """Raise InputError, before anything is trained, if test-time training will not run here."""
-    problems = []
-
-    def require(condition: bool, line: str) -> None:
-        if not condition:
-            problems.append(line)
-
     if runtime.on_cuda:
-        require(HAS_TRITON, "triton: test-time training on CUDA needs it; pip install triton")
-        for name in ("ttt_lora_rank", "model_dim", "vocab_size"):
-            value = getattr(s, name)
-            require(value % 8 == 0, f"{name.upper()}: {value} is no multiple of 8, which test-time training "
-                                    "on CUDA needs; set TTT_ENABLED=0")
-        shapes = ("test-time training on CUDA needs heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads "
-                  "per key/value head; set TTT_ENABLED=0")
-        require(s.num_heads // s.num_kv_heads in (1, 2, 4, 8), f"NUM_HEADS: {s.num_heads}: {shapes}")
-        require(s.head_dim in (16, 32, 64, 128), f"MODEL_DIM: {s.model_dim}: {shapes}")
-    if problems:
-        raise InputError("\n".join(problems))
+        if not HAS_TRITON:
+            raise InputError("triton: test-time training on CUDA needs it; pip install triton")
+        fits = {
+            "TTT_LORA_RANK": s.ttt_lora_rank % 8 == 0,
+            "VOCAB_SIZE": s.vocab_size % 8 == 0,
+            "MODEL_DIM": s.head_dim in (16, 32, 64, 128),
+            "NUM_HEADS": s.num_heads // s.num_kv_heads in (1, 2, 4, 8),
+        }
+        misfits = [name for name, good in fits.items() if not good]
+        if misfits:
+            raise InputError(f"{', '.join(misfits)}: test-time training on CUDA needs rank and vocabulary in "
+                             "multiples of 8, heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads per "
+                             "key/value head; set TTT_ENABLED=0")
     if s.ngram_tilt_enabled:
         if runtime.rank == 0:
             ngram.load()  # compiles, once for all ranks of a host

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import online_ngram_tilt as ngram  # noqa: E402
 
-SLOTS, ROW = 512, 48
+SLOTS, ROW = 512, 48  # those of a run with the default TTT_BATCH_SIZE and TTT_CHUNK_SIZE
 FEEDS = "stream", "rows"
 TITLES = ("     tokens  fed as  mode        M tokens/s       gated  peak MiB  of that hints  "
           "seconds of each run (of them system)")
@@ -114,7 +114,7 @@ def measure(path: str, length: int, feed: str, mode: str, piece: int, connection
     """In a process of its own: seconds, those in the kernel, gated targets, peak MiB, that at the start."""
     tokens = np.fromfile(path, np.uint16, length)
     rows = steps(length)
-    ngram.load()
+    ngram.load()  # its compilation is not measured
     before = peak_mib()
     system, started = os.times().system, time.perf_counter()
     gated = count(tokens, rows, feed, mode, piece)
@@ -124,11 +124,11 @@ def measure(path: str, length: int, feed: str, mode: str, piece: int, connection
 
 def measured(*arguments) -> tuple:
     """What `measure` sends."""
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")  # a fork would start with this process's memory
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=measure, args=(*arguments, theirs))
     process.start()
-    theirs.close()
+    theirs.close()  # or recv would wait for ever on a process that has died
     result = ours.recv()
     process.join()
     return result
@@ -164,7 +164,7 @@ def main() -> None:
     print(TITLES)
     record["rows"] = []
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"ngram_{os.getpid()}.bin"
-    stream.tofile(path)
+    stream.tofile(path)  # faster than through the pipe
     del stream
     try:
         for length, feed, mode in itertools.product(lengths, FEEDS, ngram.MODES):
