@@ -52,7 +52,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import online_ngram_tilt as ngram
 from env_settings import (
@@ -94,7 +93,7 @@ class Settings(FromEnvironment):
     grad_accum_steps: int = setting(
         0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8", low=0)
     eval_include_tail: bool = setting(
-        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows alone, as #2135 and its ancestors")
+        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows, as #2135 and its ancestors")
 
     # Run
     seed: int = setting(1337, "seed of the initial weights; the data's order is fixed", low=0, group="Run")
@@ -649,20 +648,6 @@ def file_sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-@contextmanager
-def progress_bar(total: float, unit: str, label: str, runtime: Runtime):
-    """Yields show(done, note), which draws a bar on rank 0's stderr if that is a terminal."""
-    hidden = runtime.rank > 0 or not sys.stderr.isatty()
-    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} {postfix}"
-    with tqdm(total=round(total), unit=unit, desc=label, disable=hidden, leave=False, dynamic_ncols=True,
-              bar_format=layout) as bar:
-        def show(done: float, note: str = "") -> None:
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(min(round(done), bar.total) - bar.n)  # tqdm draws nothing beyond its total
-
-        yield show
-
-
 class RunLog:
     """The log and the run record, written together: each log line is the text form of an event.
 
@@ -724,8 +709,7 @@ class RunLog:
     def write(self, text: str) -> None:
         if self.active:
             self.file.write(text + "\n")
-            tqdm.write(text)  # above a bar, if there is one
-            sys.stdout.flush()
+            print(text, flush=True)
 
     def save(self) -> None:
         if self.active:
@@ -787,8 +771,8 @@ def check_tokens(path: str, tokens: np.ndarray, settings: Settings) -> None:
 def check_manifest(settings: Settings) -> dict:
     """Compare the settings with the data set's manifest.json; returns what the run record should say of it.
 
-    A data set may have none. Raises InputError if it is broken or belongs to another vocabulary, and if training
-    and validation share documents.
+    A data set may have none. Raises InputError if it is broken, if it belongs to another vocabulary, and if
+    training and validation share documents.
     """
     path = os.path.join(settings.shards_dir, "manifest.json")
     if not os.path.exists(path):
@@ -1917,37 +1901,35 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
     compiled_before = compiled_graphs()
     compiled_while_paused = 0
     clock = TrainingClock(s, runtime, reserve)
-    length = (clock.budget, "s") if s.max_wallclock_seconds else (s.iterations, "steps")
-    with progress_bar(*length, "training", runtime) as show:
-        for step in itertools.count():
-            progress, stop = clock.begin_step(step)
-            log_steps(log, clock, figures_of, show, s)
-            if stop:
-                break
-            if s.val_loss_every and step and step % s.val_loss_every == 0:
-                with clock.paused(step):
-                    compiled = compiled_graphs()
-                    log.event("val", step=step, **score(model, now.looping))
-                    compiled_while_paused += compiled_graphs() - compiled
+    for step in itertools.count():
+        progress, stop = clock.begin_step(step)
+        log_steps(log, clock, figures_of, s)
+        if stop:
+            break
+        if s.val_loss_every and step and step % s.val_loss_every == 0:
+            with clock.paused(step):
+                compiled = compiled_graphs()
+                log.event("val", step=step, **score(model, now.looping))
+                compiled_while_paused += compiled_graphs() - compiled
 
-            context = context_length(progress, s)
-            if context != now.context:
-                context_start = step
-                batches.close()
-                batches = data.stream(context, step)
-                log.event("context", step=step, progress=round(progress, 4), tokens=context)
-            now = schedule(progress, step, context_start, s)
-            if now.looping and looping_from is None:
-                looping_from = step
-                log.event("looping", step=step, progress=round(progress, 4))
+        context = context_length(progress, s)
+        if context != now.context:
+            context_start = step
+            batches.close()
+            batches = data.stream(context, step)
+            log.event("context", step=step, progress=round(progress, 4), tokens=context)
+        now = schedule(progress, step, context_start, s)
+        if now.looping and looping_from is None:
+            looping_from = step
+            log.event("looping", step=step, progress=round(progress, 4))
 
-            figures = take_step(batches, now)
-            average.update()
-            figures_of[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
-            clock.end_step(step)
-        batches.close()
-        clock.observe_before(step)
-        log_steps(log, clock, figures_of, show, s)
+        figures = take_step(batches, now)
+        average.update()
+        figures_of[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
+        clock.end_step(step)
+    batches.close()
+    clock.observe_before(step)
+    log_steps(log, clock, figures_of, s)
 
     recompilations = compiled_graphs() - compiled_before - compiled_while_paused
     micro_batches.graphs.clear()  # and their memory
@@ -2033,8 +2015,7 @@ def compiled_graphs() -> int:
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], show: Callable,
-              s: Settings) -> None:
+def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], s: Settings) -> None:
     """See to steps whose figures have reached the host; log the first five and each of TRAIN_LOG_EVERY."""
     for step in [step for step in figures_of if step < len(clock.completed)]:
         loss, gradient_norm = figures_of.pop(step).tolist()
@@ -2042,14 +2023,9 @@ def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], 
             raise FloatingPointError(
                 f"training diverged: the loss of step {step + 1} is {loss}, its gradient's norm "
                 f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        seconds = clock.completed[step]
-        if s.max_wallclock_seconds:
-            done, total = seconds, clock.budget
-        else:
-            done, total = step + 1, s.iterations
-        show(done, f"loss {loss:.3f}")
         if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
-            share = done / total
+            seconds = clock.completed[step]
+            share = seconds / clock.budget if s.max_wallclock_seconds else (step + 1) / s.iterations
             first = max(0, step - max(1, s.train_log_every))
             window = seconds - clock.completed[first]
             rate = round((step - first) * s.train_batch_tokens / window) if window > 0 else 0
@@ -4074,11 +4050,10 @@ class Score:
     def timer(self):
         """Everything that the score needs is computed inside; all ranks begin together."""
         self.runtime.synchronize()
-        self.runtime.from_rank0([0.0])
+        self.runtime.barrier()
         graphs = compiled_graphs()
         self.began = time.perf_counter()
-        with progress_bar(self.targets, "tokens", "test-time training", self.runtime) as self.show:
-            yield
+        yield
         self.runtime.sum(self.nats)
         self.check_single_pass()
         if compiled_graphs() != graphs:
@@ -4092,7 +4067,6 @@ class Score:
         self.seen_targets += len(rows.stream_positions)
         self.seen_bytes += int(self.data.bytes[rows.stream_positions + 1].sum(dtype=np.int64))
         share = min(1.0, self.runtime.world_size * self.seen_targets / self.targets)
-        self.show(share * self.targets)
         if share >= self.logged_share + 0.05:
             self.logged_share = share
             seconds = time.perf_counter() - self.began
@@ -4169,7 +4143,7 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
     if s.ngram_tilt_enabled:
         if runtime.rank == 0:
             ngram.load()  # compiles, once for all ranks of a host
-        runtime.from_rank0([0.0])
+        runtime.barrier()
 
 
 # ======================================================================================================================
