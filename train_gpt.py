@@ -153,8 +153,8 @@ class Settings(FromEnvironment):
     tied_embed_lr: float = setting(0.03, "AdamW learning rate of the embedding", low=0)
     softcap_lr: float = setting(0.02, "AdamW learning rate of the two caps; 0: frozen, as published", low=0)
     muon_momentum: float = setting(0.97, "final Nesterov momentum of Muon", low=0, below=1)
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", low=1, high=5)
-    muon_row_normalize: bool = setting(True, "1: unit rows before Newton-Schulz")
+    muon_backend_steps: int = setting(5, "Polar Express iterations", low=1, high=5)
+    muon_row_normalize: bool = setting(True, "1: unit rows before these iterations")
     muon_wd: float = setting(0.095, "decoupled weight decay of the banks", low=0)
     skylight_norm_ema: bool = setting(
         False, "1: even out the rows of Muon's update by the running mean of their squares (NorMuon)",
