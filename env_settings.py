@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 
 
 class InputError(Exception):
-    """What the user gave is wrong; each line of the message names a variable or file, and the remedy."""
+    """What the user gave is wrong, exit code 2; each line names a variable or file, and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ def list_of(item: str) -> str:
 def fields_by_group(settings: type) -> dict[str, list[dataclasses.Field]]:
     """The fields of a settings class under their headings."""
     result = {}
+    group = ""
     for field in dataclasses.fields(settings):
-        if field.metadata["rule"].group:
-            members = result.setdefault(field.metadata["rule"].group, [])
-        members.append(field)
+        group = field.metadata["rule"].group or group
+        result.setdefault(group, []).append(field)
     return result
 
 
@@ -90,18 +90,23 @@ class FromEnvironment:
     def from_environment(cls, environ: Mapping[str, str]):
         """Read every setting from `environ`; raises InputError with all problems at once, a line each."""
         rules = {field.name.upper(): field.metadata["rule"] for field in dataclasses.fields(cls)}
-        problems = refusals(environ, cls.fixed)
+        known = rules.keys() | cls.fixed.keys() | {rule.alias for rule in rules.values()}
+        problems = refusals(environ, cls.fixed) + misspellings(environ.keys() - known, rules)
+
+        # An alias gives a value to every setting that has it.
         aliased = {name: rule.alias for name, rule in rules.items() if rule.alias in environ}
+        given = {name: environ[alias] for name, alias in aliased.items()}
+        given |= {name: environ[name] for name in rules if name in environ}
         for name, alias in aliased.items():
-            if environ.get(name, environ[alias]) != environ[alias]:
-                problems.append(f"{alias}: {environ[alias]}, but {name}={environ[name]} means the same; "
+            if given[name] != environ[alias]:
+                problems.append(f"{alias}: {environ[alias]}, but {name}={given[name]} means the same; "
                                 "unset one of them")
-        texts = {name: environ[alias] for name, alias in aliased.items()}
-        texts |= {name: environ[name] for name in rules if name in environ}
-        implied = {}
-        for name, text in texts.items():
-            implied |= rules[name].implied_by(text)
-        texts = implied | texts  # what is given wins
+
+        # What is implied gives way to what is given.
+        texts = {}
+        for name, text in given.items():
+            texts |= rules[name].implied_by(text)
+        texts |= given
 
         values = {}
         for field in dataclasses.fields(cls):
@@ -111,8 +116,8 @@ class FromEnvironment:
                     values[field.name] = parse_setting(aliased.get(name, name), texts[name], field)
                 except InputError as error:
                     problems.append(str(error))
-        known = rules.keys() | cls.fixed.keys() | {rule.alias for rule in rules.values()}
-        problems += misspellings(environ.keys() - known, rules)
+
+        # A setting that could not be parsed counts with its default here.
         settings = cls(**values)
         problems += settings.unread() + settings.conflicts()
         if problems:
@@ -210,7 +215,8 @@ def parse_setting(name: str, text: str, field: dataclasses.Field):
         value = kind(text)
     except ValueError:
         value = None
-    if value is None or "_" in text:  # Python's digit groups are no notation for a command line
+    # Python's digit groups, 1_000, are no notation for a command line.
+    if value is None or "_" in text:
         raise InputError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}")
     if not rule.holds(value):
         raise InputError(f"{name}: {text} is out of range ({rule.range()})")
