@@ -3,8 +3,8 @@
     ARTIFACT_DIR=... python bench/compressors.py [--json FILE] [--only NAME ...]
 
 Settings come from the environment as in a run. Each compressor packs the same arrays of the artifact in
-ARTIFACT_DIR and gives them back; times are wall clock. The integers' bytes are all bytes less those of the other
-arrays alone. pergroup needs the program lrzip and is left out without it.
+ARTIFACT_DIR and gives them back; times are wall clock. The integers' bytes are all bytes less those of the
+other arrays alone. pergroup needs the program lrzip and is left out without it.
 """
 import argparse
 import json
