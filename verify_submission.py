@@ -1,20 +1,21 @@
 """Audit a Parameter Golf record folder: logs, run records, submission.json, code, data manifest.
 
-    python verify_submission.py DIR [--json]
+    python verify_submission.py DIR [--json]        what the folder proves, check by check
+    python verify_submission.py --compare DIR DIR   two folders, setting by setting and figure by figure
+    python verify_submission.py --table DIR...      a leaderboard of many folders, from what their logs prove
 
-One line per check: PASS, FAIL or UNKNOWN, the check, what was found, where it stands (file:line, or file: json key). A check
-that fails or cannot tell prints a line for each finding. UNKNOWN means that the folder does not say enough; nothing passes
-because nothing was found. --json prints a list of {check, verdict, seed, detail, evidence}.
-Exit code 0, or 1 if a check fails, or 2 with one line on stderr for bad input: no such folder, no log in it.
+One line per check: PASS, FAIL or UNKNOWN, the check, what was found, where it stands (file:line, or file:
+json key); one for each finding that is no PASS. UNKNOWN says what would decide it; nothing passes because
+nothing was found. --json prints a list of {check, verdict, seed, detail, evidence}. Exit code 0, or 1 if a
+check fails, or 2 with one line on stderr for bad input: no such folder, no log in it.
 
-Two formats of logs are understood, line by line: train_gpt.py's own, where every line is the text of an event in the run
-record beside it, and that of the challenge's published records. Unknown lines are ignored. Nothing in the folder is run.
+Every file becomes facts first, whoever wrote it: train_gpt.py's own logs, where every line is the text of an
+event in the run record beside it, or the free-form logs of the challenge. The checks see facts only. Runs are
+grouped by equal settings; submission.json's figures must belong to one group. Nothing in the folder is run.
 
-submission.json may compare the score with another submission: `comparison` = {against, difference_nats, p, test,
-threshold_nats, required_p, new_record}. What it compares with, per seed, is `baseline` = {seed: val_bpb}, or `val_loss` =
-{seed: nats per token}, or a list of either; or `against` is the path, from the folder, of a submission.json with seed_results.
-The rule is the challenge's, whatever threshold, level and p are stated: more than 0.005 nats better, and the one-sided test of
-that gives p < 0.01.
+submission.json may compare its score with another's: `comparison` = {against, difference_nats, p, test,
+new_record}, with the other scores by seed, or as a list, in `baseline` (val_bpb) or `val_loss` (nats per
+token), or in the submission.json whose path `against` is. The rule is the challenge's, whatever is stated.
 """
 from __future__ import annotations
 
@@ -36,290 +37,311 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy import stats
+
 try:
     import brotli  # packs our scripts; without it they stay closed
 except ImportError:
     brotli = None
 
+PASS, FAIL, UNKNOWN = "PASS", "FAIL", "UNKNOWN"
+SOUND = "SOUND"  # PASS if the check found nothing else
 BYTES_CAP, SECONDS_CAP, LEAST_SEEDS = 16_000_000, 600.0, 3
 THRESHOLD_NATS, LARGEST_P = 0.005, 0.01
-PUBLISHED_TARGETS = 47_853_343  # of the published validation text, its tail included
+PUBLISHED_TARGETS, PUBLISHED_DOCS = 47_853_343, 50_000  # of the published validation text, its tail included
+LONGEST_TAIL = 4096  # tokens that cutting the text to whole windows can drop
 SCORES_DIFFER = 1e-4  # bpb by which a repeated evaluation may differ from the first
-UNPACKED_CAP, ENCODED_CAP, ENCODED_PIECE = 1 << 22, 4000, 64  # characters: unpacked at most; encoded that need no look; a piece
-PASS, FAIL, UNKNOWN = "PASS", "FAIL", "UNKNOWN"
+UNPACKED_CAP = 1 << 22  # bytes of an unpacked text at most
+ENCODED_CAP, ENCODED_PIECE = 4000, 64  # characters of encoded text that need no look; of its shortest piece
+FOREIGN = "no log of the challenge says it; a run record and data_manifest.json would decide"
 
-# Names that submission.json files use for a figure; mean_, _mean, std_, _std, max_, _ms and the like come on top.
-ALIASES = {
-    "val_bpb": "val_bpb bpb ttt_bpb ttt_val_bpb val_bpb_ttt post_ttt_bpb post_ttt_val_bpb quantized_ttt_bpb final_bpb",
-    "val_loss": "val_loss loss ttt_loss ttt_val_loss post_ttt_loss post_ttt_val_loss quantized_ttt_loss",
-    "pre_quant_bpb": "pre_quant_bpb pre_quant_val_bpb prequant_bpb prequant_val_bpb pre_quantization_bpb",
-    "quantized_bpb": "quantized_bpb quantized_val_bpb quant_bpb quant_val_bpb post_quant_bpb",
-    "steps": "steps step step_stop train_steps training_steps",
-    "train_seconds": "train_seconds train_time training_time training_seconds train_wallclock wallclock_seconds",
-    "eval_seconds": "eval_seconds eval_time evaluation_time ttt_eval_time ttt_eval_seconds ttt_seconds ttt_time",
-    "artifact_bytes": "artifact_bytes bytes_artifact bytes_model model_bytes compressed_model_bytes artifact_size",
-    "code_bytes": "code_bytes bytes_code code_size code_size_bytes",
-    "total_bytes": "total_bytes bytes_total submission_bytes total_submission_bytes total_size_bytes",
-}
-FIGURES = {name: figure for figure, names in ALIASES.items() for name in names.split()}
-# Facts of a log that such a figure may mean, ours first.
-MEANINGS = {False: {"artifact_bytes": ("artifact_bytes", "total_bytes"), "eval_seconds": ("eval_seconds", "all_eval_seconds")},
-            True: {"train_seconds": ("train_seconds", "step_seconds")}}
-# What in submission.json is no figure of a log.
-NO_FIGURES = {"seed", "seeds", "comparison", "github_id", "date", "num_seeds", "n_seeds"}
+# Names that submission.json files use for a figure; mean_, _std, max_, _ms, _by_seed and such come on top.
+ALIASES = """
+val_bpb         bpb ttt_bpb ttt_val_bpb val_bpb_ttt post_ttt_bpb post_ttt_val_bpb quantized_ttt_bpb final_bpb
+val_loss        loss ttt_loss ttt_val_loss post_ttt_loss post_ttt_val_loss quantized_ttt_loss
+pre_quant_bpb   pre_quant_val_bpb prequant_bpb prequant_val_bpb pre_quantization_bpb
+quantized_bpb   quantized_val_bpb quant_bpb quant_val_bpb post_quant_bpb
+steps           step step_stop train_steps training_steps
+step_avg        step_time
+train_seconds   train_time training_time training_seconds train_wallclock wallclock
+eval_seconds    eval_time evaluation_time ttt_eval_time ttt_eval_seconds ttt_seconds ttt_time
+artifact_bytes  bytes_artifact bytes_model model_bytes compressed_model_bytes artifact_size
+code_bytes      bytes_code code_size code_size_bytes
+total_bytes     bytes_total submission_bytes total_submission_bytes total_size_bytes
+"""
+FIGURES = {name: row.split()[0] for row in ALIASES.strip().split("\n") for name in row.split()}
+STATISTICS = {"mean": "mean", "avg": "mean", "average": "mean", "std": "std", "stdev": "std", "stddev": "std",
+              "max": "max", "largest": "max", "min": "min"}
+ALSO = {"artifact_bytes": "total_bytes", "train_seconds": "step_seconds", "eval_seconds": "all_eval_seconds",
+        "total_bytes": "shipped_bytes", "code_bytes": "shipped_code_bytes"}  # what else a figure may mean
 SEED_TABLES = {"seed_results", "seeds", "per_seed", "per_seed_results", "results", "runs"}
+TABLES = SEED_TABLES | STATISTICS.keys() | {"metrics", "settings", "hyperparameters", "config"}
+NO_FIGURES = {"seed", "seeds", "github_id", "date", "num_seeds", "n_seeds"}
+LIMIT = re.compile(r"(?:^|_)(?:max_wallclock|cap|limit|budget|reserve)(?:_|$)")  # is no measurement
+SEED_KEY = re.compile(r"(?:seed[_-]?)?(\d{1,9})")
 
-# Our events: the fields by which a line is known as one, and the facts that they state.
-OUR_EVENTS = {
-    "settings": {}, "finished": {"seconds": "run_seconds"}, "failed": {"error": "error"},
-    "machine": {"device": "device", "devices": "devices"},
-    "data": {"train_tokens": "train_tokens", "val_targets": "val_targets", "manifest": "manifest"},
-    "code": {"sha256": "code_sha256", "packed_bytes": "packed_bytes"},
-    "training": {"steps": "steps", "seconds": "step_seconds", "calibration_seconds": "calibration_seconds",
-                 "clock_seconds": "train_seconds", "cap_seconds": "cap_seconds"},
-    "step": {"step": "step", "train_loss": "train_loss", "grad_norm": "grad_norm"},
-    "raw": {"val_bpb": "raw_bpb", "val_loss": "raw_loss", "targets": "raw_targets"},
-    "averaged": {"val_bpb": "pre_quant_bpb", "val_loss": "pre_quant_loss", "targets": "pre_quant_targets"},
-    "quantized": {"val_bpb": "quantized_bpb", "val_loss": "quantized_loss", "targets": "quantized_targets",
-                  "seconds": "quantized_seconds"},
-    "size": {"artifact_sha256": "artifact_sha256", "artifact_bytes": "artifact_bytes", "code_bytes": "code_bytes",
-             "total_bytes": "total_bytes"},
-    "ttt": {"val_bpb": "val_bpb", "val_loss": "val_loss", "targets": "targets", "seconds": "eval_seconds",
-            "whole_text": "whole_text", "hints_inside_timer": "hints_inside_timer", "decodable": "decodable"},
-}
-MORE_FACTS = {"data": {"splits_disjoint": "splits_disjoint", "train_docs": "train_docs", "val_docs": "val_docs"}}
-WORDS = {"device", "error", "code_sha256", "artifact_sha256", "manifest", "splits_disjoint", "whole_text", "hints_inside_timer",
-         "decodable"}  # facts that are no numbers
-OUR_KINDS = {*OUR_EVENTS, "model", "unigram", "warmup", "val", "looping", "context", "midrun_cap", "calibration",
-             "no_checkpoint", "target_missed", "matrix", "artifact", "progress"}
-
-# Lines of published logs; `fact*` is in milliseconds.
-N = r"[:=]\s*([-+]?(?:\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf))"
-PUBLISHED = [(re.compile(pattern, re.I), facts.split()) for pattern, facts in (
-    (rf"\bstep{N}/\d+.*?\btrain_loss{N}", "step train_loss"),
-    (rf"\bstep{N}/\d+.*?\btrain_time{N}ms", "last_step last_train_seconds*"),
-    (rf"\bstopping_early\b.*?\btrain_time{N}ms", "train_seconds*"),
-    (rf"\bstopping_early\b.*?\bstep{N}/", "steps"),
-    (rf"\bpre-quantization\b.*?\bval_loss{N}\s+val_bpb{N}", "pre_quant_loss pre_quant_bpb"),
-    (rf"\bdiagnostic quantized\s+val_loss{N}\s+val_bpb{N}", "quantized_loss quantized_bpb"),
-    (rf"\bquantized_ttt\w*\s+val_loss{N}\s+val_bpb{N}", "val_loss val_bpb"),
-    (rf"\bquantized_ttt\w*\s.*?\beval_time{N}ms", "eval_seconds*"),
-    (rf"\btotal_eval_time{N}s", "all_eval_seconds"),
-    (rf"\bTotal submission size quantized\S*{N} bytes", "total_bytes"),
-    (rf"\bCode size(?: \(compressed\))?{N} bytes", "code_bytes"),
-    (rf"\bSerialized model quantized\S*{N} bytes", "artifact_bytes"),
-    (rf"^\s*val_tokens{N}\s*$", "val_targets"), (rf"\bscored_(?:tokens|targets){N}", "targets"),
-    (rf"^\s*train_shards{N}\s*$", "train_shards"), (rf"^\s*world_size{N}\s*$", "world_size"),
-    (r"\bcollected \d+ hessians in ()([\d.]+)s", "- calibration_seconds"), (rf"\beffective{N}ms", "budget_seconds*"),
-    (rf"\bngram_tilt:hints\b.*?\bgated{N}", "hints"), (rf"\bngram_tilt:hints\b.*?\bwithin_gate{N}", "within_gate"),
-    (rf"\bngram_tilt:hints\b.*?\bword_gate{N}", "word_gate"), (rf"\bngram_tilt:hints\b.*?\bagree\w*{N}", "agree_gate"),
-    (rf"\bprefix_docs{N}\b.*\bsuffix_docs", "prefix_docs"))]
-PLACES = [(re.compile(pattern, re.I), fact) for pattern, fact in (
-    (r"eval timer", "timer_begins"), (r"outside[ _]timer|precompute_outside", "built_outside"),
-    (r"inside[ _]timer", "built_inside"))]
-OWN_TO_A_RUN = {"seed", "run_id", "artifact_dir", "logfile", "model_path", "quantized_model_path", "rank", "local_rank",
-                "data_path", "data_dir", "datasets_dir", "tokenizer_path", "train_log_every"}
-OWN_TO_AN_EVALUATION = OWN_TO_A_RUN | {"ttt_eval_only", "world_size"}
-PEEKING = ("within_boost", "word_boost", "agree_add_boost")  # experts that look at the token being scored
+# Names in a log line that are facts if the line has the text before them; ^ begins our events.
+LINES = """
+train_loss          step train_loss
+stopping_early      train_time=train_seconds step=steps
+train_time          train_time=last_train_seconds step=last_step
+step_avg            step_avg
+total_eval_time     total_eval_time=all_eval_seconds
+tokens              val_tokens=val_targets scored_tokens=targets
+scored_targets      scored_targets=targets
+docs                total_docs=documents scored_docs=documents prefix_docs
+train_shards        train_shards
+world_size          world_size
+effective           effective=budget_seconds
+ngram               within_gate word_gate agree2plus=agree_gate
+val_bpb             val_bpb val_loss eval_time=eval_seconds
+^machine device:    device devices=world_size
+^data folder:       folder train_tokens val_targets manifest splits_disjoint train_docs val_docs
+^code sha256:       sha256=code_sha256 packed_bytes
+^training steps:    steps seconds=step_seconds calibration_seconds=calibration_inside cap_seconds
+^training steps:    clock_seconds=train_seconds
+^quantized val_     targets seconds=eval_seconds
+^size artifact_     artifact_sha256 artifact_bytes code_bytes total_bytes
+^ttt val_           targets documents seconds=eval_seconds whole_text hints_inside_timer decodable
+^finished seconds:  seconds=finished
+^failed error:      error=failed
+"""
+LINES = [re.split(r"\s{2,}", row) for row in LINES.strip().split("\n")]
+LINES = [(text, [(word.split("=")[0], word.split("=")[-1]) for word in row.split()]) for text, row in LINES]
+OURS = tuple(text[1:] for text, _ in LINES if text[0] == "^")
+OUR_KINDS = {text.split(" ")[0] for text in OURS} | {"settings", "step"}
+WORDS = set("device code_sha256 artifact_sha256 manifest splits_disjoint whole_text hints_inside_timer "
+            "decodable folder failed".split())  # facts that are no numbers
+# A name begins only where a word does, so that a line of any length is read in linear time.
+PAIR = re.compile(r"(?<![\w.+'\"-])([a-z_][\w.+-]*)\s?[:=]\s{0,9}(?!\w+[:=]\d)([^\s;|)\]]+)")
+NUMBER = re.compile(r"([-+]?\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(ms|s)?(?!\w|\.\d)")
+SIZE = re.compile(r"(total submission size|serialized model|code size)\s{0,9}\(?([\w+./-]*)[^:\d]{0,20}"
+                  r":\s{0,9}(\d[\d_,]*)\s?bytes")
+SIZES = {"t": "total_bytes", "s": "artifact_bytes", "c": "code_bytes"}
+STEP = re.compile(r"\s*(\d+)/\d+\s+train_")
+SETTING = re.compile(r"\s+([A-Za-z_]\w*):(.*)")
+OUR_SETTINGS = re.compile(r"settings [A-Z_\d]+:")
+HEAD = re.compile(r"\s*(?:hyperparameters:\s*$|seed:\s?(\d+)\b|train_batch_tokens:\s?\d)", re.I)
+CALIBRATION = re.compile(r"\b(?:collected|calibrated)\b[^\n]{0,60}?\bin ([\d.]{1,12})\s?s\b")
+LENGTHS = re.compile(r"\bdl:\d+-(\d+)")
+WORK = {"elapsed", "total", "gated", "total_targets", "seconds"}  # a line with one of these reports work
+# Where nothing else is stated.
+INSTEAD = {"steps": "last_step", "train_seconds": "last_train_seconds", "code_bytes": "raw_code_bytes",
+           "total_bytes": "raw_total_bytes", "artifact_bytes": "raw_artifact_bytes"}
+OWN_TO_A_RUN = set("seed run_id artifact_dir logfile model_path quantized_model_path rank local_rank "
+                   "world_size data_path data_dir datasets_dir tokenizer_path train_log_every "
+                   "ttt_eval_only".split())
+GATES, PEEKING = ("within_gate", "word_gate", "agree_gate"), ("within_boost", "word_boost", "agree_add_boost")
 
 
 class VerifyError(Exception):
     """There is nothing to audit (exit code 2)."""
 
 
-class Figure(float):
-    """A number of a JSON file that remembers its digits."""
-
-    def __new__(cls, text: str):
-        self = super().__new__(cls, text)
-        self.text = text
-        return self
-
-
 class Fact(NamedTuple):
-    """Something that a file states: the value, as it is written, and where."""
+    """Something that a file states: the value, as it is written, and where; of a score the label too."""
 
     value: object
     text: str
     where: str
+    label: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What a score's label says: training, before (quantization), quantized, or final."""
+        if re.match("step|progress|val |unigram", self.label):
+            return "training"
+        if re.search(r"pre.?quant|post.?ema|^raw|averaged|\bema\b", self.label):
+            return "before"
+        after = re.search(r"ttt|slid|window|stride|mix|gram", self.label)
+        return "quantized" if re.search(r"quant|int\d|roundtrip", self.label) and not after else "final"
 
 
-class Finding(NamedTuple):
-    """One verdict of one check."""
-
-    verdict: str
-    detail: str
-    evidence: str = ""
-    seed: int | None = None
-
-
-# ======================================================================================================================
-# Reading
-# ======================================================================================================================
+def is_figure(value) -> bool:
+    """Whether the value is a number to reckon with."""
+    return type(value) in (int, float) and abs(value) < 1e18
 
 
 def typed(text: str):
-    """The value that a log line's text stands for."""
+    """The value that a text stands for."""
     if text in ("True", "False", "None"):
         return {"True": True, "False": False}.get(text)
-    for kind in (int, float) if len(text) < 19 else (float,):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    if text[:1] in ("[", "{"):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
-    return text
+    try:
+        return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else float(text)
+    except ValueError:
+        return text
 
 
-def parse_fields(text: str) -> dict[str, str]:
-    """The pairs of `name:value name:value ...`; a value ends before the next ` name:` that stands in no bracket."""
-    depth, found = 0, []
-    for match in re.finditer(r"[\[({]|[\])}]|(?:^|(?<= ))([A-Za-z_]\w*):", text):
-        if match[1]:
-            found += [match] * (depth == 0)
-        else:
-            depth = max(0, depth + (1 if match[0] in "[({" else -1))
-    ends = [match.start() - 1 for match in found[1:]] + [len(text)]
-    return {match[1]: text[match.end():end] for match, end in zip(found, ends)}
+def decode(data: bytes) -> str:
+    """The text of a file in UTF-8 or UTF-16, with or without a byte order mark."""
+    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    wide = data[1:400:2].count(0) > len(data[:400]) // 4
+    encoding = "utf-16-le" if wide else "utf-8"
+    return data.decode("utf-16" if marked else encoding, "replace").removeprefix("\ufeff")
 
 
-def our_event(line: str) -> tuple[str, dict[str, str]] | None:
-    """Kind and fields of a line of ours, None for any other."""
-    kind, _, rest = line.partition(" ")
-    if kind not in OUR_EVENTS or rest and not re.match(r"[A-Za-z_]\w*:", rest):
-        return None
-    fields = parse_fields(rest)
-    facts = OUR_EVENTS[kind] | {name: fact for name, fact in MORE_FACTS.get(kind, {}).items() if name in fields}
-    if kind == "settings":
-        known = all(name.isupper() for name in fields)
-    else:
-        known = facts.keys() <= fields.keys() and all(is_number(typed(fields[name])) or fact in WORDS
-                                                      for name, fact in facts.items())
-    return (kind, fields) if known else None
-
-
-def event_text(event: dict) -> str:
-    """The log line of an event of a run record."""
-    return " ".join([str(event["event"])] + [f"{name}:{value}" for name, value in event.items() if name != "event"])
+# --- Facts: both dialects of logs
 
 
 @dataclass
 class Run:
-    """What one log says, with the run record beside it if there is one."""
+    """What one run's log says, with the run record beside it if there is one."""
 
     name: str
-    lines: list[str]
-    ours: bool = False
-    known: int = 0  # lines that say something
+    first_line: int = 1
+    lines: list[str] = field(default_factory=list)
     facts: dict[str, list[Fact]] = field(default_factory=dict)
     settings: dict[str, Fact] = field(default_factory=dict)
-    changed: dict[str, Fact] = field(default_factory=dict)  # of ours: the settings that the log lists, which are no defaults
+    stated: dict[str, Fact] = field(default_factory=dict)  # the settings that the log lists, without defaults
     record: dict | None = None
     record_name: str = ""
 
     def add(self, name: str, value, where: str, text: str = "") -> None:
         self.facts.setdefault(name, []).append(Fact(value, text or str(value), where))
 
-    def get(self, *names: str) -> Fact | None:
-        """The last fact of the first of these names that is stated."""
-        return next((self.facts[name][-1] for name in names if name in self.facts), None)
+    def all(self, name: str) -> list[Fact]:
+        """The facts of this name, or the setting."""
+        return self.facts.get(name) or [fact for key, fact in self.settings.items() if key == name]
+
+    def get(self, name: str) -> Fact | None:
+        return (self.all(name) or [None])[-1]
+
+    def having(self, name: str, value) -> list[Fact]:
+        """The last fact of this name, or the setting, if it has this value."""
+        return [fact for fact in self.all(name)[-1:] if fact.value == value]
+
+    @property
+    def ours(self) -> bool:
+        return self.record is not None or any(OUR_SETTINGS.match(line) for line in self.lines[:9])
 
     @property
     def trains(self) -> bool:
         """Whether this run trained, and did not only evaluate."""
-        return bool(self.get("steps", "train_seconds", "train_loss"))
+        return not {"steps", "train_seconds", "train_loss"}.isdisjoint(self.facts)
 
-    @property
-    def seed(self) -> int | None:
-        """The seed by the settings, else by the file's name."""
-        stated = self.settings.get("seed")
-        if stated and isinstance(stated.value, int):
-            return stated.value
-        return self.named_seed
+    def finals(self, name: str = "val_bpb") -> list[Fact]:
+        """The scores of what is submitted; of the unquantized weights only if there is nothing else."""
+        kinds = {score.kind for score in self.facts.get(name, [])}
+        wanted = kinds & {"final", "quantized"} or kinds & {"before"}
+        return [score for score in self.facts.get(name, []) if score.kind in wanted]
 
     @property
     def named_seed(self) -> int | None:
-        match = re.search(r"seed[_-]?(\d+)", self.name)
+        match = re.search(r"seed[_-]?(\d{1,9})(?!\d)", self.name)
         return int(match[1]) if match else None
 
     @property
+    def seed(self) -> int | None:
+        """The seed by the settings, by a line of its own, or by the file's name."""
+        stated = self.settings.get("seed") or self.get("own_seed")
+        return stated.value if stated and type(stated.value) is int else self.named_seed
+
+    @property
     def last_line(self) -> str:
-        number = max((n for n, line in enumerate(self.lines, 1) if line.strip()), default=0)
-        return f"{self.name}:{number}" if number else self.name
+        numbers = [number for number, line in enumerate(self.lines, self.first_line) if line.strip()]
+        return f"{self.name.split(':')[0]}:{numbers[-1]}" if numbers else self.name
 
-    def take(self, kind: str, fields: dict[str, str], where: str) -> None:
-        """Enter an event of ours."""
-        self.ours, self.known = True, self.known + 1
-        for name, text in fields.items() if kind == "settings" else ():
-            self.settings[name.lower()] = self.changed[name.lower()] = Fact(typed(text), text, where)
-        for name, fact in (OUR_EVENTS[kind] | MORE_FACTS.get(kind, {})).items():
-            if name in fields:
-                self.add(fact, typed(fields[name]), where, fields[name])
-        if kind in ("finished", "failed"):
-            self.add("status", kind, where)
+    def take(self, line: str, where: str, number: int) -> None:
+        """Enter a line of a log, or ignore it. Times become seconds."""
+        lower = line.lower()
+        size, calibration, lengths = (pattern.search(lower) for pattern in (SIZE, CALIBRATION, LENGTHS))
+        pairs = self.pairs(line if line.startswith(OURS) else lower, where)
+        for text, names in LINES:
+            there = line.startswith(text[1:]) if text[0] == "^" else text in lower
+            for name, fact in names if there else ():
+                if name in pairs and fact in WORDS:
+                    value = {"True": True, "False": False}.get(pairs[name].text, pairs[name].text)
+                    self.facts.setdefault(fact, []).append(pairs[name]._replace(value=value))
+                elif name in pairs and type(pairs[name].value) in (int, float):
+                    self.facts.setdefault(fact, []).append(pairs[name])
+        head = HEAD.match(line)
+        if head and head[1]:
+            self.add("own_seed", int(head[1]), where)
+        elif head:
+            self.settings.update(pairs)
+        if size:
+            raw = "raw_" if size[2] in ("", "raw", "uncompressed") else ""
+            self.add(raw + SIZES[size[1][0]], int(re.sub("[_,]", "", size[3])), where)
+        if calibration:  # only after the end of training has it to be added to its time
+            after = "calibration_after" if "train_seconds" in self.facts else "calibration_inside"
+            self.add(after, typed(calibration[1]), where, calibration[1])
+        if lengths:
+            self.add("longest", int(lengths[1]), where)
+        if "timer" in lower and ("begin" in lower or "start" in lower):
+            self.add("timer_begins", number, where)
+        about_hints = "hints" in lower or "precompute" in lower and ("ngram" in lower or "hint" in lower)
+        if about_hints and pairs.keys() & WORK and not lower.startswith("ttt "):
+            done = "elapsed" in pairs or "done" in lower
+            self.add("hints_done" if done else "hints_shown", number, where, lower)
 
-    def take_line(self, line: str, where: str) -> None:
-        """Enter a line of a published log, or ignore it."""
-        number = int(where.rpartition(":")[2])
-        dumped = re.match(r"\s+([A-Za-z_]\w*): (.*?)\s*$", line) if not self.get("step") else None
-        if dumped:
-            self.settings[dumped[1].lower()] = Fact(typed(dumped[2]), dumped[2], where)
-        elif line.strip().lower() == "hyperparameters:":
-            self.settings.clear()
-        for pattern, facts in PUBLISHED:
-            for fact, text in zip(facts, match.groups()) if (match := pattern.search(line)) else ():
-                if fact != "-":
-                    text = re.sub("[_,]", "", text)
-                    if fact.endswith("*") and is_figure(typed(text)):
-                        text = str(Decimal(text).scaleb(-3))
-                    self.add(fact.rstrip("*"), typed(text), where, text)
-                    self.known += 1
-        for pattern, fact in PLACES if not dumped else ():
-            if pattern.search(line):
-                self.add(fact, number, where)
+    @staticmethod
+    def pairs(line: str, where: str) -> dict[str, Fact]:
+        """Name and value of everything that a line states."""
+        counted = STEP.match(line)
+        before = re.split(r"\bval_(?:loss|bpb)\b", line, maxsplit=1)[0][-80:] if "val_bpb" in line else ""
+        label = "step" if counted else " ".join(re.findall(r"[a-z][\w+.-]*", before))
+        found = {"step": Fact(int(counted[1]), counted[1], where)} if counted else {}
+        found |= {"device": Fact(line, line[:80], where)} if line.startswith("machine ") else {}
+        for name, text in PAIR.findall(line):
+            match = NUMBER.match(text)
+            digits = re.sub("[_,]", "", match[1]) if match else text
+            if match and match[2] == "ms" and is_figure(typed(digits)):
+                digits = str(Decimal(digits).scaleb(-3))
+            found.setdefault(name, Fact(typed(digits), digits, where, label))
+        return found
+
+    def complete(self, record: dict | None = None, record_name: str = "") -> None:
+        """Name what follows: a record's settings, the end of a run by its steps, sizes without a codec."""
+        self.record, self.record_name = record, record_name
+        for name, value in record["settings"].items() if record else ():
+            self.settings[name] = Fact(typed(str(value)), str(value), f"{record_name}: settings.{name}")
+        self.stated = self.stated or self.settings
+        for name, other in INSTEAD.items():
+            if other in self.facts:
+                self.facts.setdefault(name, self.facts[other])
+        for steps, seconds in zip(self.all("steps")[-1:], self.all("train_seconds")[-1:]):
+            average = seconds.value / max(1, steps.value)
+            self.facts.setdefault("step_avg", [Fact(average, f"{average:.5f}", seconds.where)])
 
 
-def read_log(path: Path, name: str) -> Run | None:
-    """The log `path`, or None if no line of it is one of a log."""
-    run = Run(name, [line.rstrip("\r") for line in path.read_bytes().decode("utf-8", "replace").split("\n")])
-    for number, line in enumerate(run.lines, 1):
-        event = our_event(line)
-        if event:
-            run.take(*event, f"{name}:{number}")
-        else:
-            run.take_line(line, f"{name}:{number}")
-    return complete(run) if run.known else None
+def read_log(text: str, name: str, place: str = ":{}", first: int = 1) -> list[Run]:
+    """The runs in a log; none if no line of it is one of a log's."""
+    runs = [Run(name)]
+    in_block = False  # the settings stand in the block after their heading, and nowhere else
+    for number, whole in enumerate(text.split("\n"), first):
+        where = name + place.format(number)
+        for line in whole.split("\r"):  # a bar draws over its line
+            if HEAD.match(line) and ("val_bpb" in runs[-1].facts or runs[-1].trains):
+                runs.append(Run(where, number))
+            setting = SETTING.fullmatch(line) if in_block else None
+            if setting:
+                value = setting[2].strip()
+                runs[-1].settings[setting[1].lower()] = Fact(typed(value), value, where)
+                continue
+            if OUR_SETTINGS.match(line):
+                pairs = re.findall(r" ([A-Z_\d]+):(\S*)", line)
+                runs[-1].settings = {key.lower(): Fact(typed(value), value, where) for key, value in pairs}
+                runs[-1].stated = dict(runs[-1].settings)
+            in_block = line.strip().lower() == "hyperparameters:"
+            runs[-1].take(line, where, number)
+        runs[-1].lines.append(whole.rstrip("\r"))
+    runs = [run for run in runs if run.facts or run.settings]
+    for run in runs:
+        run.complete()
+    return runs
 
 
-def complete(run: Run) -> Run:
-    """Name what follows from the facts: the score without test-time training, the figures of a run stopped by its steps."""
-    if run.record:
-        for name, value in run.record["settings"].items():
-            run.settings[name] = Fact(value, str(value), f"{run.record_name}: settings.{name}")
-    off = run.settings.get("ttt_enabled")
-    plain = [("val_bpb", "quantized_bpb"), ("val_loss", "quantized_loss"), ("targets", "quantized_targets"),
-             ("eval_seconds", "quantized_seconds")] if run.ours and off and off.value is False else []
-    for name, other in [("pre_quant_bpb", "raw_bpb"), ("steps", "last_step"), ("train_seconds", "last_train_seconds"), *plain]:
-        if name not in run.facts and other in run.facts and (run.ours or run.get("val_bpb", "quantized_bpb")):
-            run.facts[name] = run.facts[other]
-    return run
+# --- Facts: submission.json
 
 
-def read_json(path: Path) -> tuple[object, str]:
-    """The JSON value in a file, numbers with their digits, and what is wrong with it."""
+def read_json(path: Path, fraction: type = float) -> tuple[object, str]:
+    """The JSON value in a file, and what is wrong with it. Fractions as text keep their digits."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_float=Figure,
-                          parse_int=lambda text: int(text) if len(text) < 19 else Figure(text)), ""
+        return json.loads(decode(path.read_bytes()), parse_float=fraction, parse_constant=fraction), ""
     except OSError as error:
-        return None, f"cannot be read: {error.strerror}"
-    except json.JSONDecodeError as error:
-        return None, f"no JSON at line {error.lineno}: {error.msg}"
+        return None, f"{path.name} cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
-        return None, f"no JSON: {type(error).__name__}"
+        return None, f"{path.name} is no JSON: {error}"
 
 
 def lookup(value, *keys):
@@ -329,1110 +351,1024 @@ def lookup(value, *keys):
     return value
 
 
+def leaves(value, path: tuple = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """(path, value) of every leaf of a JSON value; entries of a list go by the seed that they name."""
+    children = value.items() if isinstance(value, dict) else []
+    if isinstance(value, list):
+        children = [(lookup(child, "seed") or f"#{index}", child) for index, child in enumerate(value)]
+    for key, child in children:
+        yield from leaves(child, (*path, str(key) or "#"))
+    if not isinstance(value, (dict, list)):
+        yield path, value
+
+
+def seed_rows(table) -> list[int]:
+    """The seeds of a table by seed, of a list of objects that name theirs, or of a list of seeds."""
+    keys = table if isinstance(table, dict) else []
+    if isinstance(table, list):
+        keys = [str(lookup(row, "seed") if isinstance(row, dict) else row) for row in table]
+    return [int(SEED_KEY.fullmatch(key)[1]) for key in keys if SEED_KEY.fullmatch(key)]
+
+
+def half_unit(text: str) -> float:
+    """Half a unit of the last digit that is given."""
+    exponent = Decimal(text.split(" ")[0]).as_tuple().exponent
+    return 0.5 * 10.0 ** exponent if isinstance(exponent, int) else 0.0
+
+
+def agree(claim: Fact, value, text: str) -> bool:
+    """Whether a claim is the value, which is given as text, to the digits of both; whole numbers exactly."""
+    if isinstance(claim.value, int) and isinstance(value, int):
+        return claim.value == value
+    slack = max(half_unit(claim.text), half_unit(text)) * (1 + 1e-6)
+    return abs(claim.value - value) <= slack + 1e-12 * abs(value)
+
+
+def as_number(value, power: int, where: str) -> Fact | None:
+    """A number of a JSON value, also as text like 599.6s, in seconds if it is a time."""
+    number = r"\s*([-+]?[\d.,]{0,30}\d(?:e[-+]?\d{1,3})?)\s*(ms|s)?\s*"
+    match = re.fullmatch(number, str(value), re.I) if type(value) in (int, str) else None
+    digits = match[1].replace(",", "") if match else ""
+    if not is_figure(typed(digits)):
+        return None
+    text = str(Decimal(digits).scaleb(-3 if match[2] == "ms" else power))
+    return Fact(typed(text), text, where)
+
+
+class Claim(NamedTuple):
+    """A number of submission.json: the figure or the setting that it names, over all seeds or of one."""
+
+    path: str
+    name: str
+    statistic: str
+    seed: int | None
+    fact: Fact | None
+
+    def judge(self, sources: list[Fact]) -> tuple[bool, str]:
+        """Whether one fact for each seed gives what is claimed, and what it gives in words."""
+        values = [fact.value for fact in sources]
+        digits = max((fact.text for fact in sources), key=half_unit)
+        ways = {"mean": ("mean", statistics.fmean), "std": ("sample standard deviation", statistics.stdev),
+                "max": ("largest", max), "min": ("smallest", min)}
+        word, reckon = ways[self.statistic or ("max" if self.name.endswith("_bytes") else "mean")]
+        value = reckon(values) if self.seed is None else values[0]
+        said = f"the {word} of the logs is {value:.10g}" if self.seed is None else f"its log says {digits}"
+        if self.statistic == "std" and agree(self.fact, statistics.pstdev(values), digits):
+            said += " (it is the population's, divided by n, not by n - 1)"
+        said = ": ".join([said, *(fact.text for fact in sources if " " in fact.text and self.seed is None)])
+        # Over which steps a log averages, it does not say.
+        average = self.name == "step_avg" and abs(self.fact.value - value) <= 0.01 * value
+        return average or agree(self.fact, value, digits), said
+
+
+def named_figure(key: str) -> tuple[str, str, int]:
+    """What a key names: a figure or the key itself, a statistic or none, and the power of ten to seconds."""
+    words = re.sub(r"_(?:by|per)_seed$", "", key).split("_")
+    found = [STATISTICS[word] for word in words if word in STATISTICS and words[:2] != ["step", "avg"]]
+    short = "_".join([word for word in words if word not in STATISTICS] if found else words)
+    match = re.fullmatch(r"(.*)_(ms|s|sec|secs|seconds)", short)
+    figure = FIGURES.get(short) or FIGURES.get(match[1] if match else "")
+    if not figure or LIMIT.search(key):
+        return key, "", 0
+    return figure, found[0] if found else "", -3 if match and match[2] == "ms" else 0
+
+
+def read_claims(submission: dict) -> Iterator[Claim]:
+    """What submission.json says of the runs beside it; in objects of other names it speaks of other runs."""
+    order = seed_rows(submission.get("seeds"))
+    for path, value in leaves(submission):
+        seeds = [int(SEED_KEY.fullmatch(key)[1]) for key in path if SEED_KEY.fullmatch(key)]
+        keys = [key.lower() for key in path if not SEED_KEY.fullmatch(key) and key[0] != "#"] or ["seed"]
+        if keys[-1] in NO_FIGURES or not TABLES.issuperset(keys[:-1]) or value in (None, ""):
+            continue
+        if re.fullmatch(r"#\d{1,3}", path[-1]) and int(path[-1][1:]) < len(order):
+            seeds = [order[int(path[-1][1:])]]  # a list in the order of the seeds
+        name, statistic, power = named_figure(keys[-1])
+        statistic = next((STATISTICS[key] for key in keys if key in STATISTICS), statistic)
+        fact = as_number(value, power, f"submission.json: {'.'.join(path)}")
+        if fact or name in FIGURES:
+            yield Claim(".".join(path), name, statistic, seeds[0] if seeds else None, fact)
+
+
+# --- Facts: the folder
+
+
 def is_record(value) -> bool:
     """Whether a JSON value has the form of a run record."""
-    return (isinstance(value, dict) and isinstance(value.get("settings"), dict) and isinstance(value.get("results"), dict)
-            and isinstance(value.get("events"), list) and all(isinstance(e, dict) and "event" in e for e in value["events"]))
+    kinds = [type(lookup(value, key)) for key in ("settings", "results", "events")]
+    return kinds == [dict, dict, list] and all(lookup(event, "event") for event in value["events"])
+
+
+def event_text(event: dict) -> str:
+    """The log line of an event of a run record."""
+    fields = [f"{key}:{value}" for key, value in event.items() if key != "event"]
+    return " ".join([str(event["event"]), *fields])
 
 
 class Folder:
-    """Everything that a record folder states."""
+    """Everything that a record folder states, read as a submission.
+
+    `group` are the runs of equal settings that submission.json describes, `mixed` if there is no such group,
+    `chosen` the seeds whose figures it gives.
+    """
 
     def __init__(self, path: Path):
         if not path.is_dir():
             raise VerifyError(f"{path}: no such folder")
-        self.path, self.runs, self.broken = path, [], []  # broken: (file, what is wrong) of JSON files beside a log
-        names = sorted(str(p.relative_to(path)) for pattern in ("*", "*/*") for p in path.glob(pattern)
-                       if p.is_file() and not any(part.startswith((".", "__")) for part in p.relative_to(path).parts))
-        logs = {}
-        for name in sorted(names, key=lambda name: "/" in name):
-            if name.endswith((".log", ".txt")) and not ("/" in name and any("/" not in stem for stem in logs)):
-                try:
-                    run = read_log(path / name, name)
-                except OSError as error:
-                    raise VerifyError(f"{path / name}: {error.strerror}") from None
-                if run:
-                    logs[name.rpartition(".")[0]] = run
-        records = {}
-        for name in names:
-            stem = name.removesuffix(".json")
-            if stem != name and ("/" not in name or stem in logs) and name not in ("submission.json", "data_manifest.json"):
-                value, wrong = read_json(path / name)
-                if is_record(value):
-                    records[stem] = (name, value)
-                elif stem in logs:
-                    self.broken.append((name, wrong or "not a run record"))
-        if not logs and not records:
+        self.path = path
+        names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+        names = [name for name in names if not re.search(r"(^|/)(\.|__)", name)]
+        self.names = sorted(names, key=lambda name: (name.count("/"), name))
+        self.broken: list[tuple[str, str]] = []  # JSON files beside a log, and what is wrong with them
+        self.every_run = self.read_runs()
+        if not self.every_run:
             raise VerifyError(f"{path}: no log (*.log, *.txt) in this folder; name the folder of one record")
-        for stem, (name, record) in records.items():
-            if stem not in logs:
-                logs[stem] = run = Run(name, [])
-                for index, event in enumerate(record["events"]):
-                    fields = {key: str(value) for key, value in event.items() if key != "event"}
-                    if event["event"] in OUR_EVENTS:
-                        run.take(event["event"], fields, f"{name}: events[{index}]")
-            logs[stem].record, logs[stem].record_name = record, name
-            complete(logs[stem])
-        self.runs = list(logs.values())
-        self.seeds = sorted({run.seed for run in self.runs if run.seed is not None})
-        self.ours = any(run.ours for run in self.runs)
-        self.submission, self.submission_wrong = None, ""
-        if (path / "submission.json").is_file():
-            self.submission, self.submission_wrong = read_json(path / "submission.json")
-            if not isinstance(self.submission, dict):
-                self.submission, self.submission_wrong = None, self.submission_wrong or "not a JSON object"
+        self.recorded = all(run.record for run in self.every_run if run.ours)
+        self.manifest, self.manifest_wrong = read_json(path / "data_manifest.json")
+        self.submission, self.wrong = read_json(path / "submission.json", str)
+        if not isinstance(self.submission, dict):
+            self.submission, self.wrong = {}, self.wrong or "submission.json is no JSON object"
+        self.code = read_code(path, set(self.names)) if "train_gpt.py" in self.names else None
+        for run in self.every_run if self.code else ():  # what lies here is a fact of every run
+            run.add("shipped_code_bytes", self.code.total, "train_gpt.py")
+            for artifact in run.all("artifact_bytes")[-1:]:
+                run.add("shipped_bytes", artifact.value + self.code.total, f"train_gpt.py, {artifact.where}")
+        self.claimed = sorted({seed for key in SEED_TABLES for seed in seed_rows(self.submission.get(key))})
+        self.claims = list(read_claims(self.submission))
+        self.choose_group()
+
+    def read_runs(self) -> list[Run]:
+        """The runs of all logs, with their records, by seed; a copy of a log counts once."""
+        logs: dict[str, list[Run]] = {}
+        seen: list = []
+        for name in [name for name in self.names if name.endswith((".log", ".txt", ".out"))]:
+            text = decode((self.path / name).read_bytes())
+            runs = read_log(text, name)
+            copy = text, [run.seed for run in runs]
+            if runs and copy not in seen:
+                logs[name.rpartition(".")[0]] = runs
+            seen.append(copy)
+        for name in [name for name in self.names if name.endswith(".json")]:
+            stem = name.removesuffix(".json")
+            record, wrong = read_json(self.path / name)
+            if is_record(record) and record not in seen:
+                seen.append(record)
+                if stem not in logs:
+                    text = "\n".join(map(event_text, record["events"]))
+                    logs[stem] = read_log(text, name, ": events[{}]", 0) or [Run(name)]
+                    logs[stem][0].lines.clear()
+                logs[stem][0].complete(record, name)
+            elif stem in logs and not is_record(record):
+                self.broken.append((name, wrong or f"{name} is no run record"))
+        every_run = [run for runs in logs.values() for run in runs]
+        return sorted(every_run, key=lambda run: (run.seed is None, run.seed or 0))
+
+    def listed(self, run: Run) -> dict[str, Fact]:
+        """The settings by which runs compare: all of them where every run of ours has its record."""
+        return run.settings if self.recorded else run.stated
+
+    def choose_group(self) -> None:
+        """Of the groups with all claimed seeds, or seeds enough, the one that submission.json fits best."""
+        groups: dict[frozenset, list[Run]] = {}
+        for run in self.every_run:
+            tag = run.settings["run_id"].text if "run_id" in run.settings else "\0"
+            key = {(name, str(fact.value).replace(tag, "")) for name, fact in self.listed(run).items()
+                   if fact.text and name not in OWN_TO_A_RUN}
+            groups.setdefault(frozenset(key), []).append(run)
+        bare = groups.pop(frozenset(), []) if len(groups) > 1 else []  # may belong to every group
+        every_seed = sorted({run.seed for run in self.every_run} - {None})
+        whole = []
+        for runs in groups.values():
+            seeds = sorted({run.seed for run in runs + bare} - {None})
+            least = 1 if self.claimed else min(LEAST_SEEDS, len(every_seed))
+            if set(self.claimed) <= set(seeds) and len(seeds) >= least:
+                whole.append((runs + bare, seeds))
+        self.mixed = not whole
+        ranked = []
+        for self.group, seeds in whole or [(self.every_run, every_seed)]:
+            for self.chosen in [self.claimed] if self.claimed else [seeds, *([seed] for seed in seeds)]:
+                verdicts = [self.judge(claim)[0] for claim in self.claims]
+                faults = verdicts.count(False), verdicts.count(None), len(ranked)
+                ranked.append((*faults, self.group, self.chosen))
+        self.group, self.chosen = min(ranked)[-2:]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of the group, and those that trained what it only evaluates."""
+        inside = set(map(id, self.group))
+        lacking = set(self.chosen) - {run.seed for run in self.group if run.trains}
+        others = [run for run in self.every_run if id(run) not in inside]
+        return self.group + [run for run in others if run.trains and run.seed in lacking]
 
     def of(self, seed: int | None) -> list[Run]:
         """The runs of a seed, the one that trained first."""
         return sorted((run for run in self.runs if run.seed == seed), key=lambda run: not run.trains)
 
-    def logs_of(self, seed: int) -> str:
-        return evidence(*(run.name for run in self.of(seed)))
-
-    def facts(self, seed: int, figure: str) -> list[Fact]:
-        """What the logs of a seed state of a figure, the latest evaluation first."""
+    def facts(self, seed: int, name: str) -> list[Fact]:
+        """What a seed's logs state of a figure or setting, the latest first, of scores one for each label."""
         found = []
+        kind = {"pre_quant_bpb": "before", "quantized_bpb": "quantized"}.get(name)
         for run in reversed(self.of(seed)):
-            for name in MEANINGS[run.ours].get(figure, (figure,)):
-                found += [fact for fact in (run.get(name),) if fact]
-        return found
+            stated = run.all(name)[-1:]
+            if kind:
+                stated = [score for score in run.all("val_bpb") if score.kind == kind][-1:]
+            elif name in ("val_bpb", "val_loss", "eval_seconds"):
+                stated = list({score.label: score for score in run.finals(name)}.values())[::-1]
+            found += stated + run.facts.get(ALSO.get(name), [])[-1:]
+        return [fact for fact in found if is_figure(fact.value)]
+
+    def counted(self, seed: int, name: str) -> list[Fact]:
+        """The same; of scores of one artifact that disagree only the worse, which then names the better."""
+        runs = [run for run in self.of(seed) if "artifact_sha256" in run.facts and run.finals(name)]
+        scores = [run.finals()[-1].value for run in runs]
+        one = len({run.get("artifact_sha256").value for run in runs}) == 1 and name in ("val_bpb", "val_loss")
+        if not one or not max(scores) - min(scores) > SCORES_DIFFER * (1 + 1e-9):
+            return self.facts(seed, name)
+        better, *_, worse = sorted((run.finals(name)[-1] for run in runs), key=lambda fact: fact.value)
+        text = f"{worse.text} (the better of two that disagree is {better.text})"
+        return [Fact(worse.value, text, f"{worse.where}, {better.where}", worse.label)]
+
+    def judge(self, claim: Claim) -> tuple[bool | None, str, list[Fact]]:
+        """Whether the runs agree with a claim, None if they do not say; what they say; and the facts."""
+        state = self.facts if claim.statistic == "std" else self.counted
+        facts = [state(seed, claim.name) for seed in (self.chosen if claim.seed is None else [claim.seed])]
+        if claim.fact is None or not facts or not all(facts) or claim.statistic == "std" and len(facts) < 2:
+            return None, "", []
+        every = [fact for found in facts for fact in found]
+        refused = ""
+        for label in dict.fromkeys(fact.label for fact in every):
+            labelled = [[fact for fact in found if fact.label == label] or found for found in facts]
+            for place in range(max(map(len, labelled))):
+                sources = [found[min(place, len(found) - 1)] for found in labelled]
+                same, said = claim.judge(sources)
+                if same:
+                    return True, said, sources
+                refused = refused or said
+        return False, refused, every
+
+    def alone(self, run: Run, name: str) -> list[Run]:
+        """The run, unless another one of its seed states this."""
+        return [] if any(name in other.facts for other in self.of(run.seed)) else [run]
+
+    def claims_total(self, fact: Fact) -> bool:
+        """Whether submission.json states these bytes as the total."""
+        stated = [claim.fact.value for claim in self.claims if claim.name == "total_bytes" and claim.fact]
+        return fact.value in stated
+
+    def script_named(self) -> bool:
+        """Whether the folder's train_gpt.py is, byte by byte, the code that every run names."""
+        named = {run.get("code_sha256").text if "code_sha256" in run.facts else "" for run in self.runs}
+        return self.code is not None and named == {self.code.sha256}
+
+
+# --- Facts: the code
+
+FILE_NAME = re.compile(r"[\w./-]{1,200}\.(?:c|cc|cpp|cu|cuh|h|py|so|npy|npz|bin|json|pt|model)")
+WRITERS = set("save savez savez_compressed write_text write_bytes touch unlink remove to_csv".split())
+
+
+class Code(NamedTuple):
+    """train_gpt.py as it lies in the folder, and what it needs beside it."""
+
+    size: int
+    sha256: str
+    helpers: dict[str, int]  # bytes by name
+    parsed: bool
+    closed: int  # characters of encoded text that could not be unpacked
 
     @property
-    def claimed_seeds(self) -> list[int] | None:
-        """The seeds that submission.json names, None if it names none."""
-        tables = [value for key, value in (self.submission or {}).items() if key in SEED_TABLES]
-        found = [seed for table in tables for seed, _ in seed_entries(table)]
-        found += [seed for table in tables if isinstance(table, list) for seed in table if isinstance(seed, int)]
-        return sorted(set(found)) or None
+    def total(self) -> int:
+        return self.size + sum(self.helpers.values())
 
 
-def seed_entries(table) -> list[tuple[int, dict]]:
-    """(seed, its figures) of a table by seed, or of a list of objects that name their seed."""
-    rows = table.items() if isinstance(table, dict) else [
-        (row.get("seed"), row) for row in table if isinstance(row, dict)] if isinstance(table, list) else []
-    return [(int(match[1]), row) for seed, row in rows if isinstance(row, dict)
-            and (match := re.fullmatch(r"(?:seed[_-]?)?(\d+)", str(seed)))]
-
-
-def half_unit(text: str) -> float:
-    """Half a unit of the last digit that is given."""
-    try:
-        exponent = Decimal(text).as_tuple().exponent
-        return 0.5 * 10.0 ** exponent if isinstance(exponent, int) else 0.0
-    except ArithmeticError:
-        return 0.0
-
-
-def agree(a: Fact, b: Fact) -> bool:
-    """Whether two numbers are equal to the digits given; whole numbers exactly."""
-    if isinstance(a.value, int) and isinstance(b.value, int):
-        return a.value == b.value
-    return abs(a.value - b.value) <= max(half_unit(a.text), half_unit(b.text)) * (1 + 1e-6) + 1e-12 * abs(a.value)
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_figure(value) -> bool:
-    """Whether the value is a number to reckon with."""
-    return is_number(value) and abs(value) < 1e18
-
-
-def evidence(*facts: Fact | str | None) -> str:
-    return ", ".join(dict.fromkeys(fact if isinstance(fact, str) else fact.where for fact in facts if fact))
-
-
-# ======================================================================================================================
-# Statistics
-# ======================================================================================================================
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularized incomplete beta function I_x(a, b), by its continued fraction (modified Lentz)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)
-    front = math.exp(a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
-    c, d = 1.0, 1 / away_from_zero(1 - (a + b) * x / (a + 1))
-    total = d
-    for m in range(1, 500):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d, c = 1 / away_from_zero(1 + term * d), away_from_zero(1 + term / c)
-            total *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front * total
-
-
-def away_from_zero(value: float) -> float:
-    """The value, kept away from zero."""
-    return value if abs(value) > 1e-300 else 1e-300
-
-
-def student_t_sf(t: float, freedom: float) -> float:
-    """P(T > t) of Student's t distribution."""
-    if math.isinf(t):
-        return float(t < 0)
-    if t * t < freedom:  # where the tail is no small number, count from the middle
-        return 0.5 - math.copysign(0.5, t) * incomplete_beta(0.5, freedom / 2, t * t / (freedom + t * t))
-    tail = 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
-    return tail if t > 0 else 1 - tail
-
-
-def t_test(high: list[float], low: list[float], paired: bool, shift: float = 0.0) -> tuple[float, float]:
-    """t and degrees of freedom for mean(high) - mean(low) > shift, paired or Welch's."""
-    if paired:
-        differences = [a - b - shift for a, b in zip(high, low)]
-        mean, freedom = statistics.fmean(differences), len(high) - 1.0
-        error2 = statistics.variance(differences) / len(differences)
-    else:
-        mean = statistics.fmean(high) - statistics.fmean(low) - shift
-        parts = [statistics.variance(side) / len(side) for side in (high, low)]
-        error2 = sum(parts)
-        freedom = error2**2 / away_from_zero(sum(p * p / (len(side) - 1) for p, side in zip(parts, (high, low))))
-    return (mean / math.sqrt(error2) if error2 > 0 else math.copysign(math.inf, mean)), max(freedom, 1.0)
-
-
-# ======================================================================================================================
-# Checks: each yields its findings
-# ======================================================================================================================
-
-
-def named_figure(key: str) -> tuple[str | None, str, int]:
-    """What a key of submission.json names: figure, statistic (empty, mean, std, max or min), power of ten to seconds."""
-    key, statistic, power = key.lower(), "", 0
-    for word, meaning in (("mean", "mean"), ("avg", "mean"), ("average", "mean"), ("std", "std"), ("stdev", "std"),
-                          ("stddev", "std"), ("max", "max"), ("largest", "max"), ("min", "min")):
-        short = re.sub(rf"^{word}_|_{word}(?=_|$)", "", key)
-        if short != key:
-            key, statistic = short, meaning
-    if key not in FIGURES and (match := re.fullmatch(r"(.*)_(ms|s|sec|secs|seconds)", key)):
-        key, power = match[1], -3 if match[2] == "ms" else 0
-    return FIGURES.get(key), statistic, power
-
-
-def leaves(value, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
-    """(path, value) of every number or text in a JSON value; entries of a list that name their seed go by it."""
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from leaves(child, (*path, key))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            seed = child.get("seed") if isinstance(child, dict) else None
-            yield from leaves(child, (*path, str(index if seed is None else seed)))
-    else:
-        yield path, value
-
-
-def as_claim(value, path: tuple, power: int) -> Fact | None:
-    """A number of submission.json, also as text like 599.6s, in seconds if it is a time."""
-    text = value.text if isinstance(value, Figure) else str(value) if is_number(value) else value
-    match = re.fullmatch(r"\s*([\d.,]*\d)\s*(ms|s)?\s*", text) if isinstance(text, str) and isinstance(value, str) else None
-    if match:
-        text, power = match[1].replace(",", ""), -3 if match[2] == "ms" else power
-    elif not is_figure(value):
-        return None
-    try:
-        text = str(Decimal(text).scaleb(power))
-    except ArithmeticError:
-        return None
-    return Fact(typed(text), text, f"submission.json: {'.'.join(map(str, path))}") if is_figure(typed(text)) else None
-
-
-def check_figures(f: Folder) -> Iterator[Finding]:
-    """Every figure of submission.json against the logs."""
-    if f.submission is None:
-        there = bool(f.submission_wrong)
-        yield Finding(FAIL if there else UNKNOWN, f"submission.json: {f.submission_wrong}" if there else
-                      "no submission.json in the folder", "submission.json")
-        return
-    confirmed, unknown, shown, two = 0, [], [], {}
-    for path, value in leaves(f.submission):
-        if (path[0] in NO_FIGURES and (path[0] not in SEED_TABLES or len(path) == 2) or path[-1] in NO_FIGURES
-                or isinstance(value, bool) or value is None):
-            continue
-        match = re.fullmatch(r"(?:seed[_-]?)?(\d+)", path[1]) if path[0] in SEED_TABLES and len(path) == 3 else None
-        seed = int(match[1]) if match else None
-        figure, statistic, power = named_figure(str(path[-1]))
-        by_seed = len(path) == 2 and figure and re.fullmatch(r"\d+", str(path[1]))  # "val_bpb_by_seed": {"42": ...}
-        figure = figure if len(path) == 1 or seed is not None or by_seed else None
-        claim = as_claim(value, path, power) if figure or is_number(value) else None
-        if claim is None:
-            if figure and value != "":
-                unknown.append(".".join(map(str, path)))
-            continue
-        dumped = str(path[-1]).lower()
-        if figure is None and len(path) <= 2 and any(dumped in run.settings for run in f.runs):
-            stated = [run.settings[dumped] for run in f.runs if dumped in run.settings]
-            wrong = [fact for fact in stated if is_figure(fact.value) and not agree(claim, fact)]
-            if wrong:
-                yield Finding(FAIL, f"{claim.where[17:]} {claim.text}, the logs ran with {wrong[0].text}",
-                              evidence(claim, *wrong))
-            else:
-                confirmed += 1
-            continue
-        found = None
-        if figure and seed is not None:
-            facts = [fact for fact in f.facts(seed, figure) if is_figure(fact.value)]
-            found = f"its log says {' or '.join(dict.fromkeys(fact.text for fact in facts))}" if facts else None
-            agreed = [fact for fact in facts if agree(claim, fact)]
-            sources = agreed[:1] or facts
-            if agreed and is_better(f, seed, figure, max(agreed, key=lambda fact: fact.value)):
-                yield Finding(FAIL, f"{claim.where[17:]} {claim.text}, the better of two scores that disagree: "
-                              f"{tell_apart(f, [seed], figure)}", evidence(claim, *scores_apart(f, seed, figure)), seed)
-                continue
-        elif figure:
-            found, agreed, sources = compare_over_seeds(f, figure, statistic, claim)
-        if not found:
-            unknown.append(".".join(map(str, path)))
-        elif agreed:
-            confirmed += 1
-            shown += sources[:1] if figure == "val_bpb" and seed is not None else []
-            seeds = [seed] if seed is not None else f.claimed_seeds or f.seeds
-            two |= {(figure, seed): scores_apart(f, seed, figure) for seed in seeds}
-        else:
-            yield Finding(FAIL, f"{claim.where[17:]} {claim.text}, {found}", evidence(claim, *sources), seed)
-    two = {key: apart for key, apart in two.items() if apart}
-    yield from check_hardware(f)
-    if unknown:
-        yield Finding(UNKNOWN, f"no log states {', '.join(unknown)}", "submission.json")
-    if confirmed:
-        notes = [f"the better {figure} of two that disagree is not the one named: {tell_apart(f, [seed], figure)}"
-                 for figure, seed in two]
-        yield Finding(PASS, "; ".join([f"{confirmed} figures of submission.json are those of the logs", *notes]),
-                      evidence("submission.json", *shown, *(fact for apart in two.values() for fact in apart)))
-
-
-def compare_over_seeds(f: Folder, figure: str, statistic: str, claim: Fact) -> tuple[str | None, bool, list[Fact]]:
-    """What the logs give for a figure over all seeds: in words, None if a seed lacks it; whether the claim agrees; sources."""
-    seeds = f.claimed_seeds or f.seeds
-    if not all(any(is_figure(fact.value) for fact in f.facts(seed, figure)) for seed in seeds):
-        return None, False, []
-    refused = None
-    for first in (True, False):  # a seed without a row of its own: by the repeated evaluation, or by the training log
-        sources = [named_fact(f, seed, figure, first) for seed in seeds]
-        text, same, sources = over_seeds(f, figure, statistic, claim, sources)
-        better = [seed for seed, fact in zip(seeds, sources) if statistic != "std" and is_better(f, seed, figure, fact)]
-        if same and not better:
-            return text, True, sources
-        if same:
-            return (f"which takes the better of two scores that disagree: {tell_apart(f, better, figure)}", False,
-                    [fact for seed in better for fact in scores_apart(f, seed, figure)])
-        refused = refused or (text, False, sources)
-    return refused
-
-
-def figures_of(f: Folder, seed: int, figure: str) -> list[Fact]:
-    return [fact for fact in f.facts(seed, figure) if is_figure(fact.value)]
-
-
-def named_fact(f: Folder, seed: int, figure: str, first: bool = True) -> Fact:
-    """What a seed's logs state of a figure: that which its row in submission.json names, else the first or the last."""
-    facts = figures_of(f, seed, figure)
-    rows = [row for name in SEED_TABLES for number, row in seed_entries((f.submission or {}).get(name)) if number == seed]
-    stated = [fact for row in rows for key, value in row.items() if named_figure(str(key))[0] == figure
-              and (fact := as_claim(value, (key,), named_figure(str(key))[2]))]
-    return next((fact for fact in facts for row in stated if agree(fact, row)), facts[0 if first else -1])
-
-
-def scores_apart(f: Folder, seed: int, figure: str) -> list[Fact]:
-    """A seed's scores by its training and its repeated evaluation, if they disagree."""
-    facts = figures_of(f, seed, figure) if figure.endswith("_bpb") or figure == "val_loss" else []
-    nats = 1.0
-    if facts and figure == "val_loss":
-        bpb = figures_of(f, seed, "val_bpb")
-        nats = facts[0].value / bpb[0].value if bpb and bpb[0].value > 0 else math.log(2)
-    values = [fact.value for fact in facts]
-    return facts if facts and max(values) - min(values) > SCORES_DIFFER * nats * (1 + 1e-9) else []
-
-
-def is_better(f: Folder, seed: int, figure: str, fact: Fact) -> bool:
-    """Whether this is the better of a seed's scores that disagree."""
-    apart = scores_apart(f, seed, figure)
-    return bool(apart) and fact.value < 0.5 * (max(x.value for x in apart) + min(x.value for x in apart))
-
-
-def tell_apart(f: Folder, seeds: list[int], figure: str) -> str:
-    return ", ".join(f"seed {seed} {' and '.join(fact.text for fact in scores_apart(f, seed, figure))}" for seed in seeds)
-
-
-def over_seeds(f: Folder, figure: str, statistic: str, claim: Fact, sources: list[Fact]) -> tuple[str | None, bool, list[Fact]]:
-    """compare_over_seeds() with one fact for each seed."""
-    values = [fact.value for fact in sources]
-    if not values or statistic == "std" and len(values) < 2:
-        return None, False, []
-    digits = max((fact.text for fact in sources), key=half_unit)
-
-    def same(value: float) -> bool:
-        slack = half_unit(digits) if statistic != "max" or not isinstance(value, int) else 0
-        return abs(value - claim.value) <= max(slack, half_unit(claim.text)) * (1 + 1e-6) + 1e-12 * abs(value)
-
-    if statistic == "std":
-        sample, population = statistics.stdev(values), statistics.pstdev(values)
-        note = " (it is the population's, divided by n, not by n - 1)" if same(population) else ""
-        return f"the sample standard deviation of the logs is {sample:.8g}{note}", same(sample), sources
-    mean, largest = statistics.fmean(values), max(values)
-    if statistic == "min":
-        return f"the smallest of the logs is {min(values)}", same(min(values)), sources
-    if statistic == "max" or figure.endswith("_bytes") and not statistic:
-        published = not f.ours and statistic != "max"
-        return f"the largest of the logs is {largest}", largest == claim.value or published and same(mean), sources
-    return f"the mean of the logs is {mean:.10g}", same(mean), sources
-
-
-def check_hardware(f: Folder) -> Iterator[Finding]:
-    """The hardware that submission.json names against the machine of the logs."""
-    named = re.search(r"(\d+)\s*[x×*]\s*(?:NVIDIA\s*)?([A-Z]+\d+)", str(f.submission.get("hardware", "")), re.I)
-    for run in f.runs if named else ():
-        count, device = run.get("devices", "world_size"), run.get("device")
-        for fact, wrong in ((count, count and count.value != int(named[1])),
-                            (device, device and named[2].lower() not in device.text.lower())):
-            if wrong and run.trains:
-                yield Finding(FAIL, f"hardware {named[0]}, the log says {fact.text}", evidence(
-                    "submission.json: hardware", fact), run.seed)
-
-
-def check_bytes(f: Folder) -> Iterator[Finding]:
-    """Artifact and code of every seed below the cap, and adding up."""
-    for run in f.runs:
-        total, artifact, code, packed = map(run.get, ("total_bytes", "artifact_bytes", "code_bytes", "packed_bytes"))
-        parts = f"{artifact.value:,} + {code.value:,}" if artifact and code else ""
-        if not total:
-            if not any(other.get("total_bytes") for other in f.of(run.seed)):
-                yield Finding(UNKNOWN, "the log states no total", run.name, run.seed)
-            continue
-        good = True
-        if artifact and code and artifact.value + code.value != total.value:
-            good = False
-            yield Finding(FAIL, f"{parts} are {artifact.value + code.value:,} bytes, the log says {total.value:,}",
-                          evidence(total, artifact, code), run.seed)
-        if packed and code and packed.value != code.value:
-            good = False
-            yield Finding(FAIL, f"{code.value:,} bytes of code counted, the packed script has {packed.value:,}",
-                          evidence(code, packed), run.seed)
-        if total.value >= BYTES_CAP:
-            good = False
-            yield Finding(FAIL, f"{total.value:,} bytes, not below {BYTES_CAP:,}", evidence(total), run.seed)
-        if good and parts:
-            yield Finding(PASS, f"{parts} = {total.value:,} bytes", evidence(total), run.seed)
-        elif good:
-            yield Finding(UNKNOWN, f"{total.value:,} bytes; what of it is code the log does not say", evidence(total), run.seed)
-
-
-def parse_nodes(text: str) -> list[ast.AST] | None:
-    """The nodes of a Python source, None if it is none."""
+def parse_nodes(text: str) -> list[ast.AST]:
+    """The nodes of a Python source, none if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        return []
 
 
-def unpack_lzma(data: bytes) -> bytes | None:
-    unpacker = lzma.LZMADecompressor(memlimit=1 << 28)
-    found = unpacker.decompress(data, UNPACKED_CAP)
-    return found if unpacker.eof and not unpacker.unused_data else None
-
-
-def unpack_zlib(data: bytes) -> bytes | None:
-    unpacker = zlib.decompressobj()
-    found = unpacker.decompress(data, UNPACKED_CAP)
-    return found if unpacker.eof and not unpacker.unused_data else None
-
-
-def unpack_brotli(data: bytes) -> bytes | None:
-    unpacker = brotli.Decompressor()
-    found = unpacker.process(data, output_buffer_limit=UNPACKED_CAP)
-    return found if unpacker.is_finished() else None
-
-
-def hidden_source(nodes: list[ast.AST]) -> tuple[list[str], int]:
-    """The texts that the constants of a self-extracting script hold; characters of encoded constants that stay closed."""
-    found, closed = [], 0
-    for node in nodes:
-        value = node.value if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) else ""
-        opened = []
-        for decode in (base64.b85decode, base64.b64decode, bytes) if len(value) > 1000 else ():
-            for unpack in (unpack_lzma, unpack_zlib, unpack_brotli):
-                try:
-                    opened.append(unpack(decode(value)).decode("utf-8"))
-                except Exception:  # whatever a stranger's constant is, it is then no source
-                    continue
-        blanks = value.count(b" " if isinstance(value, bytes) else " ")  # prose and code have many, what is encoded has none
-        if not opened and len(value) >= ENCODED_PIECE and blanks * 100 < len(value):
-            closed += len(value)
-        found += opened
-    return found, closed
-
-
-def bundle(text: str) -> dict[str, str]:
-    """The files of a script that packs several, as JSON {name: text}; empty for any other text."""
+def inflate(data: bytes) -> bytes:
+    """The data unpacked by the packer that made it; as it is if none did, or if it is too long."""
+    raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26}])
+    for unpacker in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj(wbits=47), raw):
+        try:
+            found = unpacker.decompress(data, UNPACKED_CAP)
+        except (lzma.LZMAError, zlib.error):
+            continue
+        if unpacker.eof and not unpacker.unused_data:
+            return found
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) and all(isinstance(x, str) for x in value.values()) else {}
+        unpacker = brotli.Decompressor()
+        found = unpacker.process(data, output_buffer_limit=UNPACKED_CAP)
+        return found if unpacker.is_finished() else data
+    except (AttributeError, brotli.error if brotli else AttributeError):
+        return data
 
 
-def helper_files(folder: Path, script: str = "train_gpt.py") -> tuple[set[str], bool, int]:
-    """Files of the folder that the script imports or names, and those that these do; whether all could be parsed; how many
-    characters of encoded text could not be unpacked."""
-    seen, waiting, parsed, closed = set(), [(script, (folder / script).read_text("utf-8", "replace"))], True, 0
-    packed = set()  # names of files that the script brings itself
+def hidden_files(value: str | bytes, depth: int = 4) -> dict[str, str]:
+    """The sources that a constant holds, encoded and compressed in any nesting, by name or one without."""
+    for decoder in (base64.b85decode, base64.b64decode, bytes):
+        try:
+            inner = inflate(decoder(value))
+            text = inner.decode("utf-8", "ignore")
+            files = {"": text} if len(parse_nodes(text)) > 4 else {}
+            files = json.loads(text) if text.startswith("{") else files
+        except (ValueError, TypeError, RecursionError):
+            continue
+        if not files and depth and inner != value:
+            files = hidden_files(inner, depth - 1)
+        if files and isinstance(files, dict):
+            return {name: str(source) for name, source in files.items()}
+    return {}
+
+
+def called(node: ast.AST) -> str:
+    """The last name of the function that a node calls, empty for any other node."""
+    func = node.func if isinstance(node, ast.Call) else None
+    return getattr(func, "attr", getattr(func, "id", ""))
+
+
+def texts_of(nodes: list[ast.AST]) -> list[str]:
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def is_writing(node: ast.AST) -> bool:
+    """Whether a node is a call that writes a file."""
+    modes = [*node.args[:2], *(word.value for word in node.keywords)] if called(node) == "open" else []
+    return called(node) in WRITERS or any(re.fullmatch("[wax][bt+]{0,2}", mode) for mode in texts_of(modes))
+
+
+def needed_names(nodes: list[ast.AST]) -> set[str]:
+    """The files that a source imports or names, but for those that it only writes."""
+    writing = {id(part) for node in nodes if is_writing(node) for part in ast.walk(node)}
+    loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    only_written = {node.id for node in loads} - {node.id for node in loads if id(node) not in writing}
+    modules = []
+    for node in nodes:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in only_written:
+            writing |= {id(part) for part in ast.walk(node)}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            base = getattr(node, "module", "") or ""
+            modules += [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
+        elif called(node) in ("import_module", "__import__", "run_module"):
+            modules += texts_of(node.args)
+    texts = texts_of([node for node in nodes if id(node) not in writing])
+    named = {os.path.normpath(text.lstrip("./")) for text in texts if FILE_NAME.fullmatch(text)}
+    ends = (".py", "/__init__.py", ".so", ".c")
+    return named | {module.replace(".", "/") + end for module in modules for end in ends}
+
+
+def read_code(folder: Path, names: set[str]) -> Code:
+    """The folder's script, the files beside it that it imports or reads, and those that these do.
+
+    No text is looked for on the disk: what is needed is one of the folder's names.
+    """
+    script = (folder / "train_gpt.py").read_bytes()
+    waiting = [("train_gpt.py", decode(script))]
+    helpers: dict[str, int] = {}
+    brought = {"train_gpt.py", "submission.json"}  # and the files that the script holds itself
+    parsed, closed = True, 0
     while waiting:
         name, text = waiting.pop()
         nodes = parse_nodes(text)
-        if nodes is None:
-            parsed = False
-            continue
-        sources, more = hidden_source(nodes)
-        closed += more
-        for source in sources:
-            files = bundle(source)
-            packed |= files.keys()
-            waiting += [x for x in files.items() if x[0].endswith(".py") or parse_nodes(x[1])] if files else [(name, source)]
-        wanted = set()
-        for node in nodes:
-            if isinstance(node, ast.Import):
-                wanted |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                wanted |= {node.module or ""} | {f"{node.module}.{alias.name}".removeprefix("None.") for alias in node.names}
-            elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-                    "import_module", "__import__", "run_module"):
-                wanted |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-        paths = {f"{module.replace('.', '/')}{end}" for module in wanted for end in (".py", "/__init__.py")}
-        paths |= {f"{module.replace('.', '/')}{end}" for module in wanted for end in (".so", ".c")} if wanted else set()
-        for node in nodes:
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(
-                    r"[\w./-]+\.(c|cc|cpp|cu|cuh|h|py|so|npy|bin|json)", node.value):
-                paths.add(node.value.lstrip("./"))
-        for path in sorted(paths - seen - packed - {script, "submission.json"}):
-            if (folder / path).is_file() and ".." not in path:
-                seen.add(path)
-                if path.endswith(".py"):
-                    waiting.append((path, (folder / path).read_text("utf-8", "replace")))
-    return seen, parsed, closed
+        parsed = parsed and bool(nodes)
+        constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        for value in [value for value in constants if isinstance(value, (str, bytes))]:
+            files = hidden_files(value) if len(value) > 1000 else {}
+            brought |= files.keys()
+            waiting += [(file or name, source) for file, source in files.items() if parse_nodes(source)]
+            blanks = value.count(" " if isinstance(value, str) else b" ")  # prose has many, encoded text none
+            if not files and len(value) >= ENCODED_PIECE and blanks * 100 < len(value):
+                closed += len(value)
+        for file in sorted(needed_names(nodes) & names - brought - helpers.keys()):
+            data = (folder / file).read_bytes()
+            helpers[file] = len(data)
+            waiting += [(file, decode(data))] if file.endswith(".py") else []
+    return Code(len(script), hashlib.sha256(script).hexdigest(), helpers, parsed, closed)
 
 
-def script_named(f: Folder) -> bool:
-    """Whether the folder's train_gpt.py is, byte by byte, the code that every run's own record names."""
-    script = f.path / "train_gpt.py"
-    named = {fact.text if (fact := run.get("code_sha256")) and run.ours else "" for run in f.runs}
-    return script.is_file() and named == {hashlib.sha256(script.read_bytes()).hexdigest()}
+# --- Checks, from facts alone: (verdict, what was found, its sources); of a run the first with sources counts
 
 
-def check_code(f: Folder) -> Iterator[Finding]:
-    """The code in the folder is the code that was counted, all of it."""
-    counted = [run.get("code_bytes") for run in f.runs if run.get("code_bytes")]
-    script = f.path / "train_gpt.py"
-    if not script.is_file():
-        yield Finding(UNKNOWN, "no train_gpt.py in the folder")
+def check_figures(f: Folder) -> Iterator[tuple]:
+    """Every figure of submission.json against the logs of one group of equal settings."""
+    if f.wrong:
+        there = "submission.json" in f.names
+        yield FAIL if there else UNKNOWN, f"{f.wrong}; it would decide", "submission.json"
         return
-    if not counted:
-        yield Finding(UNKNOWN, f"no log states the bytes of code; train_gpt.py has {script.stat().st_size:,}", "train_gpt.py")
-        return
-    size, counts = script.stat().st_size, sorted({fact.value for fact in counted})
-    files, parsed, closed = helper_files(f.path)
-    helpers = {name: (f.path / name).read_bytes() for name in sorted(files)}
-    text = f"{' or '.join(f'{count:,}' for count in counts)} bytes of code counted, train_gpt.py has {size:,}"
-    extra = sum(map(len, helpers.values()))
-    if helpers:
-        text += f", and it needs {', '.join(f'{name} ({len(data):,})' for name, data in helpers.items())}"
-    where = evidence("train_gpt.py", *helpers, *counted)
-    if any(count != size for count in counts) and (f.ours or len(counts) > 1):
-        yield Finding(FAIL, text + ("" if f.ours else "; not one script"), where)
-    elif counts == [size] and helpers:
-        yield Finding(FAIL, f"{text}, which are not counted", where)
-    elif counts != [size]:
-        totals = [run.get("total_bytes").value for run in f.runs if run.get("total_bytes")]
-        note = f"; largest total {max(totals):,}, with the script and its helpers as they lie here " \
-               f"{max(totals) - counts[0] + size + extra:,}" if totals else ""
-        yield Finding(UNKNOWN, f"{text}: another form of it was counted{note}", where)
-    elif not parsed:
-        yield Finding(UNKNOWN, f"{text}; what it imports cannot be told, it is no Python of this version", where)
-    elif closed > ENCODED_CAP and not script_named(f):
-        yield Finding(UNKNOWN, f"{text}; whether it needs other files cannot be told: {closed:,} characters of it are encoded "
-                      "and cannot be unpacked here", where)
-    elif closed > ENCODED_CAP:
-        yield Finding(PASS, f"{text}; it cannot be unpacked here, but its SHA-256 is that of the whole code of every run",
-                      evidence(where, *(run.get("code_sha256") for run in f.runs)))
-    else:
-        yield Finding(PASS, f"{text} and needs no other file of the folder", where)
+    judged = [(claim, *f.judge(claim)) for claim in f.claims]
+    for claim, same, said, sources in judged:
+        if same is False:
+            yield FAIL, f"{claim.path} {claim.fact.text}, {said}", claim.seed, claim.fact, *sources
+    unsaid = [claim.path for claim, same, *_ in judged if same is None]
+    if unsaid:
+        more = f" and {len(unsaid) - 8} more" if unsaid[8:] else ""
+        yield UNKNOWN, f"no log states {', '.join(unsaid[:8])}{more}; it would decide", "submission.json"
+    hardware = str(f.submission.get("hardware", ""))[:200]
+    for count, device in re.findall(r"(\d{1,4})\s?[x×*]\s?(?:NVIDIA\s)?([A-Z]{1,9}\d+)", hardware)[:1]:
+        for run in [run for run in f.runs if run.trains]:
+            wrong = [fact for fact in run.facts.get("world_size", []) if fact.value != int(count)]
+            wrong += [fact for fact in run.facts.get("device", []) if device not in fact.text]
+            for fact in wrong[:1]:
+                said = f"hardware {hardware}, the log says {fact.text}"
+                yield FAIL, said, run, "submission.json: hardware", fact
+    agreed = [fact for _, same, _, sources in judged if same for fact in sources]
+    if agreed:
+        notes = [fact.text for fact in agreed if " " in fact.text]  # scores that other evaluations contradict
+        if len(f.chosen) == 1 < len({run.seed for run in f.group}):
+            notes.append(f"of seed {f.chosen[0]} alone")
+        said = f"{sum(same is True for _, same, *_ in judged)} figures are those of the logs"
+        yield PASS, ", ".join([said, *dict.fromkeys(notes)]), "submission.json", *agreed[:9]
 
 
-def check_train_seconds(f: Folder) -> Iterator[Finding]:
-    """Training time of every seed within the cap, calibration included where the log says so."""
-    for seed in f.seeds:
-        runs = [run for run in f.of(seed) if run.get("train_seconds")]
-        if not runs:
-            yield Finding(UNKNOWN, "no log of this seed states its training time", f.logs_of(seed), seed)
-        for run in runs:
-            spent, calibration, steps = map(run.get, ("train_seconds", "calibration_seconds", "step_seconds"))
-            limit = run.get("cap_seconds") or run.settings.get("max_wallclock_seconds")
-            cap = min(SECONDS_CAP, limit.value if limit and is_number(limit.value) and limit.value > 0 else SECONDS_CAP)
-            text = f"{spent.text} s of {cap:g}"
-            if calibration:
-                text += f", {calibration.text} s of calibration {'included' if run.ours else 'not included'}"
-            if run.ours and calibration and steps and abs(steps.value + calibration.value - spent.value) > 0.0021:
-                yield Finding(FAIL, f"{steps.text} s of steps and {calibration.text} s of calibration are not {spent.text} s",
-                              evidence(spent), seed)
-            elif not spent.value <= cap:
-                yield Finding(FAIL, text, evidence(spent, limit), seed)
-            else:
-                yield Finding(PASS, text, evidence(spent, None if run.ours else calibration), seed)
-
-
-def check_eval_seconds(f: Folder) -> Iterator[Finding]:
-    """Evaluation time of every seed within the cap."""
-    for seed in f.seeds:
-        times = [fact for run in f.of(seed) for name in ("eval_seconds", "all_eval_seconds") if (fact := run.get(name))]
-        if not times:
-            yield Finding(UNKNOWN, "no log of this seed states its evaluation time", f.logs_of(seed), seed)
-        for spent in [fact for fact in times if not fact.value <= SECONDS_CAP]:
-            yield Finding(FAIL, f"{spent.text} s of {SECONDS_CAP:g}", evidence(spent), seed)
-        if times and all(fact.value <= SECONDS_CAP for fact in times):
-            worst = max(times, key=lambda fact: fact.value)
-            yield Finding(PASS, f"{worst.text} s of {SECONDS_CAP:g}", evidence(worst), seed)
-
-
-def scored_runs(f: Folder) -> Iterator[tuple[int, Run]]:
-    """(seed, run) of every run with a score, or the seed's only other runs if none has."""
-    for seed in f.seeds:
-        runs = f.of(seed)
-        yield from ((seed, run) for run in [run for run in runs if run.get("val_bpb")] or runs)
-
-
-def check_hints(f: Folder) -> Iterator[Finding]:
-    """N-gram hints are computed inside the evaluation's timer."""
-    for seed, run in scored_runs(f):
-        tilt, outside = run.settings.get("ngram_tilt_enabled"), run.settings.get("ngram_hint_precompute_outside")
-        inside, begins = run.get("hints_inside_timer"), run.get("timer_begins")
-        said_outside, said_inside = run.get("built_outside"), run.get("built_inside")
-        if tilt and tilt.value in (False, 0):
-            yield Finding(PASS, "no hints", evidence(tilt), seed)
-        elif outside and outside.value not in (False, 0):
-            yield Finding(FAIL, "the settings put them outside the timer", evidence(inside, outside, said_outside), seed)
-        elif inside:
-            true = inside.value is True
-            yield Finding(PASS if true else FAIL, "inside the timer" if true else "outside the timer", evidence(inside), seed)
-        elif said_outside and begins:
-            late = said_outside.value > begins.value
-            yield Finding(PASS if late else FAIL, "built after the timer had begun, whatever the line calls it" if late else
-                          "built before the timer began", evidence(said_outside, begins, outside), seed)
-        elif said_outside:
-            yield Finding(UNKNOWN if outside or said_inside else FAIL, "the log contradicts itself" if outside or said_inside
-                          else "outside the timer", evidence(said_outside, outside, said_inside), seed)
-        elif outside or said_inside:
-            yield Finding(PASS, "inside the timer", evidence(outside, said_inside), seed)
-        else:
-            yield Finding(UNKNOWN, "the log does not say where hints were computed", run.name, seed)
-
-
-def check_experts(f: Folder) -> Iterator[Finding]:
-    """Experts that look at the token being scored are off."""
-    for seed, run in scored_runs(f):
-        gates = [fact for name in ("within_gate", "word_gate", "agree_gate") if (fact := run.get(name))]
-        boosts = [run.settings[name] for name in PEEKING if name in run.settings]
-        taus = [run.settings[name] for name in ("within_tau", "word_tau") if name in run.settings]
-        tilt = run.settings.get("ngram_tilt_enabled")
-        opened = [(name, fact) for name in ("within_gate", "word_gate", "agree_gate") if (fact := run.get(name)) and fact.value]
-        boosted = [(name, run.settings[name]) for name in PEEKING if name in run.settings and run.settings[name].value]
-        closed = len(gates) == 3
-        if tilt and tilt.value in (False, 0):
-            yield Finding(PASS, "no tilt", evidence(tilt), seed)
-        elif opened or boosted:
-            text = ", ".join([f"{name} {fact.value:,}" for name, fact in opened] + [f"{n} {x.text}" for n, x in boosted])
-            where = evidence(*(fact for _, fact in opened + boosted))
-            yield Finding(FAIL, f"experts that see the target are on: {text}", where, seed)
-        elif run.ours and run.record and "ngram_boost" in run.settings:
-            yield Finding(PASS, "this program has token hints only", evidence(run.settings["ngram_boost"]), seed)
-        elif closed:
-            yield Finding(PASS, "their gates opened nowhere", evidence(*gates[:1], *boosts), seed)
-        elif len(boosts) == 3 and len(taus) == 2 and all(is_number(tau.value) and tau.value > 1 for tau in taus):
-            yield Finding(PASS, "their boosts are zero and their thresholds above 1", evidence(*boosts, *taus), seed)
-        elif len(boosts) == 3:
-            yield Finding(UNKNOWN, "their boosts are zero, but an open gate may still drop token hints",
-                          evidence(*boosts, *taus), seed)
-        else:
-            yield Finding(UNKNOWN, "the log does not say which experts ran", run.name, seed)
-
-
-def check_targets(f: Folder) -> Iterator[Finding]:
-    """Every token of the validation text is scored."""
-    manifest, _ = read_json(f.path / "data_manifest.json")
-    tokens = lookup(manifest, "splits", "val", "tokens")
-    stated = Fact(tokens - 1, "", "data_manifest.json: splits.val.tokens") if is_number(tokens) else None
-    for seed, run in scored_runs(f):
-        text, scored, whole = run.get("val_targets"), run.get("targets"), run.get("whole_text")
-        tail = run.settings.get("eval_include_tail")
-        length = run.settings.get("eval_seq_len")
-        full = Fact(PUBLISHED_TARGETS, "", "") if not run.ours else stated or (
-            text if text and text.value == PUBLISHED_TARGETS else None)
-        if scored and text and scored.value != text.value:
-            yield Finding(FAIL, f"{text.value - scored.value:,} targets unscored: {scored.value:,} of {text.value:,}",
-                          evidence(scored, text), seed)
-        elif whole and whole.value is not True:
-            yield Finding(FAIL, "a part of the validation documents was scored", evidence(whole), seed)
-        elif run.ours and tail and tail.value is False and not (text and full and text.value == full.value):
-            yield Finding(FAIL, "the tail of the validation text is cut", evidence(tail), seed)
-        elif run.ours and text and full and text.value != full.value:
-            yield Finding(FAIL, f"{full.value - text.value:,} targets unscored: {text.value:,} of {full.value:,}",
-                          evidence(text, full), seed)
-        elif run.ours and text and not (full and scored):
-            yield Finding(UNKNOWN, f"{text.value:,} targets; " + (
-                "the log does not say how many were scored" if full else "how many the whole text has only its manifest can "
-                "say, and data_manifest.json is not here" if manifest is None else "data_manifest.json does not say how many "
-                "the whole text has"), evidence(text, scored), seed)
-        elif run.ours and text:
-            yield Finding(PASS, f"{scored.value:,} of {text.value:,} targets", evidence(scored, text), seed)
-        elif text and text.value == PUBLISHED_TARGETS:
-            yield Finding(PASS, f"{text.value:,} targets, the tail included", evidence(text), seed)
-        elif text and 0 < PUBLISHED_TARGETS - text.value < (length.value if length and is_number(length.value) else 4096):
-            yield Finding(FAIL, f"{PUBLISHED_TARGETS - text.value:,} targets unscored: the tail of the published text is cut, "
-                          f"{text.value:,} of {PUBLISHED_TARGETS:,}", evidence(text), seed)
-        elif text:
-            yield Finding(UNKNOWN, f"{text.value:,} targets; how many the text has is not said", evidence(text), seed)
-        else:
-            yield Finding(UNKNOWN, "the log does not say how many targets there are", run.name, seed)
-
-
-def check_seeds(f: Folder) -> Iterator[Finding]:
-    """Three seeds or more, each with one finished run, the same ones in submission.json."""
-    good = True
-
-    def fail(text: str, *where, seed=None) -> Finding:
-        nonlocal good
-        good = False
-        return Finding(FAIL, text, evidence(*where), seed)
-
-    for run in f.runs:
-        if run.seed is None:
-            good = False
-            yield Finding(UNKNOWN, "neither the log nor its name says the seed", run.name)
-        elif run.named_seed not in (None, run.seed):
-            yield fail(f"the file's name says seed {run.named_seed}, the run had {run.seed}", run.settings["seed"], run.name,
-                       seed=run.seed)
-        status, scores = run.get("status"), run.facts.get("val_bpb", [])
-        if run.ours and (not status or status.value != "finished"):
-            yield fail("the run failed" if status else "the run has no end", status or run.last_line, seed=run.seed)
-        elif not run.ours and not scores and any(other.get("val_bpb") for other in f.of(run.seed)):
-            good = False
-            yield Finding(UNKNOWN, "this log ends without a score; whether the other log scored its artifact is not said",
-                          evidence(run.last_line, *(other.get("val_bpb") for other in f.of(run.seed))), run.seed)
-        elif not scores:
-            yield fail("the log ends without a score", run.last_line, seed=run.seed)
-        different = [score for score in scores if not agree(score, scores[-1])]
-        if different:
-            yield fail(f"one log, two scores: {different[0].text} and {scores[-1].text}", different[0], scores[-1],
-                       seed=run.seed)
-    for seed in f.seeds:
-        trained = [run for run in f.of(seed) if run.trains]
-        if len(trained) > 1:
-            yield fail(f"{len(trained)} training logs of one seed", *(run.name for run in trained), seed=seed)
-        elif not trained:
-            good = False
-            yield Finding(UNKNOWN, "no training log of this seed", f.logs_of(seed), seed)
-    if len(f.seeds) < LEAST_SEEDS:
-        yield fail(f"{len(f.seeds)} seeds, {LEAST_SEEDS} are needed", *(run.name for run in f.runs))
-    claimed = f.claimed_seeds
-    if claimed is None:
-        good = False
-        yield Finding(UNKNOWN, "submission.json names no seeds" if f.submission else "no submission.json to name the seeds",
-                      "submission.json" if f.submission else "")
-    else:
-        if set(claimed) != set(f.seeds):
-            yield fail(f"submission.json names seeds {claimed}, the logs are of {f.seeds}", "submission.json: seeds",
-                       *(run.name for run in f.runs if run.seed not in claimed))
-        for key in SEED_TABLES & f.submission.keys():
-            table = f.submission[key]
-            listed = [seed for seed in table if isinstance(seed, int)] if isinstance(table, list) else []
-            listed = listed or [seed for seed, _ in seed_entries(table)]
-            if listed and sorted(listed) != claimed:
-                yield fail(f"{key} lists {listed}, submission.json as a whole {claimed}", f"submission.json: {key}")
-    if good:
-        yield Finding(PASS, f"seeds {', '.join(map(str, f.seeds))}, each with one finished run",
-                      evidence(*(run.get("status") or run.get("val_bpb") for run in f.runs)))
-
-
-def check_data(f: Folder) -> Iterator[Finding]:
-    """Training and validation documents are disjoint: the manifest says so, and it is here."""
-    manifest, wrong = read_json(f.path / "data_manifest.json")
-    there, good = (f.path / "data_manifest.json").is_file(), True
-    shipped, key = lookup(manifest, "splits_disjoint"), "data_manifest.json: splits_disjoint"
-    overlap, unsaid = "training and validation documents overlap", "whether the splits are disjoint is not said"
-    if there and shipped is not True:
-        good = False
-        yield (Finding(FAIL, f"data_manifest.json: {wrong}", "data_manifest.json") if wrong else
-               Finding(FAIL, overlap, key) if shipped is False else Finding(UNKNOWN, unsaid, "data_manifest.json"))
-    for name in ("train_tokens", "val_targets", "train_docs", "val_docs", "train_shards"):
-        stated = [fact for run in f.runs if (fact := run.get(name)) and (run.trains or name != "train_tokens")]
-        other = next((fact for fact in stated if fact.value != stated[0].value), None)
-        if other:
-            good = False
-            yield Finding(FAIL, f"{name} differs between runs: {stated[0].text} and {other.text}", evidence(stated[0], other))
-    for run in f.runs:
-        named, disjoint = run.get("manifest"), run.get("splits_disjoint")
-        if not named or named.value == "none":
-            if run.trains or not run.ours:
-                good = False
-                yield Finding(UNKNOWN, "the log names no manifest of its data", evidence(named or run.name), run.seed)
-            continue
-        if not disjoint or disjoint.value is not True:
-            good = False
-            false = disjoint and disjoint.value is False
-            yield Finding(FAIL if false else UNKNOWN, overlap if false else unsaid, evidence(disjoint or named), run.seed)
-        for split in ("train", "val") if isinstance(manifest, dict) else ():
-            docs = run.get(f"{split}_docs")
-            given = lookup(manifest, "splits", split, "docs")
-            if docs and given is not None and docs.value != given:
-                good = False
-                yield Finding(FAIL, f"{docs.text} {split} documents in the log, {given} in the manifest: another data set",
-                              evidence(docs, f"data_manifest.json: splits.{split}.docs"), run.seed)
-    if good and there:
-        yield Finding(PASS, "splits are disjoint, by the logs and by data_manifest.json", evidence(
-            key, *(run.get("splits_disjoint") for run in f.runs)))
-    elif good:
-        yield Finding(UNKNOWN, "the logs say that the splits are disjoint, but data_manifest.json is not here",
-                      evidence(*(run.get("splits_disjoint") for run in f.runs)))
-
-
-def check_same(f: Folder) -> Iterator[Finding]:
-    """All seeds ran the same code with the same settings but for the seed."""
-    first = next((run for run in f.runs if run.trains), f.runs[0])
-    good, code_known = True, bool(f.runs[0].get("code_sha256"))
-    for run in f.runs:
-        for name, text in (("code_sha256", "the code"), ("code_bytes", "the bytes of code")):
-            a, b = first.get(name), run.get(name)
-            if a and b and a.value != b.value:
-                good = False
-                yield Finding(FAIL, f"{text} differ{'s' * (name == 'code_sha256')} between seeds {first.seed} and {run.seed}: "
-                              f"{a.text[:16]} and {b.text[:16]}", evidence(a, b), run.seed)
-                break
-        if run.ours and not is_digest(run.get("code_sha256")):
-            code_known = False
-        base = first if run.trains or run.seed is None else f.of(run.seed)[0]  # what it is to be equal to
-        a, b = base.get("artifact_sha256"), run.get("artifact_sha256")
-        if a and b and a.value != b.value and not run.trains and base.seed == run.seed:
-            good = False
-            yield Finding(FAIL, "the repeated evaluation scored another artifact", evidence(a, b), run.seed)
-        own = OWN_TO_A_RUN if run.trains else OWN_TO_AN_EVALUATION
-        # A log of ours lists the settings that are changed, a record all of them.
-        one, two = (base.settings, run.settings) if not run.ours or base.record and run.record else (base.changed, run.changed)
-        tags = [str(x.settings["run_id"].value) for x in (base, run) if "run_id" in x.settings]
-        changed = {}
-        for name in sorted((one.keys() | two.keys()) - own):
-            a, b = one.get(name), two.get(name)
-            if (a is None or b is None or a.value != b.value) and not all(
-                    x and any(tag and tag in x.text for tag in tags) for x in (a, b)):
-                changed[name] = a, b
-        if changed:
-            good = False
-            shown = [f"{name} {' and '.join(x.text if x else 'not stated' for x in pair)}" for name, pair in changed.items()]
-            more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-            yield Finding(FAIL, f"settings of {base.name} and {run.name} differ: {', '.join(shown[:5])}{more}",
-                          evidence(*[x for pair in list(changed.values())[:5] for x in pair]), run.seed)
-    bare = [run for run in f.runs if not run.settings]
-    if bare:
-        yield Finding(UNKNOWN, "no settings in the log", evidence(*(run.name for run in bare)))
-    elif good and not f.ours:
-        yield Finding(PASS, "the settings in the heads of the logs differ in the seed only; the code is not identified",
-                      evidence(*(run.settings.get("seed") or run.name for run in f.runs)))
-    elif good and code_known and script_named(f):
-        yield Finding(PASS, "one script, which train_gpt.py is, one set of settings", evidence(
-            "train_gpt.py", *(run.get("code_sha256") for run in f.runs)))
-    elif good and not code_known:
-        yield Finding(UNKNOWN, "a log does not name its code", evidence(
-            *(run.get("code_sha256") or run.name for run in f.runs if not is_digest(run.get("code_sha256")))))
-    if code_known and f.ours and not script_named(f):
-        here = (f.path / "train_gpt.py").is_file()
-        yield Finding(UNKNOWN, "the script that ran is not here, train_gpt.py has another SHA-256" if here else
-                      "the script that ran is not here: no train_gpt.py", evidence(
-                          "train_gpt.py" if here else None, *(run.get("code_sha256") for run in f.runs)))
-
-
-def is_digest(fact: Fact | None) -> bool:
-    """Whether a log states a SHA-256; of a script that was not packed it does not."""
-    return bool(fact and re.fullmatch(r"[0-9a-f]{64}", fact.text))
-
-
-def check_settings(f: Folder) -> Iterator[Finding]:
-    """Settings that are stated are settings that act."""
-    for run in f.runs:
-        if not run.ours:
-            s, failed = run.settings, False
-            cap, reserve, budget = s.get("max_wallclock_seconds"), s.get("gptq_reserve_seconds"), run.get("budget_seconds")
-            if all(x and is_number(x.value) for x in (cap, reserve, budget)) and abs(
-                    cap.value - reserve.value - budget.value) > 0.0011:
-                failed = True
-                yield Finding(FAIL, f"the head says {cap.text} s less {reserve.text} s, the run had {budget.text} s", evidence(
-                    reserve, budget), run.seed)
-            docs, used = s.get("phased_ttt_prefix_docs"), run.get("prefix_docs")
-            if docs and used and docs.value != used.value:
-                failed = True
-                yield Finding(FAIL, f"the head says {docs.text} prefix documents, the run took {used.text}",
-                              evidence(docs, used), run.seed)
-            if not failed:
-                yield Finding(UNKNOWN, "a published log does not show which of its settings the code reads", run.name, run.seed)
-            continue
-        if not run.record:
-            yield Finding(UNKNOWN, "no run record to compare the settings with", run.name, run.seed)
-            continue
-        shown = [(index, e) for index, e in enumerate(run.record["events"]) if e["event"] == "settings"]
-        wrong = [(index, name) for index, event in shown for name, value in event.items()
-                 if name != "event" and run.record["settings"].get(name.lower()) != value]
-        line = next((f"{run.name}:{n}" for n, text in enumerate(run.lines, 1) if re.match(r"settings( |$)", text)), run.name)
-        for index, name in wrong:
-            value = run.record["settings"].get(name.lower(), "no such setting")
-            yield Finding(FAIL, f"{name} was set to {run.record['events'][index][name]}, the run's settings say {value}",
-                          evidence(line, f"{run.record_name}: settings.{name.lower()}"), run.seed)
-        if not shown:
-            yield Finding(UNKNOWN, "the record has no event of its settings", run.record_name, run.seed)
-        elif not wrong:
-            yield Finding(PASS, f"{len(run.record['settings'])} settings, those of the log among them", line, run.seed)
-
-
-def check_order(f: Folder) -> Iterator[Finding]:
-    """Scores and hints follow one order in which a decoder could read the text."""
-    for seed, run in scored_runs(f):
-        fact, off = run.get("decodable"), run.settings.get("ttt_enabled")
-        if fact and fact.value is True:
-            yield Finding(PASS, "decodable", evidence(fact), seed)
-        elif fact and fact.value is False:
-            yield Finding(FAIL, "documents are scored in the order of their lengths, hints follow that of the text: a decoder "
-                          "knows neither", evidence(fact), seed)
-        elif run.ours and off and off.value is False:
-            yield Finding(PASS, "plain evaluation, left to right", evidence(off), seed)
-        else:
-            yield Finding(UNKNOWN, "the log does not say in which order documents are scored and hints counted", run.name, seed)
-
-
-def check_finite(f: Folder) -> Iterator[Finding]:
-    """No figure is infinite or not a number, and training did not diverge."""
-    for run in f.runs:
-        facts = [(name, fact) for name, found in run.facts.items() for fact in found
-                 if isinstance(fact.value, float) and not math.isfinite(fact.value)]
-        for name, fact in facts[:3]:
-            yield Finding(FAIL, f"{name} is {fact.text}{f', one of {len(facts)} such figures' * (len(facts) > 3)}",
-                          evidence(fact), run.seed)
-        losses = run.facts.get("train_loss", [])
-        risen = len(losses) > 1 and is_number(losses[-1].value) and losses[-1].value >= losses[0].value
-        if not facts and risen and run.get("step").value > 20:
-            yield Finding(FAIL, f"training diverged: its loss went from {losses[0].text} to {losses[-1].text}",
-                          evidence(losses[0], losses[-1]), run.seed)
-        elif not facts and losses:
-            yield Finding(PASS, f"training loss {losses[0].text} to {losses[-1].text}", evidence(losses[0], losses[-1]),
-                          run.seed)
-        elif not facts and run.trains:
-            yield Finding(UNKNOWN, "the log shows no training loss", run.name, run.seed)
-    for path, value in leaves(f.submission) if f.submission else ():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield Finding(FAIL, f"{'.'.join(map(str, path))} is {value}", f"submission.json: {'.'.join(map(str, path))}")
-
-
-def other_scores(f: Folder, comparison: dict) -> tuple[dict | None, str, str]:
-    """The other side of a comparison by seed (or by place in a list), its unit val_loss or val_bpb, and where it stands."""
-    against, place = comparison.get("against"), "submission.json: comparison"
-    if isinstance(against, str):
-        path = f.path / against
-        path = path / "submission.json" if path.is_dir() else path
-        against = read_json(path)[0] if path.suffix == ".json" and path.is_file() else None
-        other_place = f"{path}: seed_results"
-    else:
-        other_place = f"{place}.against"
-    for holder, where in ((comparison, place), (against, other_place)):
-        for key in ("val_loss", "baseline", "val_bpb", *SEED_TABLES) if isinstance(holder, dict) else ():
-            values, unit = holder.get(key), "val_loss" if key == "val_loss" else "val_bpb"
-            if key in SEED_TABLES:
-                rows = seed_entries(values)
-                unit = "val_loss" if rows and all("val_loss" in row for _, row in rows) else "val_bpb"
-                values = {seed: row.get(unit) for seed, row in rows}
-            elif isinstance(values, list):
-                values = dict(enumerate(values))
-            elif isinstance(values, dict):
-                values = {int(seed) if str(seed).isdigit() else seed: value for seed, value in values.items()}
-            if isinstance(values, dict) and len(values) > 1 and all(map(is_figure, values.values())):
-                return values, unit, where if key in SEED_TABLES else f"{where}.{key}"
-    return None, "", place
-
-
-def check_comparison(f: Folder) -> Iterator[Finding]:
-    """The score rule: better by the threshold, in nats, and significantly; recomputed from the scores per seed."""
-    comparison, key = (f.submission or {}).get("comparison"), "submission.json: comparison"
-    if not isinstance(comparison, dict):
-        yield Finding(UNKNOWN, "submission.json compares with nothing" if f.submission else "no submission.json", key)
-        return
-    theirs, unit, place = other_scores(f, comparison)
-    losses, bpbs = ({seed: fact.value for seed in f.claimed_seeds or f.seeds if figures_of(f, seed, figure)
-                     and (fact := max(scores_apart(f, seed, figure), key=lambda fact: fact.value, default=None)
-                          or named_fact(f, seed, figure)).value > 0} for figure in ("val_loss", "val_bpb"))
-    if theirs is None or min(len(losses), len(bpbs)) < 2 or losses.keys() != bpbs.keys():
-        yield Finding(UNKNOWN, "the scores per seed of both sides are not there, so nothing can be recomputed", place)
-        return
-    nats = statistics.fmean(losses[seed] / bpbs[seed] for seed in losses)  # per token and bpb: a property of the text
-    ours = {seed: value * nats for seed, value in bpbs.items()} if unit == "val_bpb" else losses
-    theirs = {seed: value * (nats if unit == "val_bpb" else 1) for seed, value in theirs.items()}
-    paired = "pair" in str(comparison.get("test", "")).lower()
-    order = list(ours) if ours.keys() == theirs.keys() else list(theirs)
-    high, low = [theirs[seed] for seed in order], list(ours.values())
-    if paired and len(high) != len(low):
-        yield Finding(FAIL, f"{len(high)} scores and {len(low)} cannot be paired", f"{key}.test")
-        return
-    gain, faults = statistics.fmean(high) - statistics.fmean(low), []
-    shifts = [THRESHOLD_NATS, 0.0]
-    for name, rule, stricter in (("threshold_nats", THRESHOLD_NATS, 1), ("required_p", LARGEST_P, -1)):
-        value = comparison.get(name)
-        said = as_claim(value, ("comparison", name), 0)
-        value = said.value if said else value
-        if is_number(value) and not stricter * value >= stricter * rule:
-            faults.append(Finding(FAIL, f"{name} {value}, the rule has {rule:g}", f"{key}.{name}"))
-        elif name == "threshold_nats" and is_figure(value):
-            shifts.insert(1, float(value))
-    stated, p = (as_claim(comparison.get(name), ("comparison", name), 0) for name in ("difference_nats", "p"))
-    if stated and abs(stated.value - gain) > half_unit(stated.text) * (1 + 1e-6) + 1e-7:
-        faults.append(Finding(FAIL, f"difference_nats {stated.text}, the scores give {gain:.8f}", evidence(stated, place)))
-    found = {}  # p of every test that the text may mean
-    for shift in shifts:
-        t, freedom = t_test(high, low, paired, shift)
-        found[f"one-sided, above {shift:g}"] = student_t_sf(t, freedom)
-        found[f"two-sided, other than {shift:g}"] = 2 * student_t_sf(abs(t), freedom)
-    sides = re.search(r"(one|two|1|2)[- ]?(?:sided|tailed)", str(comparison.get("test", "")).lower())
-    found = {name: value for name, value in found.items() if not sides or (sides[1] in "one1") == name.startswith("one")}
-    test, shown = "paired t-test" if paired else "Welch's t-test", "; ".join(f"{v:.4g} ({n})" for n, v in found.items())
-    meant = [name for name, value in found.items()
-             if p and abs(value - p.value) <= max(half_unit(p.text), 2e-3 * value) + 1e-12]
-    if p and not meant:
-        faults.append(Finding(FAIL, f"p {p.text}, the {test} gives {shown}", evidence(p, place)))
-    t, freedom = t_test(high, low, paired, THRESHOLD_NATS)
-    rule, rule_p = f"one-sided, above {THRESHOLD_NATS:g}", student_t_sf(t, freedom)
-    reached, claimed = gain > THRESHOLD_NATS and rule_p < LARGEST_P, comparison.get("new_record", True)
-    text = f"{gain:.6f} nats better, {test}, p {rule_p:.4g} {rule}"
-    if meant and rule not in meant:
-        text += f"; the p that is stated, {p.text}, fits only the test that is {meant[0]}, which is not the rule's"
-    if not stated or not p:
-        faults.append(Finding(UNKNOWN, f"{'p' if stated else 'difference_nats'} is not stated; the difference is {gain:.8f} "
-                              f"nats, {test}: {shown}", key))
-    if not reached and (claimed if meant else comparison.get("new_record")):
-        faults.append(Finding(FAIL, f"{text}: a record needs more than {THRESHOLD_NATS:g} and p below {LARGEST_P:g}", evidence(
-            (stated if gain <= THRESHOLD_NATS else p) or key, place)))
-    elif not faults:
-        yield Finding(PASS, f"{text}{': no new record' * (not reached)}{', and it claims none' * (not claimed)}", evidence(
-            stated, p, place))
-    yield from faults
-
-
-def check_records(f: Folder) -> Iterator[Finding]:
+def check_records(f: Folder) -> Iterator[tuple]:
     """Every event of a run record is a line of its log, every event line of the log one of the record."""
     for name, wrong in f.broken:
-        yield Finding(FAIL, f"{name}: {wrong}", name)
-    for run in f.runs:
-        if run.record is None or not run.lines:
-            if run.ours and not any(name.removesuffix(".json") == run.name.rpartition(".")[0] for name, _ in f.broken):
-                yield Finding(UNKNOWN, "no log beside the record" if run.record else "no run record beside the log", run.name,
-                              run.seed)
-            elif not run.ours:
-                yield Finding(UNKNOWN, "a published log has no run record", run.name, run.seed)
-            continue
-        fault = record_fault(run)
-        yield Finding(FAIL, *fault, run.seed) if fault else Finding(
-            PASS, f"{len(run.record['events'])} events", evidence(f"{run.name}:1-{len(run.lines)}", run.record_name), run.seed)
+        yield FAIL, wrong, name
+    for run in f.every_run:
+        if not run.ours:
+            yield UNKNOWN, FOREIGN, run
+        elif run.record and run.lines:
+            count = f"{len(run.record['events'])} events"
+            yield record_fault(run) or (PASS, count, run, f"{run.name}:1-{len(run.lines)}", run.record_name)
+        elif run.name.rpartition(".")[0] + ".json" not in dict(f.broken):
+            yield UNKNOWN, f"no {'log' if run.record else 'run record'} beside it; that would decide", run
 
 
-def record_fault(run: Run) -> tuple[str, str] | None:
-    """The first difference between log and record, and where it stands."""
-    events, record = run.record["events"], run.record_name
-    kinds = OUR_KINDS | {str(event["event"]) for event in events}
-    found = [number for number, line in enumerate(run.lines, 1)
-             if (match := re.match(r"(\w+)(?: \w+:|$)", line)) and match[1] in kinds]
-    for index, event in enumerate(events):
-        text = event_text(event)
-        if index >= len(found):
-            return (f"the log ends before the record's event {index}, {text.split(' ')[0]}",
-                    evidence(run.last_line, f"{record}: events[{index}]"))
-        number = found[index]
+def record_fault(run: Run) -> tuple | None:
+    """The first difference between log and record."""
+    events = run.record["events"]
+    last = {str(event["event"]): index for index, event in enumerate(events)}
+    heads = [re.match(r"(\w+)(?: \w+:|$)", line) for line in run.lines]
+    found = [n for n, head in enumerate(heads, 1) if head and head[1] in OUR_KINDS | last.keys()]
+    found += [len(run.lines)] * max(0, len(events) - len(found))
+    for index, number in enumerate(found):
+        text = event_text(events[index]) if index < len(events) else "nothing"
         line = "\n".join(run.lines[number - 1:number + text.count("\n")])
         if line != text:
-            words = [(a, b) for a, b in zip(line.split(" "), text.split(" ")) if a != b] or [(line[-40:], text[-40:])]
-            return (f"the log says {words[0][0][:60]}, the record {words[0][1][:60]}",
-                    evidence(f"{run.name}:{number}", f"{record}: events[{index}]"))
-    if len(found) > len(events):
-        number = found[len(events)]
-        return f"a line that is no event of the record: {run.lines[number - 1][:60]}", evidence(f"{run.name}:{number}", record)
-    last = {str(event["event"]): (i, {k: v for k, v in event.items() if k != "event"}) for i, event in enumerate(events)}
+            words = [pair for pair in zip(line.split(" "), text.split(" ")) if pair[0] != pair[1]]
+            logged, recorded = (words or [(line, text)])[0]
+            said = f"the log says {logged[-60:]}, the record {recorded[-60:]}"
+            return FAIL, said, run, f"{run.name}:{number}", f"{run.record_name}: events[{index}]"
     for kind, fields in run.record["results"].items():
-        index, stated = last.get(kind, (None, {}))
-        if stated != fields:
-            names = [n for n in {**stated, **(fields if isinstance(fields, dict) else {})}
-                     if not isinstance(fields, dict) or stated.get(n) != fields.get(n)] or [""]
-            line = f"{run.name}:{found[index]}" if index is not None else run.name
-            return f"results.{kind}.{names[0]} is not what was logged", evidence(f"{record}: results.{kind}.{names[0]}", line)
+        if dict(event=kind, **fields) != (events[last[kind]] if kind in last else None):
+            line = f"{run.name}:{found[last[kind]]}" if kind in last else run.name
+            where = f"{run.record_name}: results.{kind}"
+            return FAIL, f"results.{kind} is not what was logged", run, where, line
+    status = run.record.get("status")
     ended = next((kind for kind in ("finished", "failed") if kind in last), "running")
-    if run.record.get("status") != ended:
-        return f"status {run.record.get('status')}, the log says {ended}", evidence(
-            f"{record}: status", f"{run.name}:{found[-1] if found else 1}")
-    return None
+    said = f"status {status}, the log says {ended}"
+    return None if status == ended else (FAIL, said, run, f"{run.record_name}: status", run.last_line)
 
 
+def check_bytes(f: Folder, run: Run) -> Iterator[tuple]:
+    """Artifact and code of every seed below the cap and adding up; the text's own bytes counted."""
+    paths = [run.get(name) for name in ("data_path", "datasets_dir", "tokenizer_path", "folder", "manifest")]
+    # prepare_caseops_data.py alone writes a manifest.
+    caseops = [fact for fact in paths if fact and re.search("caseops|manifest.json$", fact.text.lower())]
+    said = "CASEOPS_ENABLED=0 over CaseOps shards counts bytes of the transformed text, not of the original"
+    off = run.having("caseops_enabled", False)
+    yield FAIL, said, off and caseops and off + caseops
+    names = ("total_bytes", "artifact_bytes", "packed_bytes", "shipped_bytes")
+    total, artifact, packed, shipped = map(run.get, names)
+    if not total:
+        yield UNKNOWN, "no total submission size; it would decide", f.alone(run, "total_bytes")
+        return
+    codes = run.facts.get("code_bytes", [])[-1:] + run.facts.get("raw_code_bytes", [])[-1:]
+    sums = [(artifact.value + code.value, code) for code in codes if artifact]
+    adding = [code for value, code in sums if value == total.value]
+    for value, code in sums if not adding else ():
+        said = f"artifact and code are {value:,} bytes, the log says {total.value:,}"
+        yield FAIL, said, [total, artifact, code]
+    for code in codes if packed and packed.value not in [code.value for code in codes] else ():
+        said = f"{code.value:,} bytes of code counted, the packed script has {packed.value:,}"
+        yield FAIL, said, [code, packed]
+    if total.value < BYTES_CAP:
+        parts = f"{artifact.value:,} + {adding[0].value:,} = " if adding else ""
+        yield PASS, f"{parts}{total.value:,} bytes", adding and [total]
+        yield UNKNOWN, f"{total.value:,} bytes; a line with those of the code would decide", [total]
+    if shipped and shipped.value < BYTES_CAP and f.claims_total(shipped):
+        said = f"{shipped.value:,} bytes with the script shipped here, as submission.json says"
+        yield PASS, f"{said}; the log counts {total.value:,}", [shipped, total]
+    yield FAIL, f"{total.value:,} bytes, not below {BYTES_CAP:,}", [total]
+
+
+def check_code(f: Folder) -> Iterator[tuple]:
+    """The code in the folder is the code that was counted, all of it."""
+    counted = [run.get("code_bytes") for run in f.runs if "code_bytes" in run.facts]
+    if not f.code or not counted:
+        yield UNKNOWN, f"no {'log states the bytes of code' if f.code else 'train_gpt.py'}; that would decide"
+        return
+    counts = sorted({fact.value for fact in counted})
+    shipped = [run.get("shipped_bytes") for run in f.runs if "shipped_bytes" in run.facts]
+    helpers = ", ".join(f"{name} ({size:,})" for name, size in f.code.helpers.items())
+    verdict, said = PASS, "it needs no other file of the folder"
+    if counts != [f.code.size] and any(f.claims_total(fact) and fact.value < BYTES_CAP for fact in shipped):
+        said = "submission.json counts what is shipped"
+    elif counts != [f.code.size]:
+        packed = len(counts) > 1 or any("packed_bytes" in run.facts for run in f.runs)
+        verdict, said = FAIL if packed else UNKNOWN, "another form of it was counted; that form would decide"
+    elif helpers:
+        verdict, said = FAIL, "what it needs is not counted"
+    elif not f.code.parsed:
+        verdict, said = UNKNOWN, "what it imports cannot be told; a script of this Python would decide"
+    elif f.code.closed > ENCODED_CAP and f.script_named():
+        said = "it cannot be unpacked here, but its SHA-256 is that of the whole code of every run"
+    elif f.code.closed > ENCODED_CAP:
+        verdict = UNKNOWN
+        said = f"{f.code.closed:,} characters of it cannot be unpacked here; the source would decide"
+    bytes_counted = " or ".join(f"{count:,}" for count in counts)
+    text = f"{bytes_counted} bytes of code counted, train_gpt.py has {f.code.size:,}"
+    text += f", and it needs {helpers}" if helpers else ""
+    yield verdict, f"{text}; {said}", "train_gpt.py", *f.code.helpers, *counted
+
+
+def check_train_seconds(f: Folder, run: Run) -> Iterator[tuple]:
+    """Training time of every run within the cap, calibration on training data included."""
+    names = ("train_seconds", "calibration_after", "calibration_inside", "step_seconds", "step_avg")
+    spent, after, inside, steps, step = map(run.get, names)
+    if not spent:
+        yield UNKNOWN, "no train_time; it would decide", f.alone(run, "train_seconds")
+        return
+    limits = [run.get(name) for name in ("cap_seconds", "max_wallclock_seconds") if run.get(name)]
+    cap = min([SECONDS_CAP, *(fact.value for fact in limits if is_figure(fact.value) and fact.value > 0)])
+    total = round(spent.value + (after.value if after else 0), 3)
+    text = f"{spent.text} s of {cap:g}"
+    if after:
+        text = f"{total} s of {cap:g}: {spent.text} s, and {after.text} s of calibration after it"
+    elif inside:
+        text += f", {inside.text} s of calibration included"
+    if steps and inside and abs(steps.value + inside.value - spent.value) > 0.0021:
+        said = f"{steps.text} s of steps and {inside.text} s of calibration are not {spent.text} s"
+        yield FAIL, said, [spent]
+    yield PASS, text, total <= cap and [spent, after]
+    said = f"{text}: the step under way at the cap ended after it; the rule's makers would decide"
+    yield UNKNOWN, said, total - cap <= step.value and not after and not steps and [spent]
+    yield FAIL, text, [spent, after, *limits]
+
+
+def check_eval_seconds(f: Folder, run: Run) -> Iterator[tuple]:
+    """Every evaluation of every run within the cap."""
+    times = run.facts.get("eval_seconds", []) + run.facts.get("all_eval_seconds", [])
+    over = [fact for fact in times if not fact.value <= SECONDS_CAP]
+    yield FAIL, f"{' and '.join(fact.text for fact in over)} s of {SECONDS_CAP:g}", over
+    longest = sorted(times, key=lambda fact: fact.value)[-1:]
+    yield PASS, f"{''.join(fact.text for fact in longest)} s of {SECONDS_CAP:g}", longest
+    yield UNKNOWN, "no eval_time; it would decide", f.alone(run, "eval_seconds")
+
+
+def check_hints(f: Folder, run: Run) -> Iterator[tuple]:
+    """N-gram hints are computed inside the timer; the order of the lines decides, then the settings."""
+    setting = "ngram_hint_precompute_outside"
+    begins, shown, done = (run.facts.get(name, []) for name in ("timer_begins", "hints_shown", "hints_done"))
+    early = [fact for fact in shown + done if begins and fact.value < begins[0].value]
+    yield PASS, "no hints", run.having("ngram_tilt_enabled", False)
+    yield FAIL, "outside the timer", run.having("hints_inside_timer", False)
+    yield PASS, "inside the timer", run.having("hints_inside_timer", True)
+    yield FAIL, "counted before the timer begins, by the order of the lines", early and early[:1] + begins[:1]
+    yield PASS, "counted after the timer begins, by the order of the lines", begins and done[:1]
+    yield FAIL, "the settings put them outside the timer", run.having(setting, True)
+    said = "a line says outside the timer; a line where the timer begins would decide"
+    yield UNKNOWN, said, [fact for fact in done if "outside" in fact.text]
+    yield PASS, "inside the timer", run.having(setting, False) or begins and shown[:1]
+    yield UNKNOWN, "not said; lines for the timer's begin and the hints would decide", [run]
+
+
+def check_experts(f: Folder, run: Run) -> Iterator[tuple]:
+    """Experts that look at the token being scored are off."""
+    on = [(name, run.get(name)) for name in GATES + PEEKING if run.get(name) and run.get(name).value]
+    gates, boosts = ([fact for name in names for fact in run.having(name, 0)] for names in (GATES, PEEKING))
+    taus = [fact for name in ("within_tau", "word_tau") for fact in run.all(name) if is_figure(fact.value)]
+    closed = len(boosts) == 3 and len([tau for tau in taus if tau.value > 1]) == 2
+    yield PASS, "no tilt", run.having("ngram_tilt_enabled", False)
+    shown = ", ".join(f"{name} {fact.text}" for name, fact in on)
+    yield FAIL, f"experts that see the target are on: {shown}", [fact for _, fact in on]
+    yield PASS, "this program has token hints only", run.record and run.all("ngram_boost")
+    yield PASS, "their gates opened nowhere", len(gates) == 3 and gates
+    yield PASS, "their boosts are zero and their thresholds above 1", closed and boosts + taus
+    yield UNKNOWN, "which experts opened is not said; the counts of their gates would decide", [run]
+
+
+def check_targets(f: Folder, run: Run) -> Iterator[tuple]:
+    """Every token of the validation text is scored."""
+    text, scored, documents, docs = map(run.get, ("val_targets", "targets", "documents", "val_docs"))
+    tokens = lookup(f.manifest, "splits", "val", "tokens")
+    short = PUBLISHED_TARGETS - text.value if text else -1
+    published = 0 <= short < LONGEST_TAIL
+    whole = docs.value if docs else PUBLISHED_DOCS if published else 0
+    yield FAIL, "a part of the validation documents was scored", run.having("whole_text", False)
+    if scored and text and scored.value != text.value:
+        said = f"{text.value - scored.value:,} targets unscored: {scored.value:,} of {text.value:,}"
+        yield FAIL, said, [scored, text]
+    if documents and documents.value < whole:
+        yield FAIL, f"{whole - documents.value:,} documents unscored, of {whole:,}", [documents]
+    for name, fact in run.settings.items():
+        size = 1 if re.search("(?:val|eval|ttt)_.*(?:fraction|frac|subset)$", name) else 0
+        if re.search("(?:max|limit)_(?:val|eval)_|(?:val|eval)_(?:max|limit)_", name):
+            size = whole if "doc" in name else text.value if text and "token" in name else 0
+        if is_figure(fact.value) and 0 < fact.value < size:
+            yield FAIL, f"{name} {fact.text}: a part of the validation text was scored", [fact]
+    # A run that says it scored all of its own text may have another text than the published one.
+    own = run.having("whole_text", True) or run.having("eval_include_tail", True)
+    full = PUBLISHED_TARGETS if published and not (own and short) else None
+    full = tokens - 1 if is_figure(tokens) else full
+    if text and full and text.value != full:
+        said = f"{full - text.value:,} targets unscored: {text.value:,} of {full:,}, the tail is cut"
+        yield FAIL, said, [text]
+    if text and full and (scored or not own):
+        yield PASS, f"{text.value:,} targets, the tail included", [text, scored]
+    yield FAIL, "the tail of the validation text is cut", run.having("eval_include_tail", False)
+    yield UNKNOWN, "how many there are is not said; data_manifest.json would decide", [text or run]
+
+
+def check_seeds(f: Folder) -> Iterator[tuple]:
+    """Three seeds or more, each with one finished run, the same ones in submission.json."""
+    seeds = sorted({run.seed for run in f.group} - {None})
+    for run in f.runs:
+        finals = run.finals()
+        if run.seed is None:
+            yield UNKNOWN, "neither the log nor its name says the seed, which would decide", run
+        elif run.named_seed not in (None, run.seed):
+            yield FAIL, f"the file's name says seed {run.named_seed}, the run had {run.seed}", run, run.name
+        if run.ours and "finished" not in run.facts:
+            end = run.facts.get("failed", [run.last_line])[0]
+            yield FAIL, "the run failed" if "failed" in run.facts else "the run has no end", run, end
+        elif not finals and any(other.finals() for other in f.of(run.seed)):
+            said = "the log ends without a score; an artifact's SHA-256 in both logs would decide"
+            yield UNKNOWN, said, run, run.last_line
+        elif not finals:
+            yield FAIL, "the log ends without a score", run, run.last_line
+        last = {score.label: score for score in finals}
+        for score, other in [(score, last[score.label]) for score in finals]:
+            if not agree(score, other.value, other.text):
+                yield FAIL, f"one log, two scores: {score.text} and {other.text}", run, score, other
+    for seed in seeds:
+        trained = [run for run in f.of(seed) if run.trains]
+        finished = [run.name for run in trained if run.finals() or run.ours]
+        if len(finished) > 1:
+            yield FAIL, f"{len(finished)} training logs of one seed with equal settings", seed, *finished
+        elif not trained:
+            yield UNKNOWN, "no training log of this seed; it would decide", *f.of(seed)
+    if len(seeds) < LEAST_SEEDS:
+        yield FAIL, f"{len(seeds)} seeds, {LEAST_SEEDS} are needed", *(run.name for run in f.group)
+    if not f.claimed:
+        yield UNKNOWN, "no seeds in submission.json; a list of them would decide", "submission.json"
+    elif f.claimed != seeds:
+        said = f"submission.json names seeds {f.claimed}, the logs are of {seeds}"
+        yield FAIL, said, "submission.json: seeds"
+    said = f"seeds {', '.join(map(str, seeds))}, each with one finished run"
+    yield SOUND, said, *(run.last_line for run in f.runs)
+
+
+def check_data(f: Folder) -> Iterator[tuple]:
+    """Training and validation documents are disjoint: the manifest says so, and it is here."""
+    there = "data_manifest.json" in f.names
+    ours = any(run.ours for run in f.runs)
+    if f.manifest_wrong and (there or ours):
+        yield FAIL if there else UNKNOWN, f"{f.manifest_wrong}; it would decide", "data_manifest.json"
+    stated = lookup(f.manifest, "splits_disjoint")
+    claims = [] if f.manifest_wrong else [Fact(stated, "", "data_manifest.json: splits_disjoint")]
+    for run in f.runs:
+        named = run.get("manifest")
+        if named and named.value != "none":
+            claims.append(run.get("splits_disjoint") or named)
+        elif run.trains or not run.ours:
+            said = "the log names no manifest of its data, which would decide"
+            yield UNKNOWN, said if run.ours else FOREIGN, run, named
+        for split in ("train", "val"):
+            docs, given = run.get(f"{split}_docs"), lookup(f.manifest, "splits", split, "docs")
+            if docs and given is not None and docs.value != given:
+                said = f"{docs.text} {split} documents, {given} in the manifest: another data set"
+                yield FAIL, said, run, docs
+    for fact in claims:
+        if fact.value is False:
+            yield FAIL, "training and validation documents overlap", fact
+        elif fact.value is not True:
+            yield UNKNOWN, "whether the splits are disjoint is not said; splits_disjoint would decide", fact
+    for name in ("train_tokens", "val_targets", "train_docs", "val_docs", "train_shards"):
+        runs = [run for run in f.runs if run.trains or name != "train_tokens"]
+        facts = [run.get(name) for run in runs if name in run.facts]
+        for other in [fact for fact in facts if fact.value != facts[0].value][:1]:
+            yield FAIL, f"{name} differs between runs: {facts[0].text} and {other.text}", facts[0], other
+    yield SOUND, "splits are disjoint, by the logs and by data_manifest.json", *claims
+
+
+def check_same(f: Folder) -> Iterator[tuple]:
+    """All seeds ran the same code with the same settings but for the seed."""
+    trained = [run for run in f.runs if run.trains] or f.runs
+    first = trained[0]
+    for run in f.runs:
+        for name in ("code_sha256", "code_bytes", "world_size", "artifact_sha256"):
+            base = f.of(run.seed)[0] if name == "artifact_sha256" else first
+            pair = [other.facts[name][-1] for other in (base, run) if name in other.facts]
+            if len(pair) == 2 and pair[0].value != pair[1].value and (run.trains or name != "world_size"):
+                yield FAIL, f"{name} differs: {pair[0].text[:16]} and {pair[1].text[:16]}", run, *pair
+                break
+        one, two = f.listed(first), f.listed(run)
+        apart = []
+        for name in sorted((one.keys() | two.keys()) - OWN_TO_A_RUN) if f.mixed and two else ():
+            pair = [settings.get(name, Fact(None, "not stated", "")) for settings in (one, two)]
+            if pair[0].value != pair[1].value and all(fact.text for fact in pair):
+                apart.append((f"{name} {pair[0].text} and {pair[1].text}", *pair))
+        if apart:
+            shown = ", ".join(text for text, *_ in apart[:5])
+            more = f" and {len(apart) - 5} more" if apart[5:] else ""
+            said = f"settings of {first.name} and {run.name} differ: {shown}{more}"
+            yield FAIL, said, run, *(fact for _, *facts in apart[:5] for fact in facts)
+    bare = [run for run in trained if not run.settings]
+    if bare:
+        yield UNKNOWN, "no settings in the log; a block of them under Hyperparameters: would decide", *bare
+    elif len(trained) < 2:
+        yield UNKNOWN, "one training run alone; others would decide", first
+    digests = [fact for run in f.runs for fact in run.all("code_sha256")]
+    if digests and not all(re.fullmatch(r"[0-9a-f]{64}", fact.text) for fact in digests):
+        yield UNKNOWN, "a log does not name its code; its SHA-256 would decide", *digests
+    elif digests and not f.script_named():
+        yield UNKNOWN, "the script that ran is not here as train_gpt.py; it would decide", *digests
+    beside = len(f.every_run) - len(f.runs)
+    said = f"one set of settings but for the seed; {'one' if digests else 'unidentified'} code"
+    said += f"; {beside} runs with other settings lie beside them" if beside else ""
+    yield SOUND, said, *(run.settings.get("seed") or run for run in trained)
+
+
+def check_settings(f: Folder, run: Run) -> Iterator[tuple]:
+    """Settings that are stated are settings that act."""
+    cap, reserve, budget = map(run.get, ("max_wallclock_seconds", "gptq_reserve_seconds", "budget_seconds"))
+    docs, used = map(run.get, ("phased_ttt_prefix_docs", "prefix_docs"))
+    if all(fact and is_figure(fact.value) for fact in (cap, reserve, budget)):
+        gap = abs(cap.value - reserve.value - budget.value)
+        said = f"the head says {cap.text} s less {reserve.text} s, the run had {budget.text} s"
+        yield FAIL, said, gap > 0.0011 and [reserve, budget]
+    if docs and used and docs.value != used.value:
+        yield FAIL, f"the head says {docs.text} prefix documents, the run took {used.text}", [docs, used]
+    events = [event for event in run.record["events"] if event["event"] == "settings"] if run.record else []
+    for name, value in [pair for event in events for pair in event.items() if pair[0] != "event"]:
+        acting = run.record["settings"].get(name.lower(), "nothing")
+        if acting != value:
+            said = f"{name} was set to {value}, the run's settings say {acting}"
+            yield FAIL, said, [run.stated.get(name.lower(), run)]
+    if events:
+        said = f"{len(run.record['settings'])} settings, those of the log among them"
+        yield PASS, said, list(run.stated.values())
+    yield UNKNOWN, "no run record with the settings; it would decide" if run.ours else FOREIGN, [run]
+
+
+def check_order(f: Folder, run: Run) -> Iterator[tuple]:
+    """Scores and hints follow one order in which a decoder could read the text."""
+    said = "documents are scored by their lengths, hints follow the text: a decoder knows neither order"
+    lengths = run.facts.get("longest", [])
+    values = [fact.value for fact in lengths]
+    ordered = len(set(values)) > 1 and values in (sorted(values), sorted(values, reverse=True))
+    yield PASS, "decodable", run.having("decodable", True)
+    yield FAIL, said, run.having("decodable", False)
+    by_log = f"{said}; {values[:1]} to {values[-1:]} tokens by the log"
+    yield FAIL, by_log, ordered and [lengths[0], lengths[-1]]
+    yield PASS, "plain evaluation, left to right", run.having("ttt_enabled", False)
+    yield UNKNOWN, "not said; lines with the lengths of documents (dl:a-b) would decide", [run]
+
+
+def check_finite(f: Folder) -> Iterator[tuple]:
+    """No figure is infinite or not a number, and training did not diverge."""
+    for run in f.runs:
+        bad = [(name, fact) for name, facts in run.facts.items() for fact in facts
+               if isinstance(fact.value, float) and not math.isfinite(fact.value)]
+        losses, steps = run.facts.get("train_loss", []), run.facts.get("step", [])
+        if bad:
+            yield FAIL, f"{bad[0][0]} is {bad[0][1].text}, one of {len(bad)} such figures", run, bad[0][1]
+        elif not losses and run.trains:
+            yield UNKNOWN, "no training loss; lines with train_loss would decide", run
+        elif losses:  # a log that begins late shows noise: there a little more is no divergence
+            risen = losses[-1].value >= losses[0].value * (1.0 if steps and steps[0].value <= 20 else 1.2)
+            diverged = risen and len(losses) > 1 and steps and steps[-1].value > 20
+            said = f"training loss {losses[0].text} to {losses[-1].text}"
+            yield FAIL if diverged else PASS, said, run, losses[0], losses[-1]
+    for path, value in leaves(f.submission):
+        if str(typed(str(value))) in ("nan", "inf", "-inf"):
+            yield FAIL, f"{'.'.join(path)} is {value}", f"submission.json: {'.'.join(path)}"
+
+
+def t_test(high: list[float], low: list[float], paired: bool, shift: float, sides: str = "greater") -> float:
+    """p of the mean of `high` being above that of `low` by more than a shift; two-sided: not by the shift."""
+    moved = [value - shift for value in high]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are all equal
+        test = (stats.ttest_rel(moved, low, alternative=sides) if paired else
+                stats.ttest_ind(moved, low, equal_var=False, alternative=sides))
+    equal = float(statistics.fmean(moved) <= statistics.fmean(low))
+    return equal if math.isnan(test.pvalue) else float(test.pvalue)
+
+
+def other_scores(f: Folder, comparison: dict) -> tuple[dict, str]:
+    """The other side of a comparison by seed or place, and whether it is val_loss or val_bpb."""
+    against = comparison.get("against")
+    if isinstance(against, str) and re.fullmatch(r"[\w./-]{1,200}\.json", against):  # no other text is a path
+        against = read_json(f.path / against, str)[0]
+    for holder in (comparison, against):
+        for key in ("val_loss", "baseline", "val_bpb", "seed_results"):
+            unit = "val_loss" if key == "val_loss" else "val_bpb"
+            values = {path[0]: as_number(value, 0, "") for path, value in leaves(lookup(holder, key))
+                      if len(path) == 1 or path[1:] == (unit,)}
+            if len(values) > 1 and all(values.values()):
+                seeds = [SEED_KEY.fullmatch(seed) for seed in values]
+                seeds = [int(match[1]) if match else place for place, match in enumerate(seeds)]
+                return dict(zip(seeds, [fact.value for fact in values.values()])), unit
+    return {}, ""
+
+
+def check_comparison(f: Folder) -> Iterator[tuple]:
+    """The score rule: better by the threshold in nats, and significantly; from the scores per seed."""
+    comparison, key = f.submission.get("comparison"), "submission.json: comparison"
+    theirs, unit = other_scores(f, comparison) if isinstance(comparison, dict) else ({}, "")
+    ours = {}  # (bpb, nats) by seed, of the training log where another one scored the artifact too
+    for seed in f.chosen:
+        pair = [f.counted(seed, name) for name in ("val_bpb", "val_loss")]
+        last = [[fact.value for fact in found if fact.label == found[0].label][-1] for found in pair if found]
+        ours.update({seed: last} if len(last) == 2 and min(last) > 0 else {})
+    if not theirs or len(ours) < 2:
+        yield UNKNOWN, "no comparison with the scores per seed of both sides; they would decide", key
+        return
+    nats = statistics.fmean(loss / bpb for bpb, loss in ours.values())  # of a token at 1 bpb: the text's
+    order = list(ours) if ours.keys() == theirs.keys() else list(theirs)
+    high = [theirs[seed] * (nats if unit == "val_bpb" else 1.0) for seed in order]
+    low = [bpb * nats if unit == "val_bpb" else loss for bpb, loss in ours.values()]
+    paired = "pair" in str(comparison.get("test", "")).lower()
+    if paired and len(high) != len(low):
+        yield FAIL, f"{len(high)} scores and {len(low)} cannot be paired", f"{key}.test"
+        return
+    gain = statistics.fmean(high) - statistics.fmean(low)
+    names = ("difference_nats", "p", "threshold_nats", "required_p")
+    stated, p, threshold, level = (as_number(comparison.get(name), 0, f"{key}.{name}") for name in names)
+    if threshold and threshold.value < THRESHOLD_NATS:
+        yield FAIL, f"threshold_nats {threshold.text}, the rule has {THRESHOLD_NATS:g}", threshold
+    if level and level.value > LARGEST_P:
+        yield FAIL, f"required_p {level.text}, the rule has {LARGEST_P:g}", level
+    if stated and not agree(stated, gain, "0.0000001"):
+        yield FAIL, f"difference_nats {stated.text}, the scores give {gain:.8f}", stated, key
+    meant = []  # the tests that give the stated p
+    for shift in (THRESHOLD_NATS, threshold.value if threshold else 0.0, 0.0):
+        for name, sides in (("one-sided", "greater"), ("two-sided", "two-sided")):
+            value = t_test(high, low, paired, shift, sides)
+            if p and abs(value - p.value) <= max(half_unit(p.text), 2e-3 * value):
+                meant.append(f"{name}, above {shift:g}")
+    rule, rule_p = f"one-sided, above {THRESHOLD_NATS:g}", t_test(high, low, paired, THRESHOLD_NATS)
+    text = f"{gain:.6f} nats better, {'paired' if paired else 'Welch'} t-test, p {rule_p:.4g} {rule}"
+    if p and not meant:
+        yield FAIL, f"p {p.text}; {text}", p, key
+    elif p and rule not in meant:
+        text += f"; the p that is stated, {p.text}, is {meant[0]}, which is not the rule's"
+    reached = gain > THRESHOLD_NATS and rule_p < LARGEST_P
+    if not stated or not p:
+        yield UNKNOWN, f"{text}; difference_nats and p would decide", key
+    if not reached and comparison.get("new_record", bool(p)):
+        said = f"{text}: a record needs more than {THRESHOLD_NATS:g} and p below {LARGEST_P:g}"
+        yield FAIL, said, stated, p, key
+    yield SOUND, text + ("" if reached else ": no new record"), stated, p, key
+
+
+# --- Output
+
+# What a check sees: the folder, or every run of a kind.
 CHECKS = {
-    "submission.json": check_figures, "record and log agree": check_records, "bytes": check_bytes, "code": check_code,
-    "training seconds": check_train_seconds, "evaluation seconds": check_eval_seconds, "hints inside timer": check_hints,
-    "token hints only": check_experts, "all targets scored": check_targets, "seeds": check_seeds, "data": check_data,
-    "same code, settings": check_same, "settings act": check_settings, "decodable order": check_order,
-    "finite figures": check_finite, "score rule": check_comparison,
+    "submission.json": (check_figures, "folder"), "record and log agree": (check_records, "folder"),
+    "bytes": (check_bytes, "runs"), "code": (check_code, "folder"),
+    "training seconds": (check_train_seconds, "capped"), "evaluation seconds": (check_eval_seconds, "capped"),
+    "hints inside timer": (check_hints, "scored"), "token hints only": (check_experts, "scored"),
+    "all targets scored": (check_targets, "scored"), "seeds": (check_seeds, "folder"),
+    "data": (check_data, "folder"), "same code, settings": (check_same, "folder"),
+    "settings act": (check_settings, "runs"), "decodable order": (check_order, "scored"),
+    "finite figures": (check_finite, "folder"), "score rule": (check_comparison, "folder"),
 }
 
 
-def audit(path: str | Path) -> list[dict]:
-    """The findings of every check on a record folder: {check, verdict, seed, detail, evidence}. Raises VerifyError."""
-    folder, found = Folder(Path(path)), []
-    for name, check in CHECKS.items():
-        findings = list(check(folder)) or [Finding(UNKNOWN, "the folder says nothing of it")]
-        found += [dict(check=name, verdict=x.verdict, seed=x.seed, detail=x.detail, evidence=x.evidence) for x in findings]
+def finding(check: str, verdict: str, detail: str, *sources) -> dict:
+    """A finding with its evidence: where the facts stand, of runs alone their names."""
+    runs = [source for source in sources if isinstance(source, Run)]
+    seeds = [run.seed for run in runs] + [source for source in sources if isinstance(source, int)]
+    where = [getattr(source, "where", source) for source in sources if isinstance(source, (Fact, str))]
+    where = [place for place in where if place] or [run.name for run in runs]
+    return dict(check=check, verdict=PASS if verdict == SOUND else verdict, seed=seeds[0] if seeds else None,
+                detail=detail, evidence=", ".join(dict.fromkeys(where)))
+
+
+def findings_of(f: Folder) -> list[dict]:
+    """The findings of every check on a folder."""
+    scored = {run.seed for run in f.runs if run.finals()}
+    bare = [run for run in f.every_run if not run.settings and run not in f.runs]  # perhaps the submission's
+    runs = {"runs": f.runs, "capped": f.runs + bare,
+            "scored": [run for run in f.runs if run.finals() or run.seed not in scored]}
+    found = []
+    for name, (check, scope) in CHECKS.items():
+        items = list(check(f)) if scope == "folder" else []
+        for run in runs.get(scope, []):
+            held = [(verdict, text, run, *facts) for verdict, text, facts in check(f, run) if facts]
+            items += held[:1]
+        items = [item for item in items if item[0] != SOUND] or items
+        found += [finding(name, *item) for item in items]
     return found
 
 
+def audit(path: str | Path) -> list[dict]:
+    """The findings on a record folder: {check, verdict, seed, detail, evidence}. Raises VerifyError."""
+    return findings_of(Folder(Path(path)))
+
+
 def report(found: list[dict]) -> str:
-    """A line for each check, or for each of its findings that is no PASS."""
-    lines = []
+    """A line for each check, or for each finding that is no PASS; one for what no foreign log can say."""
+    lines, silent = [], []
     for name in CHECKS:
         merged: dict[tuple, list[dict]] = {}  # what is found of several seeds in the same words
-        for finding in found:
-            if finding["check"] == name:
-                merged.setdefault((finding["verdict"], finding["detail"]), []).append(finding)
+        for item in [item for item in found if item["check"] == name]:
+            merged.setdefault((item["verdict"], item["detail"]), []).append(item)
+        if {detail for _, detail in merged} == {FOREIGN}:
+            silent.append(name)
+            continue
         texts: dict[str, list[str]] = {FAIL: [], UNKNOWN: [], PASS: []}
-        for (verdict, detail), findings in merged.items():
-            seeds = list(dict.fromkeys(str(x["seed"]) for x in findings if x["seed"] is not None))
-            head = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: " if seeds else ""
-            where = evidence(*(x["evidence"] for x in findings))
+        for (verdict, detail), items in merged.items():
+            seeds = list(dict.fromkeys(str(item["seed"]) for item in items if item["seed"] is not None))
+            where = ", ".join(dict.fromkeys(item["evidence"] for item in items if item["evidence"]))
+            head = f"seed{'s' if seeds[1:] else ''} {', '.join(seeds)}: " if seeds else ""
             texts[verdict].append(f"{head}{detail}" + (f" ({where})" if where else ""))
-        for verdict, items in texts.items():
-            lines += [f"{verdict:8}{name:22}{item}" for item in (["; ".join(items)] if items and verdict == PASS else items)]
+        texts[PASS] = ["; ".join(texts[PASS])] if texts[PASS] else []
+        lines += [f"{verdict:8}{name:22}{text}" for verdict, items in texts.items() for text in items]
+    lines += [f"{UNKNOWN:8}{'no foreign log says':22}{', '.join(silent)}: {FOREIGN}"] if silent else []
     return "\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufffd]", "?", line) for line in lines)
+
+
+def summary(f: Folder) -> dict[str, list[float]]:
+    """Every figure that the logs of all seeds state, by seed."""
+    found = {}
+    for name in FIGURES.values():
+        facts = [f.counted(seed, name) for seed in f.chosen]
+        found[name] = [one[0].value for one in facts] if all(facts) else []
+    return found
+
+
+def compare(one: Folder, two: Folder) -> str:
+    """Two folders side by side: the settings that differ, and every figure as its mean over the seeds."""
+    settings = [f.group[0].settings for f in (one, two)]
+    rows = [("", str(one.path), str(two.path)), ("seeds", str(one.chosen), str(two.chosen))]
+    for name in sorted((settings[0].keys() | settings[1].keys()) - OWN_TO_A_RUN):
+        texts = [side[name].text if name in side else "not stated" for side in settings]
+        rows += [(name, *texts)] if texts[0] != texts[1] else []
+    figures = [summary(f) for f in (one, two)]
+    for name in figures[0]:
+        found = [side[name] for side in figures]
+        rows.append((name, *(f"{statistics.fmean(x):.8g}" if x else "not stated" for x in found)))
+    return "\n".join(f"{name:34}{a:>34} {b:>34}" for name, a, b in rows)
+
+
+def table(paths: list[str]) -> str:
+    """A leaderboard from the logs: mean val_bpb, seeds, the largest total and times, the verdicts."""
+    rows = []
+    for path in paths:
+        try:
+            f = Folder(Path(path))
+        except (VerifyError, OSError) as error:
+            rows.append((math.inf, f"{'':12} {error}"))
+            continue
+        figures, verdicts = summary(f), [item["verdict"] for item in findings_of(f)]
+        score = statistics.fmean(figures["val_bpb"]) if figures["val_bpb"] else math.inf
+        names = ("total_bytes", "train_seconds", "eval_seconds")
+        shown = " ".join(f"{max(figures[name]):12,.10g}" if figures[name] else f"{'?':>12}" for name in names)
+        counts = f"{verdicts.count(FAIL):5} {verdicts.count(UNKNOWN):7}"
+        rows.append((score, f"{score:12.8f} {len(f.chosen):5} {shown} {counts} {path}"))
+    head = f"{'val_bpb':>12} seeds {'bytes':>12} {'training s':>12} {'evaluation s':>12}  FAIL UNKNOWN folder"
+    return "\n".join([head, *(text for _, text in sorted(rows))])
 
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     if arguments in (["-h"], ["--help"]):
-        checks = [f"  {name:22}{check.__doc__}" for name, check in CHECKS.items()]
+        checks = [f"  {name:22}{check.__doc__}" for name, (check, _) in CHECKS.items()]
         print("\n".join([__doc__.strip(), "", "Checks:", *checks]))
         return 0
-    names = [argument for argument in arguments if argument != "--json"]
+    names = [argument for argument in arguments if argument not in ("--json", "--compare", "--table")]
+    option = "".join(argument for argument in arguments if argument not in names)
+    code = 0
     try:
-        if len(names) != 1 or names[0].startswith("-"):
-            raise VerifyError("one folder, and --json if wanted: python verify_submission.py DIR [--json]")
-        found = audit(names[0])
+        wanted = {"": 1, "--json": 1, "--compare": 2, "--table": max(1, len(names))}.get(option)
+        if len(names) != wanted or any(name.startswith("-") for name in names):
+            raise VerifyError("one folder, and --json if wanted; or --compare DIR DIR; or --table DIR...")
+        if option == "--compare":
+            text = compare(*(Folder(Path(name)) for name in names))
+        elif option == "--table":
+            text = table(names)
+        else:
+            found = audit(names[0])
+            code = int(any(item["verdict"] == FAIL for item in found))
+            text = json.dumps(found, indent=1) if option else report(found)
     except (VerifyError, OSError) as error:
         print(f"verify_submission.py: {error}", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(found, indent=1) if "--json" in arguments else report(found), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(any(finding["verdict"] == FAIL for finding in found))
+    return code
 
 
 if __name__ == "__main__":

@@ -231,16 +231,13 @@ def compare(ours: dict[str, float], theirs: dict[str, float], nats_per_bpb: floa
     """One-sided test that ours are lower by more than RULE_NATS nats per token. val_bpb by seed on both sides."""
     if len(ours) < 2:
         raise InputError("--against: one seed of our own is too few for a test")
-    a, b = ([value * nats_per_bpb for value in side.values()] for side in (ours, theirs))
-    difference = statistics.mean(b) - statistics.mean(a)
-    if ours.keys() == theirs.keys():
-        test, n = "paired t-test", len(a)
-        error, freedom = statistics.stdev((theirs[s] - ours[s]) * nats_per_bpb for s in ours) / math.sqrt(n), n - 1
-    else:
-        test, (u, v) = "Welch's t-test", (statistics.variance(x) / len(x) for x in (a, b))
-        error = math.sqrt(u + v)
-        freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1)) if error else len(a) + len(b) - 2
-    p = verify_submission.student_t_sf((difference - RULE_NATS) / error, freedom) if error else float(difference <= RULE_NATS)
+    low, high = ([value * nats_per_bpb for value in side.values()] for side in (ours, theirs))
+    paired = ours.keys() == theirs.keys()
+    if paired:
+        high = [theirs[seed] * nats_per_bpb for seed in ours]
+    difference = statistics.mean(high) - statistics.mean(low)
+    p = verify_submission.t_test(high, low, paired, RULE_NATS)
+    test = "paired t-test" if paired else "Welch's t-test"
     return dict(test=test, difference_nats=round(difference, 6), threshold_nats=RULE_NATS, p=round(p, 6), required_p=RULE_P,
                 baseline=theirs, new_record=difference > RULE_NATS and p < RULE_P)
 
