@@ -1,7 +1,8 @@
 """Fused operations of train_gpt.py, each beside its plain formula.
 
-Every operation comes in the same order: the public function with its formula and shapes, the plain reference, the kernels, the
-autograd function. On the CPU, and where a width does not fit, the reference runs.
+Every operation comes in the same order: the public function with its formula and shapes, the plain reference, the kernels,
+the autograd function. On the CPU, and where a width does not fit, the reference runs. Products of 8-bit floats lie behind
+Activation, Matrix and Product: whoever calls an operation need not know of them.
 """
 from __future__ import annotations
 
@@ -33,8 +34,767 @@ try:
 except ImportError:  # nor has every Triton this language, in which the order of loads, products and stores is written out
     gluon = gl = tma = None
 
+
 class KernelError(Exception):
     """A kernel that was asked for does not run on this machine: the message names the setting and the remedy."""
+
+
+# --- Launching kernels ------------------------------------------------------------------------------------------------
+
+# One compilation serves every number of tokens T, of a step of training or of test-time training.
+jit = functools.partial(triton.jit, do_not_specialize=["T", "M"]) if triton else lambda function: function
+
+
+def fusible(x: Tensor, *widths: int) -> bool:
+    """Whether the fused kernels run: on CUDA, where all widths are powers of two."""
+    return x.is_cuda and all(width & (width - 1) == 0 for width in widths)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have."""
+    if device.type != "cuda":
+        return 232_448  # Hopper's
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+class RowKernel:
+    """A kernel over the rows of (T, ...) tensors, launched by keyword.
+
+    Its programs, `per_multiprocessor` of them at most, each of `warps` warps, take tiles of `rows` rows in turn, with `stages`
+    tiles on their way through shared memory. Every activation is read once per pass. What is summed over tokens, the
+    gradients of vectors, each program sums over its own rows and writes once.
+    """
+
+    def __init__(self, function, rows: int, warps: int, per_multiprocessor: int, stages: int, strided: str):
+        self.kernel = jit(function)
+        self.name = function.__name__
+        self.rows = rows
+        self.warps = warps
+        self.per_multiprocessor = per_multiprocessor
+        self.stages = stages
+        self.strided = strided
+
+    def tile(self, x: Tensor) -> dict[str, int]:
+        """Rows of a tile and stages, as fit in shared memory for rows as wide as x's."""
+        fitting = max(1, 4096 // x[0].numel())
+        fitting = 1 << fitting.bit_length() - 1  # a power of two
+        return dict(ROWS=min(self.rows, fitting), STAGES=self.stages if shared_memory(x.device) > 160_000 else 1)
+
+    def programs(self, x: Tensor) -> int:
+        """How many programs share the rows of x, whatever their width."""
+        return min(-(-len(x) // self.rows), self.per_multiprocessor * multiprocessors(x.device))
+
+    def partial_sums(self, x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+        """For the gradient of each vector one row per program."""
+        return [None if v is None else v.new_empty(self.programs(x), *v.shape) for v in vectors]
+
+    def __call__(self, rows_of: Tensor, **arguments) -> None:
+        """Run over as many rows as `rows_of` has. All tensors but the one that is called `strided` must be contiguous."""
+        for name, value in arguments.items():
+            assert name == self.strided or not isinstance(value, Tensor) or value.is_contiguous(), (self.name, name)
+        self.kernel[self.programs(rows_of),](**arguments, T=len(rows_of), **self.tile(rows_of), num_warps=self.warps)
+
+
+def row_kernel(*, rows: int, warps: int, per_multiprocessor: int, stages: int = 1, strided: str = ""):
+    """Decorator that makes a RowKernel of a function with the arguments T, ROWS and STAGES."""
+    return lambda function: RowKernel(function, rows, warps, per_multiprocessor, stages, strided)
+
+
+def summed(partial: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """The vectors' gradients from the programs' partial sums, where they are needed."""
+    return [rows.sum(0) if need else None for rows, need in zip(partial, needed)]
+
+
+@jit
+def tile_rows(block, T, ROWS: tl.constexpr):
+    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the beginning."""
+    return (tl.cdiv(T, ROWS) - 1 - block) * ROWS + tl.arange(0, ROWS)
+
+
+@jit
+def read(x, at, inside):
+    """float32 values; 0 outside."""
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def write(x, at, value, inside):
+    """Store values as the type of the tensor x."""
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+
+
+@jit
+def rounded(value, like):
+    """float32 values as the tensor `like` would keep them."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+# --- Products, in 8-bit floats where the matrix has them --------------------------------------------------------------
+# Training's products multiply E4M3, floats of 8 bits with 3 bits of mantissa (Micikevicius et al. 2022), but for those that
+# make the matrices' gradients. Weights have a scale per matrix and gradients one per row, by which the largest entry becomes
+# 448, the largest number there is. Activations have constant units, since normalization bounds them.
+
+FP8 = torch.float8_e4m3fn
+GATED_UNIT = 0.25  # what 1 in E4M3 stands for in attention's gated output, which so ends at 112
+HIDDEN_UNIT = 4.0  # in the MLP's activation, which ends at 1,792
+DHIDDEN_UNIT = 2.0 ** 17  # in the gradient before it, in units of the 8-bit product that the gradient comes from
+
+
+class E4M3(NamedTuple):
+    """A tensor in 8-bit floats: about values * scale."""
+
+    values: Tensor  # float8_e4m3fn
+    scale: Tensor  # float32, () or one for each row
+
+
+NO_FP8 = E4M3(None, None)
+
+
+class Matrix(NamedTuple):
+    """A weight matrix W (n, d) as products read it."""
+
+    w: Tensor  # in the compute dtype; its gradient arrives here
+    fp8: E4M3 | None = None  # W, for x W^T
+    fp8_t: E4M3 | None = None  # W^T (d, n), for dy W: 8-bit products want both operands along the sum
+
+
+class Activation(NamedTuple):
+    """What products read, (T, d)."""
+
+    x: Tensor
+    fp8: E4M3 | None = None
+    gate_input: Tensor | None = None  # the leading channels, a tensor of its own so that its gradient comes back small
+
+
+class Product(NamedTuple):
+    """x W^T, not computed yet: x (T, d), W (n, d).
+
+    The operation that takes it computes it; its backward kernel rounds the gradient to 8 bits while that is in registers.
+    """
+
+    x: Activation
+    w: Matrix
+
+    def compute(self) -> Tensor:
+        """The product (T, n), outside autograd."""
+        if self.w.fp8 is None:
+            return F.linear(self.x.x, self.w.w)
+        x, w = self.x.fp8, self.w.fp8
+        return torch._scaled_mm(x.values, w.values.T, x.scale, w.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What product_gradients needs, for save_for_backward."""
+        return self.x.x, self.w.w, *(self.w.fp8_t or NO_FP8)
+
+
+def computed(y: Product | Tensor) -> Tensor:
+    """The product computed by itself, inside autograd; a tensor as it is."""
+    if isinstance(y, Tensor):
+        return y
+    return F.linear(y.x.x, y.w.w) if y.w.fp8 is None else FP8Product.apply(y.x.x, y.w.w, y)
+
+
+def for_autograd(y: Product | Tensor | None) -> tuple[Tensor | None, Tensor | None, Product | None]:
+    """The tensors of an operation's input that autograd must see, and the product, if it is one."""
+    return (y.x.x, y.w.w, y) if isinstance(y, Product) else (y, None, None)
+
+
+def fp8_room(operands: tuple, dy: Tensor) -> E4M3:
+    """Room for the gradient dy in 8 bits, if the product with these operands wants it."""
+    return empty_fp8_rows(dy) if operands and operands[2] is not None else NO_FP8
+
+
+def product_gradients(operands: tuple, dy: Tensor, dy_fp8: E4M3) -> tuple[Tensor, Tensor]:
+    """Gradients at x and at W. W's is computed first: x's, needed next, is then still in the cache."""
+    x, w, *fp8_t = operands
+    dw = dy.T @ x
+    dx = dy @ w if dy_fp8.values is None else fp8_product(dy_fp8, E4M3(*fp8_t), torch.empty_like(x))
+    return dx, dw
+
+
+class FP8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, product):
+        ctx.save_for_backward(*product.operands())
+        return product.compute()
+
+    @staticmethod
+    def backward(ctx, dy):
+        dy = dy.contiguous()
+        return *product_gradients(ctx.saved_tensors, dy, fp8_rows(dy)), None
+
+
+def as_matrices(stack: Tensor, dtype: torch.dtype, fp8: bool) -> list[Matrix]:
+    """The matrices of a stack (count, n, d); unbind gathers their gradients in one stack."""
+    matrices = stack.to(dtype).unbind()
+    if not fp8:
+        return [Matrix(w) for w in matrices]
+    stack = stack.detach()
+    scales = stack.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
+    values = (stack / scales[:, None, None]).clamp(-448, 448).to(FP8)
+    straight = map(E4M3, values.unbind(), aligned_scalars(scales))
+    transposed = map(E4M3, values.mT.contiguous().unbind(), aligned_scalars(scales))
+    return list(map(Matrix, matrices, straight, transposed))
+
+
+def aligned_scalars(x: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of x (n,), each 16-byte aligned, as cuBLAS wants scales."""
+    return x[:, None].repeat(1, 4)[:, 0].unbind()
+
+
+def wants_fp8(reader: Matrix | None) -> bool:
+    """Whether the matrix that reads an activation next reads it in 8 bits."""
+    return reader is not None and reader.fp8 is not None
+
+
+@functools.cache
+def constant(number: float, device: torch.device) -> Tensor:
+    """The number as a tensor (), since 8-bit products read their scales from memory; made before any graph is recorded."""
+    return torch.full((), number, device=device)
+
+
+def norm_unit(width: int) -> float:
+    """What 1 in E4M3 stands for in a normalized row of that width: a power of 2 by which no entry gets beyond 448."""
+    return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
+
+
+def as_activation(x: Tensor, reader: Matrix | None, gate_input: Tensor | None = None) -> Activation:
+    """The normalized x (T, d), in 8 bits too if the matrix that reads it wants that."""
+    if not wants_fp8(reader):
+        return Activation(x, None, gate_input)
+    unit = norm_unit(x.size(1))
+    return Activation(x, E4M3((x.detach() / unit).to(FP8), constant(unit, x.device)), gate_input)
+
+
+def empty_fp8(x: Tensor, reader: Matrix | None) -> Tensor | None:
+    """Room for x in 8 bits if the matrix that reads it wants that."""
+    return torch.empty_like(x, dtype=FP8) if wants_fp8(reader) else None
+
+
+@jit
+def write_fp8(x_fp8, at, value, UNIT: tl.constexpr, inside):
+    """Store values in E4M3, in that unit, where there is a tensor for it."""
+    if x_fp8 is not None:
+        write(x_fp8, at, value / UNIT, inside)
+
+
+def fp8_products_fit(model_dim: int, kv_dim: int, mlp_dim: int, vocab_size: int, dtype: torch.dtype) -> bool:
+    """Whether training's products can run in E4M3 here, for a model of these sizes."""
+    if not torch.cuda.is_available():
+        return False
+    x = torch.empty(0, model_dim, dtype=dtype, device="cuda")
+    widths_fit = model_dim % 256 == 0 and kv_dim % 16 == 0 and vocab_size % 16 == 0
+    return widths_fit and fusible(x, model_dim) and mlp_fusible(x, mlp_dim)
+
+
+def fp8_rows(x: Tensor) -> E4M3:
+    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be remembered for it."""
+    if not fusible(x, x.size(1)):
+        scales = x.abs().amax(1).float().clamp(min=1e-30) / 448
+        return E4M3((x / scales[:, None]).clamp(-448, 448).to(FP8), scales)
+    rows = empty_fp8_rows(x)
+    fp8_rows_kernel(rows_of=x, x=x, x_fp8=rows.values, scales=rows.scale, D=x.size(1))
+    return rows
+
+
+def empty_fp8_rows(x: Tensor) -> E4M3:
+    return E4M3(torch.empty_like(x, dtype=FP8), x.new_empty(len(x), dtype=torch.float32))
+
+
+@jit
+def row_scale(largest):
+    """The scale by which the largest absolute value of a row becomes 448."""
+    return tl.maximum(largest, 1e-30) / 448
+
+
+@jit
+def write_fp8_rows(x_fp8, scales, row, value, T, D: tl.constexpr):
+    """Store the rows (R, D) of value in E4M3, each with its scale; row (R, 1)."""
+    scale = row_scale(tl.max(tl.abs(value), 1, keep_dims=True))
+    tl.store(scales + row, scale, mask=row < T)
+    write(x_fp8, row * D + tl.arange(0, D)[None, :], value * (1.0 / scale), row < T)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=8)
+def fp8_rows_kernel(x, x_fp8, scales, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        write_fp8_rows(x_fp8, scales, row, read(x, row * D + tl.arange(0, D)[None, :], row < T), T, D)
+
+
+FP8_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)
+
+
+def fp8_product(x: E4M3, w: E4M3, out: Tensor, *, add: bool = False, unit: float = 1.0,
+                unit_scale: Tensor | None = None) -> Tensor:
+    """out (M, N) = unit * unit_scale * x w^T, added to what `out` holds if `add`.
+
+    x (M, K), with a scale for each row or one; w (N, K); unit_scale ().
+    """
+    per_row = x.scale.dim() == 1
+    if not fusible(out):
+        y = (x.values.float() @ w.values.float().T) * (x.scale[:, None] if per_row else x.scale) * w.scale * unit
+        y = y if unit_scale is None else y * unit_scale
+        return out.copy_(out + y if add else y)
+    BM, BN, BK = FP8_TILE["BM"], FP8_TILE["BN"], FP8_TILE["BK"]
+    (M, K), N = x.values.shape, out.size(1)
+    fp8_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(out.device)),](
+        x=TensorDescriptor.from_tensor(x.values, [BM, BK]), w=TensorDescriptor.from_tensor(w.values, [BN, BK]),
+        out=TensorDescriptor.from_tensor(out, [BM, BN // 2]), x_scale=x.scale, w_scale=w.scale, unit_scale=unit_scale, M=M,
+        UNIT=unit, PER_ROW=per_row, ADD=add, N=N, K=K, **FP8_TILE)
+    return out
+
+
+@jit
+def fp8_product_kernel(x, w, out, x_scale, w_scale, unit_scale, M, UNIT: tl.constexpr, PER_ROW: tl.constexpr,
+                       ADD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                       BK: tl.constexpr):
+    """Neighbouring tiles, which share rows of x, are computed at the same time."""
+    scale = UNIT * tl.load(w_scale)
+    if unit_scale is not None:
+        scale *= tl.load(unit_scale)
+    if not PER_ROW:
+        scale *= tl.load(x_scale)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * (N // BN), tl.num_programs(0), flatten=True):
+        row = tile // (N // BN) * BM
+        column = tile % (N // BN) * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
+        halves = acc.reshape([BM, 2, BN // 2]).permute([0, 2, 1]).split()
+        factor = scale
+        if PER_ROW:
+            rows = row + tl.arange(0, BM)
+            factor = scale * tl.load(x_scale + rows, mask=rows < M, other=0.0)[:, None]
+        for i in tl.static_range(2):
+            y = halves[i] * factor
+            if ADD:
+                y += out.load([row, column + i * BN // 2]).to(tl.float32)
+            out.store([row, column + i * BN // 2], y.to(tl.bfloat16))
+
+
+# --- Entry of a block: U-Net skip, mix with the embedding, RMSNorm ----------------------------------------------------
+
+NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension without weight, float32 out (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+
+
+class Skip(NamedTuple):
+    """A U-Net skip on its way into the decoder."""
+
+    x: Tensor  # (T, d), what an encoder visit left
+    weight: Tensor  # (d,)
+    gate: Tensor | None  # (d,)
+
+
+def merge_skip(x: Tensor, skip: Skip | None) -> Tensor:
+    """Blend a U-Net skip into the stream by its gate, per channel; add it where there is no gate."""
+    if skip is None:
+        return x
+    if skip.gate is None:
+        return x + skip.weight * skip.x
+    gate = torch.sigmoid(skip.gate)
+    return gate * x + (1 - gate) * (skip.weight * skip.x)
+
+
+def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, gate_channels: int,
+             keep_stream: bool = False, reader: Matrix | None = None) -> tuple[Tensor, Activation, Tensor, Tensor]:
+    """Entry of a block: mixed = mix_0 * merge_skip(x, skip) + mix_1 * x0; u = scale * RMSNorm(mixed).
+
+    x, x0 (T, d); mix (2, d); scale (), without gradient; reader: the matrix that reads u. Returns the mixed stream, or with
+    keep_stream the merged one before the mix; u with its leading gate_channels as gate_input; and x and x0 again: the
+    gradients of their later uses are added up inside this operation's backward kernel.
+    """
+    if not fusible(x, x.size(1)):
+        return reference_mix_norm(x, x0, skip, mix, scale, gate_channels, keep_stream, reader)
+    skip_x, weight, gate = skip if skip is not None else (None, None, None)
+    stream, u, gate_input, u_fp8, entry, x0 = MixNorm.apply(
+        x, x0, skip_x, weight, gate, mix, scale, gate_channels, keep_stream, reader)
+    fp8 = None if u_fp8 is None else E4M3(u_fp8, constant(norm_unit(x.size(1)), x.device))
+    return entry if stream is None else stream, Activation(u, fp8, gate_input), entry, x0
+
+
+def reference_mix_norm(x, x0, skip, mix, scale, gate_channels, keep_stream=False, reader=None):
+    merged = merge_skip(x, skip)
+    if keep_stream:
+        merged = merged.to(x0.dtype)
+    mixed = (mix[0] * merged + mix[1] * x0).to(x0.dtype)
+    u = (scale * norm(mixed)).to(x0.dtype)
+    return merged if keep_stream else mixed, as_activation(u, reader, u[:, :gate_channels]), x, x0
+
+
+@jit
+def inverse_rms(x, WIDTH: tl.constexpr):
+    """1 / rms of the last dimension, which is kept with size 1."""
+    return tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / WIDTH + 1.1920929e-7)
+
+
+@jit
+def norm_gradient(x, g, WIDTH: tl.constexpr):
+    """Gradient at x (R, WIDTH) of rms-normalized x, g being the gradient at the result."""
+    r = inverse_rms(x, WIDTH)
+    return r * (g - x * (r * r * tl.sum(x * g, 1, keep_dims=True) / WIDTH))
+
+
+@jit
+def blend(x, skip, weight, gate, SKIP: tl.constexpr):
+    """A U-Net skip in the stream: 0 none, 1 added, 2 blended by a gate."""
+    if SKIP == 2:
+        x = gate * x + (1.0 - gate) * (weight * skip)
+    elif SKIP == 1:
+        x = x + weight * skip
+    return x
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=5)
+def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, stream, u, gate_input, u_fp8, T, D: tl.constexpr,
+                            SKIP: tl.constexpr, KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr,
+                            ROWS: tl.constexpr, STAGES: tl.constexpr):
+    column = tl.arange(0, D)[None, :]
+    mix0 = tl.load(mix + column)
+    mix1 = tl.load(mix + D + column)
+    scale = tl.load(scale)
+    w = 0.0
+    gated = 0.0
+    if SKIP:
+        w = tl.load(weight + column)
+    if SKIP == 2:
+        gated = tl.sigmoid(tl.load(gate + column))
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + column
+        inside = row < T
+        merged = read(x, at, inside)
+        start = read(x0, at, inside)
+        if SKIP:
+            merged = blend(merged, read(skip, at, inside), w, gated, SKIP)
+        if KEEP_STREAM:
+            merged = rounded(merged, u)
+        mixed = rounded(mix0 * merged + mix1 * start, u)
+        if not KEEP_STREAM:
+            write(stream, at, mixed, inside)
+        elif SKIP:  # else the stream is as it was
+            write(stream, at, merged, inside)
+        normal = scale * (inverse_rms(mixed, D) * mixed)
+        write_fp8(u_fp8, at, normal, UNIT, inside)
+        write(u, at, normal, inside)
+        write(gate_input, row * CHANNELS + column, normal, inside & (column < CHANNELS))
+
+
+@row_kernel(rows=8, warps=8, per_multiprocessor=1, stages=3)
+def mix_norm_backward_kernel(dstream, du, dgate_input, dx_later, dx0_later, x, x0, skip, weight, gate, mix, scale, dx, dx0,
+                             dskip, dweight, dgate, dmix, T, D: tl.constexpr, SKIP: tl.constexpr,
+                             KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    """dx_later and dx0_later: gradients from later uses of x and x0."""
+    column = tl.arange(0, D)[None, :]
+    mix0 = tl.load(mix + column)
+    mix1 = tl.load(mix + D + column)
+    scale = tl.load(scale)
+    w = 0.0
+    gated = 0.0
+    if SKIP:
+        w = tl.load(weight + column)
+    if SKIP == 2:
+        gated = tl.sigmoid(tl.load(gate + column))
+    dmix0 = tl.zeros([ROWS, D], tl.float32)
+    dmix1 = dmix0
+    dw = dmix0
+    dgated = dmix0
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + column
+        inside = row < T
+        g = read(du, at, inside)
+        before = read(x, at, inside)
+        start = read(x0, at, inside)
+        merged = before
+        other = before
+        if SKIP:
+            other = read(skip, at, inside)
+            merged = blend(before, other, w, gated, SKIP)
+        if KEEP_STREAM:
+            merged = rounded(merged, x0)
+        if dgate_input is not None:
+            g += read(dgate_input, row * CHANNELS + column, inside & (column < CHANNELS))
+        g = norm_gradient(rounded(mix0 * merged + mix1 * start, x0), scale * g, D)
+        if dstream is not None and not KEEP_STREAM:
+            g += read(dstream, at, inside)
+        dmix0 += g * merged
+        dmix1 += g * start
+        total = mix1 * g
+        if dx0_later is not None:
+            total += read(dx0_later, at, inside)
+        write(dx0, at, total, inside)
+        g = mix0 * g
+        if dstream is not None and KEEP_STREAM:
+            g += read(dstream, at, inside)
+        total = g
+        if SKIP == 2:
+            dgated += g * (before - w * other)
+            total = gated * g
+            g = (1.0 - gated) * g
+        if SKIP:
+            dw += g * other
+            write(dskip, at, w * g, inside)
+        if dx_later is not None:
+            total += read(dx_later, at, inside)
+        write(dx, at, total, inside)
+    at = tl.program_id(0) * D + tl.arange(0, D)
+    dmix += tl.program_id(0) * D
+    tl.store(dmix + at, tl.sum(dmix0, 0))
+    tl.store(dmix + D + at, tl.sum(dmix1, 0))
+    if SKIP:
+        tl.store(dweight + at, tl.sum(dw, 0))
+    if SKIP == 2:
+        slope = tl.sigmoid(tl.load(gate + tl.arange(0, D)))
+        tl.store(dgate + at, slope * (1.0 - slope) * tl.sum(dgated, 0))
+
+
+class MixNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, x0, skip, weight, gate, mix, scale, gate_channels, keep_stream, reader):
+        ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
+        ctx.set_materialize_grads(False)
+        ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), KEEP_STREAM=keep_stream,
+                        CHANNELS=gate_channels)
+        stream = None if keep_stream and skip is None else torch.empty_like(x)
+        u = torch.empty_like(x)
+        gate_input = x.new_empty(len(x), gate_channels)
+        u_fp8 = empty_fp8(u, reader)
+        mix_norm_forward_kernel(rows_of=x, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale,
+                                stream=stream, u=u, gate_input=gate_input, u_fp8=u_fp8, UNIT=norm_unit(x.size(1)), **ctx.kind)
+        frozen = [same for same, trained in zip((x, x0), ctx.needs_input_grad) if not trained]
+        ctx.mark_non_differentiable(*frozen, *([] if u_fp8 is None else [u_fp8]))
+        return stream, u, gate_input, u_fp8, x, x0
+
+    @staticmethod
+    def backward(ctx, *gradients):  # None where none comes; something always reaches u
+        x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
+        dstream, du, dgate_input, _, dx_later, dx0_later = (None if g is None else g.contiguous() for g in gradients)
+        dx = torch.empty_like(x)
+        dx0 = torch.empty_like(x)
+        dskip = None if skip is None else torch.empty_like(x)
+        partial = mix_norm_backward_kernel.partial_sums(x, weight, gate, mix)
+        dweight, dgate, dmix = partial
+        mix_norm_backward_kernel(rows_of=x, dstream=dstream, du=du, dgate_input=dgate_input, dx_later=dx_later,
+                                 dx0_later=dx0_later, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale,
+                                 dx=dx, dx0=dx0, dskip=dskip, dweight=dweight, dgate=dgate, dmix=dmix, **ctx.kind)
+        return dx, dx0, dskip, *summed(partial, ctx.needs_input_grad[3:6]), None, None, None, None
+
+
+# --- Queries, keys and values of the fused product --------------------------------------------------------------------
+
+
+class Heads(NamedTuple):
+    """What attention reads."""
+
+    q: Tensor  # (T, heads, D)
+    k: Tensor  # (T, kv_heads * copies, D)
+    v: Tensor  # (T, kv_heads * copies, D)
+    own_value: Tensor | None = None  # (T, kv_heads, D): the values once more, for xsa_gate
+    copies: int = 1  # how often every key and value head comes, in a row
+
+
+def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles in float32, (T, 1, dims / 2) each."""
+    frequencies = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
+    angles = positions.float()[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims / 2)."""
+    cos, sin = rope
+    a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def prepare_heads(qkv: Product | Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
+                  may_copy: bool = True) -> Heads:
+    """q = gain * rotate(RMSNorm(q)), k = rotate(RMSNorm(k)) per head, of qkv (T, (heads + 2 kv_heads) D); gain (heads,).
+
+    Where gradients are wanted on CUDA and it may, every key and value head is copied for each query head that shares it: the
+    backward pass of attention is faster where no two query heads add to the same one. own_value is a strided view of qkv;
+    its gradient and that of v are added up inside this operation's backward kernel.
+    """
+    first, weight, product = for_autograd(qkv)
+    width = first.size(1) if weight is None else len(weight)
+    copies = heads // kv_heads if may_copy and first.is_cuda and first.requires_grad else 1
+    if not fusible(first, heads, kv_heads, width // (heads + 2 * kv_heads), rope[0].size(-1)):
+        return reference_prepare_heads(qkv, rope, gain, heads, kv_heads, copies)
+    return Heads(*PrepareHeads.apply(first, weight, product, *rope, gain, heads, kv_heads, copies), copies)
+
+
+def reference_prepare_heads(qkv, rope, gain, heads, kv_heads, copies=1):
+    qkv = computed(qkv)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    q = (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype)
+    k = rotate(norm(k), rope).to(qkv.dtype)
+    if copies == 1:
+        return Heads(q, k, v, v)
+    return Heads(q, k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1), v, copies)
+
+
+@jit
+def rope_rotate(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """x (ROWS, H, D) rotated; cos and sin from rotary_tile().
+
+    x ^ (a ^ b) swaps the halves a, b of every rotary pair in registers; a shuffle would go through shared memory.
+    """
+    x = tl.reshape(x, (ROWS, H, D // (2 * HALF), 2, HALF))
+    bits = x.to(tl.int32, bitcast=True)
+    partner = (bits ^ tl.xor_sum(bits, 3, keep_dims=True)).to(tl.float32, bitcast=True)
+    return tl.reshape(x * cos + partner * sin, (ROWS, H, D))
+
+
+@jit
+def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
+    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the rotary dimensions.
+
+    Only the table is loaded, not the whole tile: it is small enough for every thread to load what it needs.
+    """
+    token = row[:, None, None, None, None]
+    at = token * HALF + tl.arange(0, HALF)[None, None, None, None, :]
+    inside = token < T
+    c = tl.load(cos + at, mask=inside, other=1.0)
+    s = tl.load(sin + at, mask=inside, other=0.0)
+    rotary = tl.arange(0, D // (2 * HALF))[None, None, :, None, None] == 0
+    first = tl.arange(0, 2)[None, None, None, :, None] == 0
+    return tl.where(rotary, c, 1.0), tl.where(rotary, tl.where(first, s, -s), 0.0)
+
+
+@jit
+def head_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated ones."""
+    r = inverse_rms(x, D)
+    n = r * x
+    g = rope_rotate(g, cos, -sin, ROWS, H, D, HALF)
+    dgain = tl.sum(n * g, 2, keep_dims=True)
+    return (r * gain) * (g - n * (dgain / D)), dgain
+
+
+@jit
+def largest_of_row(x):
+    """The largest absolute value of x (R, H, D) in each row, (R, 1, 1)."""
+    return tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=8)
+def prepare_heads_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                                 COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+                                 STAGES: tl.constexpr):
+    head = tl.arange(0, HEADS)[None, :, None]
+    kv_head = tl.arange(0, KV_HEADS)[None, :, None]
+    column = tl.arange(0, D)[None, None, :]
+    gain = tl.load(gain + head)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)
+        token = row[:, None, None]
+        inside = token < T
+        at = token * ((HEADS + 2 * KV_HEADS) * D)
+        kv_at = at + HEADS * D + kv_head * D + column
+        x = read(qkv, at + head * D + column, inside)
+        y = read(qkv, kv_at, inside)
+        c, s = rotary_tile(cos, sin, row, T, D, HALF)
+        x = rope_rotate(x * (inverse_rms(x, D) * gain), c, s, ROWS, HEADS, D, HALF)
+        y = rope_rotate(y * inverse_rms(y, D), c, s, ROWS, KV_HEADS, D, HALF)
+        write(q, token * (HEADS * D) + head * D + column, x, inside)
+        copy_at = (token * KV_HEADS + kv_head) * (COPIES * D) + column
+        for copy in tl.static_range(COPIES):
+            write(k, copy_at + copy * D, y, inside)
+        if COPIES > 1:
+            own_value = tl.load(qkv + kv_at + KV_HEADS * D, mask=inside, other=0.0)
+            for copy in tl.static_range(COPIES):
+                tl.store(v + copy_at + copy * D, own_value, mask=inside)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=2, stages=3)
+def prepare_heads_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dqkv_fp8, scales, dgain, T,
+                                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr,
+                                  HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    head = tl.arange(0, HEADS)[None, :, None]
+    kv_head = tl.arange(0, KV_HEADS)[None, :, None]
+    column = tl.arange(0, D)[None, None, :]
+    gain = tl.load(gain + head)
+    gain_sum = tl.zeros([ROWS, HEADS, 1], tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)
+        token = row[:, None, None]
+        inside = token < T
+        at = token * ((HEADS + 2 * KV_HEADS) * D)
+        q_at = at + head * D + column
+        k_at = at + HEADS * D + kv_head * D + column
+        v_at = k_at + KV_HEADS * D
+        x = read(qkv, q_at, inside)
+        gx = read(dq, token * (HEADS * D) + head * D + column, inside)
+        y = read(qkv, k_at, inside)
+        gv = read(dv_own, token * (KV_HEADS * D) + kv_head * D + column, inside)
+        gy = tl.zeros_like(gv)
+        copy_at = (token * KV_HEADS + kv_head) * (COPIES * D) + column
+        for copy in tl.static_range(COPIES):
+            gy += read(dk, copy_at + copy * D, inside)
+            gv += read(dv, copy_at + copy * D, inside)
+        c, s = rotary_tile(cos, sin, row, T, D, HALF)
+        gx, gain_part = head_gradient(x, gx, gain, c, s, ROWS, HEADS, D, HALF)
+        gy, _ = head_gradient(y, gy, 1.0, c, s, ROWS, KV_HEADS, D, HALF)
+        gain_sum += gain_part
+        write(dqkv, q_at, gx, inside)
+        write(dqkv, k_at, gy, inside)
+        write(dqkv, v_at, gv, inside)
+        if dqkv_fp8 is not None:
+            largest = tl.maximum(largest_of_row(gx), tl.maximum(largest_of_row(gy), largest_of_row(gv)))
+            scale = row_scale(largest)
+            tl.store(scales + token, scale, mask=inside)
+            factor = 1.0 / scale
+            write(dqkv_fp8, q_at, gx * factor, inside)
+            write(dqkv_fp8, k_at, gy * factor, inside)
+            write(dqkv_fp8, v_at, gv * factor, inside)
+    tl.store(dgain + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(gain_sum, 0))
+
+
+class PrepareHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, weight, product, cos, sin, gain, heads, kv_heads, copies):
+        operands = ()
+        if product is not None:
+            qkv = product.compute()
+            operands = product.operands()
+        ctx.save_for_backward(qkv, cos, sin, gain, *operands)
+        D = qkv.size(1) // (heads + 2 * kv_heads)
+        ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
+        q = qkv.new_empty(len(qkv), heads, D)
+        k = qkv.new_empty(len(qkv), kv_heads * copies, D)
+        own_value = qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D))
+        v = torch.empty_like(k) if copies > 1 else None
+        prepare_heads_forward_kernel(rows_of=qkv, qkv=qkv, cos=cos, sin=sin, gain=gain, q=q, k=k, v=v, **ctx.kind)
+        if v is None:
+            v = own_value.view_as(own_value)  # autograd keeps the gradients of two outputs apart only if they are two
+        return q, k, v, own_value
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        qkv, cos, sin, gain, *operands = ctx.saved_tensors
+        dq, dk, dv, dv_own = (g.contiguous() for g in gradients)
+        dqkv = torch.empty_like(qkv)
+        fp8 = fp8_room(operands, qkv)
+        partial = prepare_heads_backward_kernel.partial_sums(qkv, gain)
+        prepare_heads_backward_kernel(rows_of=qkv, dq=dq, dk=dk, dv=dv, dv_own=dv_own, qkv=qkv, cos=cos, sin=sin, gain=gain,
+                                      dqkv=dqkv, dqkv_fp8=fp8.values, scales=fp8.scale, dgain=partial[0], **ctx.kind)
+        dx, dw = product_gradients(operands, dqkv, fp8) if operands else (dqkv, None)
+        return dx, dw, None, None, None, *summed(partial, ctx.needs_input_grad[5:6]), None, None, None
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
 
 
 class Segments(NamedTuple):
@@ -46,19 +806,29 @@ class Segments(NamedTuple):
     previous: Tensor | None = None  # (T,) the token before each in its document, where that is not the left neighbour
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str, copies: int = 1) -> Tensor:
-    """Causal attention inside each segment; q (T, heads, D), k and v (T, kv_heads, D), result like q.
+def attention(heads: Heads, segments: Segments, kernel: str) -> Tensor:
+    """Causal attention inside each segment, like q (T, heads, D).
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
-    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference. Key and value
-    heads may come `copies` times in a row; a forward pass that need not read all of them is told so.
+    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference.
     """
+    q, k, v = heads.q, heads.k, heads.v
     if not q.is_cuda or kernel == "reference":
         return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     if kernel == "fa4":
-        return FlashAttention4.apply(q, k, v, cu, longest, copies)
+        return FlashAttention4.apply(q, k, v, cu, longest, heads.copies)
     return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The same, segment by segment."""
+    group = q.size(1) // k.size(1)
+    lengths = segments.cu_seqlens.diff().tolist()
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in
+                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))))  # (1, heads, length, D) each
+    outputs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 FLASH_ATTENTION_4 = "flash_attn.cute.interface"
@@ -67,8 +837,8 @@ FLASH_ATTENTION_4 = "flash_attn.cute.interface"
 @functools.cache
 def attention_kernel(wanted: str) -> str:
     """The kernel that ATTENTION stands for on this machine; KernelError where the one that is asked for is not there."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if wanted == "fa4" or wanted == "auto" and hopper:
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if wanted == "fa4" or wanted == "auto" and on_hopper:
         try:
             importlib.import_module(FLASH_ATTENTION_4)
             warnings.filterwarnings("ignore", "Argument aux_data")  # at its first calls, about what is None
@@ -85,12 +855,12 @@ def try_flash_attention() -> None:
     """Raises whatever FlashAttention 4 raises on this machine."""
     q = torch.zeros(128, 8, 64, dtype=torch.bfloat16, device="cuda")
     segments = Segments(torch.tensor([0, 128], dtype=torch.int32, device="cuda"), None, 2048)
-    attention(q, q[:, :4], q[:, :4], segments, "fa4")
+    attention(Heads(q, q[:, :4], q[:, :4]), segments, "fa4")
     torch.cuda.synchronize()
 
 
 class FlashAttention4(torch.autograd.Function):
-    """Dao et al. 2026, over packed segments; the output (T, heads, D)."""
+    """Dao et al. 2026, over packed segments. Of keys and values that come in copies, the forward pass reads one."""
 
     @staticmethod
     def library():
@@ -99,7 +869,8 @@ class FlashAttention4(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu, longest, copies):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        once, forward = slice(None, None, copies), FlashAttention4.library()._flash_attn_fwd
+        forward = FlashAttention4.library()._flash_attn_fwd
+        once = slice(None, None, copies)
         out, lse = forward(q, k[:, once], v[:, once], **ctx.bounds, causal=True, return_lse=True)[:2]
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -112,23 +883,812 @@ class FlashAttention4(torch.autograd.Function):
         return *gradients[:3], None, None, None
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The same, segment by segment."""
-    group = q.size(1) // k.size(1)
-    lengths = segments.cu_seqlens.diff().tolist()
-    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in
-                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))))  # (1, heads, length, D) each
-    outputs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+# --- Exclusive self-attention and the heads' gates --------------------------------------------------------------------
 
 
-# One compilation serves every number of tokens T, of a step of training or of test-time training.
-jit = functools.partial(triton.jit, do_not_specialize=["T", "M"]) if triton else lambda function: function
+def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
+    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T, kv_heads, D).
+
+    With alpha (heads,) only tanh(alpha) of the component is taken.
+    """
+    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]  # (T, kv_heads, 1, D)
+    grouped = y.float().unflatten(1, (v.size(1), -1))  # (T, kv_heads, group, D)
+    component = (grouped * direction).sum(-1, keepdim=True)
+    if alpha is not None:
+        component = component * torch.tanh(alpha).view(v.size(1), -1, 1)
+    return (grouped - component * direction).flatten(1, 2).to(y.dtype)
 
 
-def fusible(x: Tensor, *widths: int) -> bool:
-    """Whether the fused kernels run: on CUDA, where all widths are powers of two."""
-    return x.is_cuda and all(width & (width - 1) == 0 for width in widths)
+def xsa_gate(y: Tensor, own_value: Tensor | None, gate_input: Tensor | None, gate: Tensor | None, alpha: Tensor | None,
+             scale: float, reader: Matrix | None = None) -> Activation:
+    """Head h of exclude_own_value(y, own_value, alpha), times sigmoid(scale * gate_h . gate_input_t); (T, heads D).
+
+    y (T, heads, D); own_value (T, kv_heads, D), None: nothing is taken away; alpha (heads,); gate (heads, w), None: no
+    factor; gate_input (T, w); reader: the matrix that reads the result.
+    """
+    if own_value is None or not fusible(y, *y.shape[1:], own_value.size(1)):
+        return reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader)
+    z, z_fp8 = XSAGate.apply(y, own_value, gate_input, gate, alpha, scale, reader)
+    return Activation(z, None if z_fp8 is None else E4M3(z_fp8, constant(GATED_UNIT, z.device)))
+
+
+def reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader=None):
+    if own_value is not None:
+        y = exclude_own_value(y, own_value, alpha)
+    if gate is not None:
+        scores = F.linear(gate_input, gate.to(gate_input.dtype)).float()
+        y = (y * torch.sigmoid(scale * scores)[..., None]).to(y.dtype)
+    z = y.flatten(1)
+    if not wants_fp8(reader):
+        return Activation(z)
+    return Activation(z, E4M3((z.detach() / GATED_UNIT).clamp(-448, 448).to(FP8), constant(GATED_UNIT, z.device)))
+
+
+@jit
+def gate_weights(gate, gate_input, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
+                 GROUP: tl.constexpr):
+    """(KV_HEADS, 1, GROUP, PADDED), rounded as the product with gate_input rounds them."""
+    i = tl.arange(0, PADDED)[None, None, None, :]
+    head = tl.arange(0, KV_HEADS)[:, None, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
+    return rounded(tl.load(gate + head * CHANNELS + i, mask=i < CHANNELS, other=0.0), gate_input)
+
+
+@jit
+def unit(v):
+    """v (..., D) over its length, the inverse length, and whether that is not clamped."""
+    length = tl.sqrt(tl.sum(v * v, -1, keep_dims=True))
+    inverse = 1.0 / tl.maximum(length, 1e-12)
+    return v * inverse, inverse, length > 1e-12
+
+
+# Tiles are (KV_HEADS, ROWS, GROUP, D): so the compiler gives a warp whole tokens, and no sum crosses warps.
+
+
+@row_kernel(rows=1, warps=1, per_multiprocessor=32, strided="v")
+def xsa_gate_forward_kernel(y, v, gate_input, gate, alpha, z, gates, z_fp8, T, v_stride, scale, GATE: tl.constexpr,
+                            ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                            CHANNELS: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr):
+    kv_head = tl.arange(0, KV_HEADS)[:, None, None, None]
+    head = kv_head * GROUP + tl.arange(0, GROUP)[None, None, :, None]
+    column = tl.arange(0, D)[None, None, None, :]
+    i = tl.arange(0, PADDED)[None, None, None, :]
+    share = 1.0
+    w = 0.0
+    if ALPHA:
+        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    if GATE:
+        w = gate_weights(gate, gate_input, CHANNELS, PADDED, KV_HEADS, GROUP)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)
+        token = row[None, :, None, None]
+        at = token * (KV_HEADS * GROUP * D) + head * D + column
+        inside = token < T
+        out = read(y, at, inside)
+        direction, _, _ = unit(read(v, token * v_stride + kv_head * D + column, inside))
+        out -= share * tl.sum(out * direction, 3, keep_dims=True) * direction
+        if GATE:
+            u = read(gate_input, token * CHANNELS + i, inside & (i < CHANNELS))
+            opened = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
+            tl.store(gates + token * (KV_HEADS * GROUP) + head, opened, mask=inside)
+            out *= opened
+        write(z, at, out, inside)
+        write_fp8(z_fp8, at, out, UNIT, inside)
+
+
+@row_kernel(rows=1, warps=1, per_multiprocessor=16, strided="v")
+def xsa_gate_backward_kernel(dz, y, v, gate_input, gate, alpha, gates, dy, dv, dgate_input, dgate, dalpha, T, v_stride, scale,
+                             GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                             D: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+                             STAGES: tl.constexpr):
+    kv_head = tl.arange(0, KV_HEADS)[:, None, None, None]
+    head = kv_head * GROUP + tl.arange(0, GROUP)[None, None, :, None]
+    column = tl.arange(0, D)[None, None, None, :]
+    i = tl.arange(0, PADDED)[None, None, None, :]
+    share = 1.0
+    w = 0.0
+    if ALPHA:
+        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    if GATE:
+        w = gate_weights(gate, gate_input, CHANNELS, PADDED, KV_HEADS, GROUP)
+    da = tl.zeros([KV_HEADS, ROWS, GROUP, 1], tl.float32)
+    dw = tl.zeros([KV_HEADS, ROWS, GROUP, PADDED], tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)
+        token = row[None, :, None, None]
+        at = token * (KV_HEADS * GROUP * D) + head * D + column
+        inside = token < T
+        out = read(y, at, inside)
+        g = read(dz, at, inside)
+        direction, inverse, free = unit(read(v, token * v_stride + kv_head * D + column, inside))
+        component = tl.sum(out * direction, 3, keep_dims=True)
+        along = tl.sum(g * direction, 3, keep_dims=True)
+        if GATE:
+            u = read(gate_input, token * CHANNELS + i, inside & (i < CHANNELS))
+            opened = tl.load(gates + token * (KV_HEADS * GROUP) + head, mask=inside, other=0.0)
+            dopened = tl.sum(g * out, 3, keep_dims=True) - share * component * along
+            dscore = dopened * (scale * opened * (1.0 - opened))
+            dw += dscore * u
+            du = tl.sum(tl.sum(dscore * w, 2, keep_dims=True), 0, keep_dims=True)
+            write(dgate_input, token * CHANNELS + i, du, inside & (i < CHANNELS))
+            g *= opened
+            along *= opened
+        if ALPHA:
+            da -= component * along * (1.0 - share * share)
+        write(dy, at, g - share * along * direction, inside)
+        ddirection = tl.sum(share * component * g + share * along * out, 2, keep_dims=True)  # its negative
+        twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
+        dvalue = inverse * (tl.where(free, twice, 0.0) * direction - ddirection)
+        write(dv, token * (KV_HEADS * D) + kv_head * D + column, dvalue, inside)
+    head += tl.program_id(0) * (KV_HEADS * GROUP)
+    if GATE:
+        tl.store(dgate + head * CHANNELS + i, tl.sum(dw, 1, keep_dims=True), mask=i < CHANNELS)
+    if ALPHA:
+        tl.store(dalpha + head, tl.sum(da, 1, keep_dims=True))
+
+
+class XSAGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, v, gate_input, gate, alpha, scale, reader):
+        assert v.stride()[1:] == (v.size(2), 1)
+        y = y.contiguous()
+        z = torch.empty_like(y)
+        z_fp8 = empty_fp8(z, reader)
+        gates = None if gate is None else y.new_empty(y.shape[:2], dtype=torch.float32)
+        channels = 1 if gate is None else gate_input.size(1)
+        ctx.save_for_backward(y, v, gate_input, gate, alpha, gates)
+        ctx.set_materialize_grads(False)
+        ctx.kind = dict(GATE=gate is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1),
+                        D=y.size(2), CHANNELS=channels, PADDED=triton.next_power_of_2(channels), v_stride=v.stride(0),
+                        scale=scale)
+        xsa_gate_forward_kernel(rows_of=y, y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha, z=z, gates=gates,
+                                z_fp8=z_fp8, UNIT=GATED_UNIT, **ctx.kind)
+        if z_fp8 is None:
+            return z.flatten(1), None
+        z_fp8 = z_fp8.flatten(1)
+        ctx.mark_non_differentiable(z_fp8)
+        return z.flatten(1), z_fp8
+
+    @staticmethod
+    def backward(ctx, dz, _):
+        y, v, gate_input, gate, alpha, gates = ctx.saved_tensors
+        dy = torch.empty_like(y)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        dgate_input = None if gate is None else torch.empty_like(gate_input)
+        partial = xsa_gate_backward_kernel.partial_sums(y, gate, alpha)
+        xsa_gate_backward_kernel(rows_of=y, dz=dz.contiguous(), y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha,
+                                 gates=gates, dy=dy, dv=dv, dgate_input=dgate_input, dgate=partial[0], dalpha=partial[1],
+                                 **ctx.kind)
+        return dy, dv, dgate_input, *summed(partial, ctx.needs_input_grad[3:5]), None, None
+
+
+# --- RMSNorm of a sum -------------------------------------------------------------------------------------------------
+
+
+def add_norm(x: Tensor, y: Product | Tensor | None, scale: Tensor,
+             reader: Matrix | None = None) -> tuple[Tensor, Activation]:
+    """total = x + y; u = scale * RMSNorm(total). x and y (T, d); scale (), without gradient; y None: total is x itself.
+
+    reader: the matrix that reads u. The backward pass needs a gradient at u, but not total, which may be written over.
+    """
+    if not fusible(x, x.size(1)):
+        return reference_add_norm(x, y, scale, reader)
+    total, u, u_fp8 = AddNorm.apply(x, *for_autograd(y), scale, reader)
+    return total, Activation(u, None if u_fp8 is None else E4M3(u_fp8, constant(norm_unit(x.size(1)), x.device)))
+
+
+def reference_add_norm(x, y, scale, reader=None):
+    total = x if y is None else x + computed(y)
+    return total, as_activation((scale * norm(total)).to(x.dtype), reader)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=8)
+def add_norm_forward_kernel(x, y, scale, total, u, inverse, u_fp8, T, D: tl.constexpr, UNIT: tl.constexpr,
+                            ROWS: tl.constexpr, STAGES: tl.constexpr):
+    column = tl.arange(0, D)[None, :]
+    scale = tl.load(scale)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + column
+        inside = row < T
+        value = read(x, at, inside)
+        if y is not None:
+            value = rounded(value + read(y, at, inside), total)
+            write(total, at, value, inside)
+        r = inverse_rms(value, D)
+        normal = scale * r * value
+        write_fp8(u_fp8, at, normal, UNIT, inside)
+        write(u, at, normal, inside)
+        tl.store(inverse + row, r, mask=inside)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=8)
+def add_norm_backward_kernel(dtotal, du, u, scale, inverse, dx, dx_fp8, scales, T, D: tl.constexpr, ROWS: tl.constexpr,
+                             STAGES: tl.constexpr):
+    column = tl.arange(0, D)[None, :]
+    scale = tl.load(scale)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + column
+        inside = row < T
+        normal = read(u, at, inside) / scale
+        g = scale * read(du, at, inside)
+        r = tl.load(inverse + row, mask=inside, other=0.0)
+        g = r * (g - normal * (tl.sum(normal * g, 1, keep_dims=True) / D))
+        if dtotal is not None:
+            g += read(dtotal, at, inside)
+        write(dx, at, g, inside)
+        if dx_fp8 is not None:
+            write_fp8_rows(dx_fp8, scales, row, g, T, D)
+
+
+class AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, product, scale, reader):
+        ctx.set_materialize_grads(False)
+        ctx.two = y is not None
+        operands = ()
+        if product is not None:
+            y = product.compute()
+            operands = product.operands()
+        total = x if y is None else torch.empty_like(x)
+        u = torch.empty_like(x)
+        u_fp8 = empty_fp8(u, reader)
+        inverse = x.new_empty(len(x), dtype=torch.float32)
+        add_norm_forward_kernel(rows_of=x, x=x, y=y, scale=scale, total=total, u=u, inverse=inverse, u_fp8=u_fp8, D=x.size(1),
+                                UNIT=norm_unit(x.size(1)))
+        ctx.save_for_backward(u, scale, inverse, *operands)
+        if u_fp8 is not None:
+            ctx.mark_non_differentiable(u_fp8)
+        return total, u, u_fp8
+
+    @staticmethod
+    def backward(ctx, dtotal, du, _):
+        u, scale, inverse, *operands = ctx.saved_tensors
+        dx = torch.empty_like(u)
+        fp8 = fp8_room(operands, u)
+        add_norm_backward_kernel(rows_of=u, dtotal=None if dtotal is None else dtotal.contiguous(), du=du.contiguous(), u=u,
+                                 scale=scale, inverse=inverse, dx=dx, dx_fp8=fp8.values, scales=fp8.scale, D=u.size(1))
+        if operands:
+            return dx, *product_gradients(operands, dx, fp8), None, None, None
+        return dx, dx if ctx.two else None, None, None, None, None
+
+
+# --- Two-lane update --------------------------------------------------------------------------------------------------
+
+
+def lane_update(lane0: Tensor, lane1: Tensor, from_attention: Tensor, from_mlp: Tensor, resid: Tensor,
+                post: Tensor) -> tuple[Tensor, Tensor]:
+    """Lane k becomes resid_k lane_k + post_0k from_attention + post_1k from_mlp; (T, d) each, resid (2,), post (2, 2)."""
+    if not fusible(lane0, lane0.size(1)):
+        return reference_lane_update(lane0, lane1, from_attention, from_mlp, resid, post)
+    return LaneUpdate.apply(lane0, lane1, from_attention, from_mlp, resid, post)
+
+
+def reference_lane_update(lane0, lane1, from_attention, from_mlp, resid, post):
+    return tuple((resid[k] * lane + post[0, k] * from_attention + post[1, k] * from_mlp).to(lane0.dtype)
+                 for k, lane in enumerate((lane0, lane1)))
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=8)
+def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr,
+                               STAGES: tl.constexpr):
+    r0, r1 = tl.load(resid), tl.load(resid + 1)
+    a0, a1 = tl.load(post), tl.load(post + 1)
+    m0, m1 = tl.load(post + 2), tl.load(post + 3)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + tl.arange(0, D)[None, :]
+        inside = row < T
+        a = read(attn, at, inside)
+        m = read(mlp, at, inside)
+        write(new0, at, r0 * read(lane0, at, inside) + a0 * a + m0 * m, inside)
+        write(new1, at, r1 * read(lane1, at, inside) + a1 * a + m1 * m, inside)
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=4)
+def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, dresid,
+                                dpost, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    r0, r1 = tl.load(resid), tl.load(resid + 1)
+    a0, a1 = tl.load(post), tl.load(post + 1)
+    m0, m1 = tl.load(post + 2), tl.load(post + 3)
+    s0 = tl.zeros([ROWS], tl.float32)
+    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile_rows(block, T, ROWS)[:, None]
+        at = row * D + tl.arange(0, D)[None, :]
+        inside = row < T
+        g0 = read(dnew0, at, inside)
+        g1 = read(dnew1, at, inside)
+        a = read(attn, at, inside)
+        m = read(mlp, at, inside)
+        s0 += tl.sum(g0 * read(lane0, at, inside), 1)
+        s1 += tl.sum(g1 * read(lane1, at, inside), 1)
+        s2 += tl.sum(g0 * a, 1)
+        s3 += tl.sum(g1 * a, 1)
+        s4 += tl.sum(g0 * m, 1)
+        s5 += tl.sum(g1 * m, 1)
+        write(dlane0, at, r0 * g0, inside)
+        write(dlane1, at, r1 * g1, inside)
+        write(dattn, at, a0 * g0 + a1 * g1, inside)
+        write(dmlp, at, m0 * g0 + m1 * g1, inside)
+    dresid += tl.program_id(0) * 2
+    dpost += tl.program_id(0) * 4
+    tl.store(dresid, tl.sum(s0, 0))
+    tl.store(dresid + 1, tl.sum(s1, 0))
+    tl.store(dpost, tl.sum(s2, 0))
+    tl.store(dpost + 1, tl.sum(s3, 0))
+    tl.store(dpost + 2, tl.sum(s4, 0))
+    tl.store(dpost + 3, tl.sum(s5, 0))
+
+
+class LaneUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lane0, lane1, from_attention, from_mlp, resid, post):
+        ctx.save_for_backward(lane0, lane1, from_attention, from_mlp, resid, post)
+        new0 = torch.empty_like(lane0)
+        new1 = torch.empty_like(lane0)
+        lane_update_forward_kernel(rows_of=lane0, lane0=lane0, lane1=lane1, attn=from_attention, mlp=from_mlp, resid=resid,
+                                   post=post, new0=new0, new1=new1, D=lane0.size(1))
+        return new0, new1
+
+    @staticmethod
+    def backward(ctx, dnew0, dnew1):
+        lane0, lane1, from_attention, from_mlp, resid, post = ctx.saved_tensors
+        dlane0, dlane1, dattn, dmlp = (torch.empty_like(lane0) for _ in range(4))
+        partial = lane_update_backward_kernel.partial_sums(lane0, resid, post)
+        lane_update_backward_kernel(rows_of=lane0, dnew0=dnew0.contiguous(), dnew1=dnew1.contiguous(), lane0=lane0,
+                                    lane1=lane1, attn=from_attention, mlp=from_mlp, resid=resid, post=post, dlane0=dlane0,
+                                    dlane1=dlane1, dattn=dattn, dmlp=dmlp, dresid=partial[0], dpost=partial[1],
+                                    D=lane0.size(1))
+        return dlane0, dlane1, dattn, dmlp, *summed(partial, ctx.needs_input_grad[4:])
+
+
+# --- MLP --------------------------------------------------------------------------------------------------------------
+# On Hopper both products that meet the activation are one kernel, warp-specialised ping-pong (Shah et al. 2024): one producer
+# warp loads by TMA; two consumer warpgroups alternate, one runs its epilogue while the other issues wgmma.
+
+MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
+MLP_FP8_TILE = MLP_TILE | dict(BK=128, STAGES=6)  # with x and w in 8 bits
+
+
+def squared_mlp(u: Activation, up: Matrix, down: Matrix, slope: float, x: Tensor | None = None) -> Tensor:
+    """leaky_relu_squared(u W_up^T) W_down^T, added to x if given; u and x (T, d), W_up (F, d), W_down (d, F).
+
+    On CUDA the sum is written over x, which nothing else may need then.
+    """
+    if not mlp_fusible(u.x, len(up.w)):
+        y = F.linear(leaky_relu_squared(F.linear(u.x, up.w), slope), down.w)
+        return y if x is None else x + y
+    return SquaredMLP.apply(u.x, up.w, down.w, x, u, up, down, slope)
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope).square()
+
+
+def mlp_fusible(u: Tensor, hidden: int) -> bool:
+    """Whether the kernel runs for u (T, d): in bf16 on Hopper, for whole tiles that fit into 227 KiB of shared memory."""
+    if gluon is None or not u.is_cuda or u.dtype != torch.bfloat16:
+        return False
+    BM, BN, BK, STAGES = MLP_TILE.values()
+    d = u.shape[1]
+    whole_tiles = d % BK == 0 and hidden % (2 * BN) == 0
+    shared_bytes = 2 * (BM * d + STAGES * BK * BN + BM * BN)  # rows of u, blocks of w, parts of results
+    fits = shared_bytes <= 226 * 1024  # the rest is for barriers
+    return whole_tiles and fits and torch.cuda.get_device_capability(u.device)[0] == 9
+
+
+def mlp_forward(u: Tensor | E4M3, w_up: Tensor | E4M3, slope: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden = leaky_relu_squared(u W_up^T) (M, F), where that product is negative, and hidden in E4M3 if the operands are.
+
+    u (M, d), w_up (F, d). negative (F / 32, M) int32: bit j of word (i, m) stands for column 32 i + j of row m. The 8-bit
+    copy is in HIDDEN_UNIT.
+    """
+    fp8 = isinstance(u, E4M3)
+    like = u.values if fp8 else u
+    M, hidden_dim = len(like), len(w_up.values if fp8 else w_up)
+    hidden = torch.empty(M, hidden_dim, dtype=torch.bfloat16, device=like.device)
+    hidden_fp8 = torch.empty_like(hidden, dtype=FP8) if fp8 else None
+    negative = torch.empty(hidden_dim // 32, M, dtype=torch.int32, device=like.device)
+    launch_mlp_product(u, w_up, None, hidden, hidden_fp8, negative, slope, HIDDEN_UNIT)
+    return hidden, negative, hidden_fp8
+
+
+def mlp_backward(dy: Tensor | E4M3, w_down: Tensor | E4M3, hidden: Tensor, negative: Tensor,
+                 slope: float) -> tuple[Tensor, Tensor | None]:
+    """Gradient (M, F) before the activation, and that in E4M3 if the operands are.
+
+    dy (M, d); w_down (d, F), in E4M3 its transpose (F, d), and dy with a scale for each row. The derivative of the
+    activation is -2 slope sqrt(hidden) where `negative` is set, elsewhere 2 sqrt(hidden). The 8-bit copy is in units of
+    DHIDDEN_UNIT dy.scale w_down.scale.
+    """
+    dp = torch.empty_like(hidden)
+    dp_fp8 = torch.empty_like(hidden, dtype=FP8) if isinstance(dy, E4M3) else None
+    launch_mlp_product(dy, w_down, hidden, dp, dp_fp8, negative, slope, DHIDDEN_UNIT)
+    return dp, dp_fp8
+
+
+def launch_mlp_product(x, w, hidden, out, out_fp8, negative, slope, unit):
+    """The backward pass's product if it is given `hidden`."""
+    fp8 = isinstance(x, E4M3)
+    backward = hidden is not None
+    x, x_scale = x if fp8 else (x.contiguous(), None)
+    w, w_scale = w if fp8 else (w.contiguous(), None)
+    tile = MLP_FP8_TILE if fp8 else MLP_TILE
+    BM, BN, BK, _ = tile.values()
+    M, K = x.shape
+    part = [BM, BN // 4]
+    mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
+        x=descriptor(x, [BM, BK]), w=descriptor(w, [BK, BN] if backward and not fp8 else [BN, BK]),
+        hidden=descriptor(hidden, part), out=descriptor(out, part), out_fp8=descriptor(out_fp8, part), negative=negative,
+        M=M, slope=slope, x_scale=x_scale, w_scale=w_scale, UNIT=unit if fp8 else None, BACKWARD=backward, N=out.size(1),
+        K=K, **tile, num_warps=4)
+
+
+def descriptor(x: Tensor | None, block: list[int]):
+    """How TMA finds blocks of x."""
+    if x is None:
+        return None
+    kind = gl.float8e4nv if x.dtype == FP8 else gl.bfloat16
+    return GluonDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, kind))
+
+
+gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"], do_not_specialize_on_alignment=[
+    "x_scale", "w_scale"]) if gluon else lambda function: function
+tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
+tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
+
+
+@gluon_jit
+def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip, the third, ..."""
+    made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(made.index(i), count=COUNT)
+    return made
+
+
+@gluon_jit
+def load_block(source, place, full, block):
+    """Begin to copy the block at place = [row, column] to shared memory; `full` flips when it is there."""
+    mbarrier.expect(full, source.block_type.nbytes)
+    tma_load(source, place, full, block)
+
+
+@gluon_jit
+def producer(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+             BK: gl.constexpr, STAGES: gl.constexpr):
+    """Loads per row of tiles the blocks of x, per tile those of w, each as soon as its place is free."""
+    xs, x_full, x_free, ws, w_full, w_free = rings
+    step = 0
+    tile_row = 0
+    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
+        for column in range(0, N, BN):
+            for k in range(K // BK):
+                if column == 0:
+                    mbarrier.wait(x_free.index(k), tile_row & 1 ^ 1)
+                    load_block(x, [row, k * BK], x_full.index(k), xs.index(k))
+                stage = step % STAGES
+                mbarrier.wait(w_free.index(stage), step // STAGES & 1 ^ 1)
+                load_block(w, [k * BK, column] if ACROSS else [column, k * BK], w_full.index(stage), ws.index(stage))
+                step += 1
+        tile_row += 1
+
+
+@gluon_jit
+def multiply(rings, step, tile_row, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+             BK: gl.constexpr, STAGES: gl.constexpr):
+    """A tile (BM, BN) of the product; `step` counts blocks of w, `tile_row` rows of tiles, `last`: x is needed no more.
+
+    A block is released once the next product runs. `done` flips when the other group may begin.
+    """
+    xs, x_full, x_free, ws, w_full, w_free = rings
+    DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth  # of one instruction
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, DEPTH])
+    acc = hopper.warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, LAYOUT))
+    for k in range(K // BK):
+        stage = (step + k) % STAGES
+        before = gl.maximum(k - 1, 0)
+        mbarrier.wait(x_full.index(k), tile_row & 1)
+        mbarrier.wait(w_full.index(stage), (step + k) // STAGES & 1)
+        right = ws.index(stage) if ACROSS else ws.index(stage).permute((1, 0))
+        acc = hopper.warpgroup_mma(xs.index(k), right, acc, use_acc=k > 0, is_async=True)
+        acc = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(acc,)))
+        mbarrier.arrive(w_free.index((step + before) % STAGES), count=1, pred=k > 0)
+        mbarrier.arrive(x_free.index(before), count=1, pred=last & (k > 0))
+    mbarrier.arrive(done, count=1)
+    product = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(w_free.index((step + K // BK - 1) % STAGES), count=1)
+    mbarrier.arrive(x_free.index(K // BK - 1), count=1, pred=last)
+    return product
+
+
+@gluon_jit
+def halves(x, R: gl.constexpr, C: gl.constexpr):
+    """The left and the right half of x (R, C)."""
+    return x.reshape([R, 2, C // 2]).permute([0, 2, 1]).split()
+
+
+@gluon_jit
+def consumer_group(GROUP: gl.constexpr, begin, done, parts, parts_full, fp8_parts, rings, hidden, out, out_fp8, negative, M,
+                   slope, x_scale, w_scale, UNIT: gl.constexpr, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                   BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """Group 0 or 1 computes every other tile of a row.
+
+    A tile leaves in four parts through the two buffers `parts`, by which `hidden` arrives too (then parts_full flips), and
+    in 8 bits through fp8_parts. The group may multiply once `begin` flips and lets the other one do so by `done`.
+    """
+    IN_FP8: gl.constexpr = UNIT is not None
+    ACROSS: gl.constexpr = BACKWARD and not IN_FP8
+    C: gl.constexpr = BN // 4
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    bit = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
+    scale = 1.0
+    if IN_FP8:
+        scale = gl.load(w_scale)
+        if not BACKWARD:
+            scale *= gl.load(x_scale)
+    count = 0  # of tiles
+    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
+        rows = row + gl.arange(0, BM, gl.SliceLayout(1, PART))
+        inside = rows < M
+        for column in range(GROUP * BN, N, 2 * BN):
+            words = negative + (column // C).to(gl.int64) * M + rows
+            if BACKWARD:
+                tma.store_wait(0)
+                for i in gl.static_range(2):
+                    load_block(hidden, [row, column + i * C], parts_full.index(i), parts.index(i))
+                signs = (gl.load(words, mask=inside), gl.load(words + M, mask=inside),
+                         gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
+                if IN_FP8:
+                    factor = gl.expand_dims(scale * gl.load(x_scale + rows, mask=inside, other=0.0), 1)
+            # Not before the other group has had all its blocks of w: a parity tells one turn of the ring from the next only.
+            mbarrier.wait(begin, count + 1 - GROUP & 1)
+            acc = multiply(rings, (2 * count + GROUP) * (K // BK), count // (N // BN // 2), column >= N - 2 * BN, done,
+                           ACROSS, K, BM, BN, BK, STAGES)
+            left, right = halves(acc, BM, BN)
+            quarters = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
+            for i in gl.static_range(4):
+                value = gl.convert_layout(quarters[i], PART)
+                buffer = parts.index(i % 2)
+                if BACKWARD:
+                    mbarrier.wait(parts_full.index(i % 2), i // 2)
+                    positive = (gl.expand_dims(signs[i], 1) & bit) == 0
+                    value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
+                    if IN_FP8:
+                        fp8_parts.index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
+                        value *= factor
+                else:
+                    if IN_FP8:
+                        value *= scale
+                    gl.store(words + i * M, gl.sum(gl.where(value < 0, bit, 0), 1), mask=inside)
+                    value = gl.where(value < 0, slope * value, value)
+                    value *= value
+                    tma.store_wait(2 if IN_FP8 else 1)
+                    if IN_FP8:
+                        fp8_parts.index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
+                buffer.store(value.to(gl.bfloat16))
+                hopper.fence_async_shared()
+                tma_store(out, [row, column + i * C], buffer)
+                if IN_FP8:
+                    tma_store(out_fp8, [row, column + i * C], fp8_parts.index(i % 2))
+                if BACKWARD and i == 1:
+                    for j in gl.static_range(2):
+                        tma.store_wait((1 - j) * (1 + IN_FP8))
+                        load_block(hidden, [row, column + (2 + j) * C], parts_full.index(j), parts.index(j))
+            count += 1
+    tma.store_wait(0)
+
+
+@gluon_jit
+def part_buffers(out):
+    """Two buffers for parts of tiles on their way out."""
+    return gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)
+
+
+@gluon_jit
+def mlp_product_kernel(x, w, hidden, out, out_fp8, negative, M, slope, x_scale, w_scale, UNIT: gl.constexpr,
+                       BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                       BK: gl.constexpr, STAGES: gl.constexpr):
+    """See mlp_forward and mlp_backward. While a row of tiles is computed, its rows of x stay in shared memory and w passes
+    through a ring.
+
+    A barrier that nothing waits for must not be made: its place would be given to other data, and where a kernel is
+    interrupted, because another process has its turn, the barrier is restored there.
+    """
+    xs = gl.allocate_shared_memory(x.dtype, [K // BK, BM, BK], x.layout)
+    IN_FP8: gl.constexpr = UNIT is not None
+    ACROSS: gl.constexpr = BACKWARD and not IN_FP8
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if ACROSS else [STAGES, BN, BK], w.layout)
+    rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
+    turns = barriers(2, 1)
+    parts0 = part_buffers(out)
+    parts1 = part_buffers(out)
+    full0 = barriers(2, 1) if BACKWARD else turns  # what is not used must still be something
+    full1 = barriers(2, 1) if BACKWARD else turns
+    fp8_parts0 = part_buffers(out_fp8) if IN_FP8 else parts0
+    fp8_parts1 = part_buffers(out_fp8) if IN_FP8 else parts1
+    hopper.fence_async_shared()
+    gl.warp_specialize([
+        (consumer_group, (0, turns.index(0), turns.index(1), parts0, full0, fp8_parts0, rings, hidden, out, out_fp8,
+                          negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (consumer_group, (1, turns.index(1), turns.index(0), parts1, full1, fp8_parts1, rings, hidden, out, out_fp8,
+                          negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
+        (producer, (x, w, rings, M, ACROSS, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
+
+
+class SquaredMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u_x, w_up, w_down, x, u, up, down, slope):
+        if up.fp8 is None:
+            hidden, negative, _ = mlp_forward(u_x, w_up, slope)
+            out = F.linear(hidden, w_down) if x is None else x.addmm_(hidden, w_down.T)
+        else:
+            hidden, negative, hidden_fp8 = mlp_forward(u.fp8, up.fp8, slope)
+            hidden_fp8 = E4M3(hidden_fp8, constant(HIDDEN_UNIT, u_x.device))
+            out = fp8_product(hidden_fp8, down.fp8, torch.empty_like(u_x) if x is None else x, add=x is not None)
+        ctx.save_for_backward(u_x, w_up, w_down, hidden, negative, *(up.fp8_t or NO_FP8), *(down.fp8_t or NO_FP8))
+        ctx.slope = slope
+        ctx.added = x is not None
+        if ctx.added:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, w_up, w_down, hidden, negative, *fp8_t = ctx.saved_tensors
+        up_t = E4M3(*fp8_t[:2])
+        down_t = E4M3(*fp8_t[2:])
+        fp8 = up_t.values is not None
+        dy = dy.contiguous()
+        if fp8:
+            dy_fp8 = fp8_rows(dy)
+            dp, dp_fp8 = mlp_backward(dy_fp8, down_t, hidden, negative, ctx.slope)
+        else:
+            dp, _ = mlp_backward(dy, w_down, hidden, negative, ctx.slope)
+        dw_down = dy.T @ hidden  # before du, which is needed next and then still in the cache
+        dw_up = dp.T @ u
+        if fp8:
+            dp_fp8 = E4M3(dp_fp8, dy_fp8.scale)
+            du = fp8_product(dp_fp8, up_t, torch.empty_like(u), unit=DHIDDEN_UNIT, unit_scale=down_t.scale)
+        else:
+            du = dp @ w_up
+        return du, dw_up, dw_down, dy if ctx.added else None, None, None, None, None
+
+
+# --- Losses of target and hint ----------------------------------------------------------------------------------------
+
+
+def two_value_nll(scores: Product | Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
+                  hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
+
+    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). Gradients
+    reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
+    nothing else may need then. hints None: the targets.
+    """
+    hints = targets if hints is None else hints
+    first, weight, product = for_autograd(scores)
+    if not fusible(first):
+        return reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints)
+    return TwoValueNLL.apply(first, weight, product, cap_pos, cap_neg, targets, hints)
+
+
+def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
+    scores = computed(scores)
+    caps = torch.where(scores >= 0, *(torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg)))
+    logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
+    return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
+
+
+@jit
+def soft_cap(x, cap_pos, cap_neg):
+    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any shape."""
+    z = x * tl.where(x >= 0, 2.8853900817779268 / cap_pos, 2.8853900817779268 / cap_neg)
+    root = tl.rsqrt(1.0 + tl.exp2(z))  # its square takes fewer instructions than a division
+    r = root * root
+    cap = tl.where(x >= 0, cap_pos * 1.4426950408889634, cap_neg * 1.4426950408889634)
+    return 1.0 - 2.0 * r, r - r * r, z, cap
+
+
+@jit
+def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    scores += row * stride
+    cap_pos = tl.load(cap_pos)
+    cap_neg = tl.load(cap_neg)
+    target = tl.load(scores + tl.load(targets + row))
+    hint = tl.load(scores + tl.load(hints + row))
+    t, _, _, cap = soft_cap(read(scores, at, at < V), cap_pos, cap_neg)
+    logit = tl.where(at < V, t * cap, float("-inf"))
+    top = tl.max(logit, 0)
+    top += tl.log2(tl.sum(tl.exp2(logit - top), 0))
+    t, _, _, cap = soft_cap(target.to(tl.float32), cap_pos, cap_neg)
+    tl.store(nll + row, (top - t * cap) * 0.6931471805599453)
+    t, _, _, cap = soft_cap(hint.to(tl.float32), cap_pos, cap_neg)
+    tl.store(log_q + row, (t * cap - top) * 0.6931471805599453)
+    tl.store(lse + row, top)
+
+
+@jit
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, scores_fp8, scales, M, V: tl.constexpr,
+                        BLOCK: tl.constexpr, CAPS: tl.constexpr):
+    """M is V / 8, but unknown to the compiler: could it store more than 8 numbers of 8 bits at once, threads would hold other
+    numbers than for the store in bf16, and all would be computed twice."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    scores += row * stride
+    cap_pos = tl.load(cap_pos)
+    cap_neg = tl.load(cap_neg)
+    x = read(scores, at, at < V)
+    dnll = tl.load(dnll + row)
+    target = tl.load(targets + row).to(tl.int32)
+    t, slope, z, cap = soft_cap(x, cap_pos, cap_neg)
+    g = tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == target, 1.0, 0.0)
+    dscore = 4.0 * dnll * (g * slope)
+    write(scores, at, dscore, at < V)
+    if CAPS:
+        g = tl.where(at < V, g * (t - 1.3862943611198906 * z * slope), 0.0)  # gradient of its cap, by dnll
+        positive = tl.sum(tl.where(x >= 0, g, 0.0), 0)
+        tl.store(dcaps + row * 2, dnll * positive)
+        tl.store(dcaps + row * 2 + 1, dnll * (tl.sum(g, 0) - positive))
+    if scores_fp8 is not None:
+        scale = row_scale(tl.max(tl.where(at < V, tl.abs(dscore), 0.0), 0))
+        tl.store(scales + row, scale)
+        write(scores_fp8 + row * M * 8, at, dscore * (1.0 / scale), at < V)
+
+
+class TwoValueNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, weight, product, cap_pos, cap_neg, targets, hints):
+        operands = ()
+        if product is not None:
+            scores = product.compute()
+            operands = product.operands()
+        elif scores.stride(1) != 1:
+            scores = scores.contiguous()
+        caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
+                for cap in (cap_pos, cap_neg)]
+        nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
+        ctx.row = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a program has a row in registers
+        ctx.warps = min(16, max(2, ctx.row["BLOCK"] // 4096))
+        nll_forward_kernel[len(scores),](
+            scores=scores, stride=scores.stride(0), cap_pos=caps[0], cap_neg=caps[1], targets=targets, hints=hints, nll=nll,
+            log_q=log_q, lse=lse, **ctx.row, num_warps=2 * ctx.warps)
+        ctx.save_for_backward(scores, *caps, targets, lse, *operands)
+        ctx.mark_non_differentiable(log_q)
+        return nll, log_q
+
+    @staticmethod
+    def backward(ctx, dnll, _):
+        scores, cap_pos, cap_neg, targets, lse, *operands = ctx.saved_tensors
+        trained_caps = any(ctx.needs_input_grad[3:5])
+        dcaps = lse.new_empty(len(scores), 2) if trained_caps else None
+        fp8 = fp8_room(operands, scores)
+        nll_backward_kernel[len(scores),](
+            scores=scores, stride=scores.stride(0), cap_pos=cap_pos, cap_neg=cap_neg, targets=targets, lse=lse,
+            dnll=dnll.contiguous(), dcaps=dcaps, scores_fp8=fp8.values, scales=fp8.scale, M=scores.size(1) // 8,
+            CAPS=trained_caps, **ctx.row, num_warps=min(32, 4 * ctx.warps))
+        dcap_pos, dcap_neg = dcaps.sum(0) if trained_caps else (None, None)
+        dx, dw = product_gradients(operands, scores, fp8) if operands else (scores, None)
+        return dx, dw, None, dcap_pos, dcap_neg, None, None
+
+
+class FullProduct(torch.autograd.Function):
+    """x W^T of bf16 matrices x (T, d) and W (V, d), which is a constant, with a float32 result."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        weight, = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
 
 
 # --- Attention with a cache -------------------------------------------------------------------------------------------
@@ -358,1287 +1918,6 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
         cache.view(-1, *cache.shape[2:]).index_copy_(0, index, new.detach())
 
 
-# --- Losses of two tokens ---------------------------------------------------------------------------------------------
-
-
-def two_value_nll(scores: Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
-                  hints: Tensor | None = None, weight: Tensor | None = None,
-                  low_args: LowArgs | None = None) -> tuple[Tensor, Tensor]:
-    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
-
-    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). Gradients
-    reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
-    nothing else may need then. hints None: the targets. weight (V, d): given are not the scores but the input (T, d) of the
-    product that makes them, which runs in E4M3.
-    """
-    function = TwoValueNLL.apply if fusible(scores) else reference_two_value_nll
-    return function(scores, cap_pos, cap_neg, targets, targets if hints is None else hints, weight, low_args)
-
-
-def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints, weight=None, low_args=None):
-    scores = scores if weight is None else LowProduct.apply(scores, weight, low_args)
-    caps = torch.where(scores >= 0, *(torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg)))
-    logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
-    return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
-
-
-@jit
-def soft_cap(x, cap_pos, cap_neg):
-    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any shape."""
-    z = x * tl.where(x >= 0, 2.8853900817779268 / cap_pos, 2.8853900817779268 / cap_neg)
-    root = tl.rsqrt(1.0 + tl.exp2(z))  # its square takes fewer instructions than a division
-    r = root * root
-    return 1.0 - 2.0 * r, r - r * r, z, tl.where(x >= 0, cap_pos * 1.4426950408889634, cap_neg * 1.4426950408889634)
-
-
-@jit
-def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
-    target, hint = tl.load(scores + tl.load(targets + row)), tl.load(scores + tl.load(hints + row))
-    t, _, _, cap = soft_cap(tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), cap_pos, cap_neg)
-    logit = tl.where(at < V, t * cap, float("-inf"))
-    top = tl.max(logit, 0)
-    top += tl.log2(tl.sum(tl.exp2(logit - top), 0))
-    t, _, _, cap = soft_cap(target.to(tl.float32), cap_pos, cap_neg)
-    tl.store(nll + row, (top - t * cap) * 0.6931471805599453)
-    t, _, _, cap = soft_cap(hint.to(tl.float32), cap_pos, cap_neg)
-    tl.store(log_q + row, (t * cap - top) * 0.6931471805599453)
-    tl.store(lse + row, top)
-
-
-@jit
-def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, low, low_scales, M, V: tl.constexpr,
-                        BLOCK: tl.constexpr, CAPS: tl.constexpr):
-    # M is V / 8 but unknown to the compiler: were more than 8 numbers of 8 bits stored at once, the threads would lie otherwise
-    # than for the store in bf16, and all would be computed for both.
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    scores, cap_pos, cap_neg = scores + row * stride, tl.load(cap_pos), tl.load(cap_neg)
-    x, dnll = tl.load(scores + at, mask=at < V, other=0.0).to(tl.float32), tl.load(dnll + row)
-    target = tl.load(targets + row).to(tl.int32)
-    t, slope, z, cap = soft_cap(x, cap_pos, cap_neg)
-    g = tl.exp2(t * cap - tl.load(lse + row)) - tl.where(at == target, 1.0, 0.0)
-    dscore = 4.0 * dnll * (g * slope)
-    tl.store(scores + at, dscore.to(scores.dtype.element_ty), mask=at < V)
-    if CAPS:
-        g = tl.where(at < V, g * (t - 1.3862943611198906 * z * slope), 0.0)  # gradient of its cap, by dnll
-        positive = tl.sum(tl.where(x >= 0, g, 0.0), 0)
-        tl.store(dcaps + row * 2, dnll * positive)
-        tl.store(dcaps + row * 2 + 1, dnll * (tl.sum(g, 0) - positive))
-    if low is not None:
-        scale = row_scale(tl.max(tl.where(at < V, tl.abs(dscore), 0.0), 0))
-        tl.store(low_scales + row, scale)
-        tl.store(low + row * M * 8 + at, (dscore * (1.0 / scale)).to(low.dtype.element_ty), mask=at < V)
-
-
-class TwoValueNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, cap_pos, cap_neg, targets, hints, weight=None, low_args=None):
-        product = () if weight is None else (scores, *low_args[3:])
-        scores = low_args.product() if product else scores if scores.stride(1) == 1 else scores.contiguous()
-        caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
-                for cap in (cap_pos, cap_neg)]
-        nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
-        ctx.block = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a program has a row in registers
-        ctx.warps = min(16, max(2, ctx.block["BLOCK"] // 4096))
-        nll_forward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, hints, nll, log_q, lse, **ctx.block,
-                                         num_warps=2 * ctx.warps)
-        ctx.save_for_backward(scores, *caps, targets, lse, *product)
-        ctx.mark_non_differentiable(log_q)
-        return nll, log_q
-
-    @staticmethod
-    def backward(ctx, dnll, _):
-        scores, *caps, targets, lse = ctx.saved_tensors[:5]
-        product, trained = ctx.saved_tensors[5:], any(ctx.needs_input_grad[1:3])
-        dcaps, rows = lse.new_empty(len(scores), 2) if trained else lse, empty_rows(scores) if product else E4M3(None, None)
-        nll_backward_kernel[len(scores),](scores, scores.stride(0), *caps, targets, lse, dnll.contiguous(), dcaps, *rows[:2],
-                                          scores.size(1) // 8, CAPS=trained, **ctx.block, num_warps=min(32, 4 * ctx.warps))
-        dcaps = dcaps.sum(0) if trained else (None, None)
-        if not product:
-            return scores, *dcaps, *[None] * 4
-        x, w_scale, w_turned = product
-        dw = scores.T @ x  # before what is needed next
-        return low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(x)), *dcaps, None, None, dw, None
-
-
-NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without weight, float32 out."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
-
-
-def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles in float32, (T, 1, dims / 2) each."""
-    frequencies = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
-    angles = positions.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims / 2)."""
-    cos, sin = rope
-    a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-class Skip(NamedTuple):
-    """A U-Net skip on its way into the decoder."""
-
-    x: Tensor  # (T, d), what an encoder visit left
-    weight: Tensor  # (d,)
-    gate: Tensor | None  # (d,)
-
-
-def merge_skip(x: Tensor, skip: Skip | None) -> Tensor:
-    """Blend a U-Net skip into the stream by its gate, per channel; add it where there is no gate."""
-    if skip is None:
-        return x
-    if skip.gate is None:
-        return x + skip.weight * skip.x
-    gate = torch.sigmoid(skip.gate)
-    return gate * x + (1 - gate) * (skip.weight * skip.x)
-
-
-def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
-    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T, kv_heads, D).
-
-    With alpha (heads,) only tanh(alpha) of the component is taken.
-    """
-    direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]  # (T, kv_heads, 1, D)
-    grouped = y.float().unflatten(1, (v.size(1), -1))  # (T, kv_heads, group, D)
-    component = (grouped * direction).sum(-1, keepdim=True)
-    if alpha is not None:
-        component = component * torch.tanh(alpha).view(v.size(1), -1, 1)
-    return (grouped - component * direction).flatten(1, 2).to(y.dtype)
-
-
-# --- Fused steps of a block -------------------------------------------------------------------------------------------
-# Every activation is read once per pass. Sums over tokens for the gradients of vectors are kept by each program over its
-# rows, written once and then added up. The bf16 results are rounded where the plain formulas round them.
-
-TILES = {  # rows of a tile, warps of a program, programs per multiprocessor, tiles on their way through shared memory
-    "mix_norm_forward": (4, 4, 5, 1), "mix_norm_backward": (8, 8, 1, 3), "qk_prep_forward": (4, 4, 8, 1),
-    "qk_prep_backward": (4, 4, 2, 3), "xsa_gate_forward": (1, 1, 32, 1), "xsa_gate_backward": (1, 1, 16, 1),
-    "add_norm_forward": (4, 4, 8, 1), "add_norm_backward": (4, 4, 8, 1), "lane_update_forward": (4, 4, 8, 1),
-    "lane_update_backward": (4, 4, 4, 1), "low_rows": (4, 4, 8, 1)}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have of it."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232_448
-
-
-def row_tile(name: str, x: Tensor) -> tuple[int, int]:
-    """Rows of a tile of the kernel `name` and tiles on their way, as fit in shared memory for rows as wide as x's."""
-    rows, _, _, stages = TILES[name]
-    fitting = max(1, 4096 // x[0].numel())
-    return min(rows, 1 << fitting.bit_length() - 1), stages if shared_memory(x.device) > 160_000 else 1
-
-
-def row_programs(name: str, x: Tensor) -> int:
-    """How many programs the kernel `name` has for the rows of x, whatever their width."""
-    return min(-(-len(x) // TILES[name][0]), TILES[name][2] * multiprocessors(x.device))
-
-
-def partial_sums(name: str, x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
-    """One row of partial gradient for each program of the kernel `name`, for each of these vectors."""
-    return [None if v is None else v.new_empty(row_programs(name, x), *v.shape) for v in vectors]
-
-
-def totals(partial: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tensor | None]:
-    """The vectors' gradients, where they are needed."""
-    return [p.sum(0) if wanted else None for p, wanted in zip(partial, needed)]
-
-
-def over_rows(kernel, name: str, x: Tensor, *arguments, loose: Tensor | None = None, **constants) -> None:
-    """Run `kernel` over as many rows as x has. All tensors but `loose` must be contiguous."""
-    assert all(a is loose or a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
-    rows, stages = row_tile(name, x)
-    kernel[row_programs(name, x),](*arguments, T=len(x), **constants, ROWS=rows, STAGES=stages, num_warps=TILES[name][1])
-
-
-@jit
-def tile_rows(block, T, ROWS: tl.constexpr):
-    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the beginning."""
-    return (tl.cdiv(T, ROWS) - 1 - block) * ROWS + tl.arange(0, ROWS)
-
-
-@jit
-def inverse_rms(x, WIDTH: tl.constexpr):
-    """1 / rms of the last dimension, which is kept with size 1."""
-    return tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / WIDTH + 1.1920929e-7)
-
-
-@jit
-def norm_gradient(x, g, WIDTH: tl.constexpr):
-    """Gradient at x (R, WIDTH) of rms-normalized x, g being the gradient at the result."""
-    r = inverse_rms(x, WIDTH)
-    return r * (g - x * (r * r * tl.sum(x * g, 1, keep_dims=True) / WIDTH))
-
-
-@jit
-def rounded(x, like):
-    """float32 values as the tensor behind the pointer `like` would keep them."""
-    return x.to(like.dtype.element_ty).to(tl.float32)
-
-
-class E4M3(NamedTuple):
-    """A tensor in 8-bit floats with 3 bits of mantissa: about values * scale."""
-
-    values: Tensor  # float8_e4m3fn
-    scale: Tensor  # float32, () or one for each row
-    turned: Tensor | None = None  # of a matrix the transposed values: 8-bit products want both operands along the sum
-
-
-def e4m3(matrices: Tensor) -> list[E4M3]:
-    """Each of the matrices (n, rows, columns) with a scale of its own, by which its largest entry becomes 448, the largest."""
-    scales = matrices.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
-    values = (matrices / scales[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return [E4M3(*one) for one in zip(values.unbind(), apart(scales), values.mT.contiguous().unbind())]
-
-
-def apart(x: Tensor) -> tuple[Tensor, ...]:
-    """The numbers of x (n,), each at a multiple of 16 bytes, as cuBLAS wants its scales."""
-    return x[:, None].repeat(1, 4)[:, 0].unbind()
-
-
-def low_products_fit(s, dtype: torch.dtype) -> bool:
-    """Whether training's products can run in E4M3 here, for the model that the settings s describe."""
-    if not torch.cuda.is_available():
-        return False
-    x = torch.empty(0, s.model_dim, dtype=dtype, device="cuda")
-    fits = s.model_dim % 256 == s.kv_dim % 16 == s.vocab_size % 16 == 0
-    return fits and fusible(x, s.model_dim) and mlp_fusible(x, s.mlp_dim)
-
-
-def low_unit(width: int) -> float:
-    """What 1 is for the E4M3 copy of a normalized row of that width: a power of 2 by which no entry gets beyond 448."""
-    return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
-
-
-ATTENDED_UNIT = 0.25  # what 1 is for the E4M3 copy of an attention's output, which ends at 112
-
-
-@jit
-def put_low(low, at, x, UNIT: tl.constexpr, mask):
-    """Store x in E4M3, in that unit, where the kernel was given a tensor for it."""
-    if low is not None:
-        tl.store(low + at, (x / UNIT).to(low.dtype.element_ty), mask=mask)
-
-
-@jit
-def row_scale(largest):
-    """By which the largest entry of a row, in size, becomes 448."""
-    return tl.maximum(largest, 1e-30) / 448
-
-
-@jit
-def put_low_rows(low, scales, row, D: tl.constexpr, x, T):
-    """Store the rows x (R, D) in E4M3, each with the scale by which its largest entry becomes 448; row (R, 1)."""
-    scale = row_scale(tl.max(tl.abs(x), 1, keep_dims=True))
-    tl.store(scales + row, scale, mask=row < T)
-    tl.store(low + row * D + tl.arange(0, D)[None, :], (x * (1.0 / scale)).to(low.dtype.element_ty), mask=row < T)
-
-
-@jit
-def low_rows_kernel(x, low, scales, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)[:, None]
-        here = tl.load(x + row * D + tl.arange(0, D)[None, :], mask=row < T, other=0.0).to(tl.float32)
-        put_low_rows(low, scales, row, D, here, T)
-
-
-def low_rows(x: Tensor) -> E4M3:
-    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be remembered for it."""
-    if not fusible(x, x.size(1)):
-        scales = x.abs().amax(1).float().clamp(min=1e-30) / 448
-        return E4M3((x / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
-    rows = empty_rows(x)
-    over_rows(low_rows_kernel, "low_rows", x, x, *rows[:2], D=x.size(1))
-    return rows
-
-
-def empty_rows(x: Tensor) -> E4M3:
-    """Room for what low_rows makes of x."""
-    return E4M3(torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32))
-
-
-class LowArgs(NamedTuple):
-    """What a product x W^T, x (T, d) and W (n, d) in bf16, needs besides to run in E4M3, as its gradient at x then does too."""
-
-    x: Tensor
-    x_scale: Tensor  # ()
-    w: Tensor
-    w_scale: Tensor  # ()
-    w_turned: Tensor  # (d, n)
-
-    def product(self) -> Tensor:
-        return torch._scaled_mm(self.x, self.w.T, self.x_scale, self.w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-class LowProduct(torch.autograd.Function):
-    """x W^T in E4M3; the gradient of W is a product in bf16."""
-
-    @staticmethod
-    def forward(ctx, x, w, low_args):
-        ctx.save_for_backward(x, low_args.w_scale, low_args.w_turned)
-        return low_args.product()
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w_scale, w_turned = ctx.saved_tensors
-        dw = dy.T @ x  # before what is needed next, which then is still in the cache
-        return low_product(low_rows(dy.contiguous()), E4M3(w_turned, w_scale), torch.empty_like(x)), dw, None
-
-
-def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, window: int,
-             lanes: bool = False, low: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Entry of a block on the stream x (T, d): merge a U-Net skip, mix with the embedding x0 (T, d), normalize.
-
-    mix (2, d); scale (), without gradient. Returns the mixed stream, or with `lanes` the merged one before the mix; the
-    scaled normalized mix u; u[:, :window], a copy of its own, so that the gates' gradient comes back as (T, window); and
-    x and x0 again: what uses these later has its gradient added up in the kernel of the backward pass. low (T, d), if given,
-    receives u in E4M3, in units of scale * low_unit(d).
-    """
-    if not fusible(x, x.size(1)):
-        return reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low)
-    left, weight, gate = skip if skip is not None else (None, None, None)
-    out, u, head, *same = MixNorm.apply(x, x0, left, weight, gate, mix, scale, window, lanes, low)
-    x, x0 = (new if old.requires_grad else old for old, new in zip((x, x0), same))
-    return x if lanes and skip is None else out, u, head, x, x0
-
-
-def reference_mix_norm(x, x0, skip, mix, scale, window, lanes, low=None):
-    merged = merge_skip(x, skip)
-    merged = merged.to(x0.dtype) if lanes else merged
-    mixed = (mix[0] * merged + mix[1] * x0).to(x0.dtype)
-    normal = norm(mixed)
-    if low is not None:
-        low.copy_(normal.detach() / low_unit(x.size(1)))
-    u = (scale * normal).to(x0.dtype)
-    return merged if lanes else mixed, u, u[:, :window], x, x0
-
-
-@jit
-def blend(x, skip, weight, gate, SKIP: tl.constexpr):
-    """A U-Net skip in the stream: 0 none, 1 added, 2 blended by a gate."""
-    if SKIP == 2:
-        x = gate * x + (1.0 - gate) * (weight * skip)
-    elif SKIP == 1:
-        x = x + weight * skip
-    return x
-
-
-@jit
-def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, out, u, head, low, T, D: tl.constexpr, SKIP: tl.constexpr,
-                            LANES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-                            STAGES: tl.constexpr):
-    column = tl.arange(0, D)[None, :]
-    keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
-    if SKIP:
-        w = tl.load(weight + column)
-    if SKIP == 2:
-        gated = tl.sigmoid(tl.load(gate + column))
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)[:, None]
-        at, inside = row * D + column, (row < T) & (column < D)
-        merged = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        if SKIP:
-            merged = blend(merged, tl.load(skip + at, mask=inside, other=0.0).to(tl.float32), w, gated, SKIP)
-        if LANES:
-            merged = rounded(merged, u)
-        mixed = rounded(keep * merged + add * start, u)
-        if LANES:
-            if SKIP:  # else the lane is as it was
-                tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
-        normal = inverse_rms(mixed, D) * mixed
-        put_low(low, at, normal, UNIT, inside)
-        normal = (scale * normal).to(u.dtype.element_ty)
-        tl.store(u + at, normal, mask=inside)
-        if WINDOW:
-            tl.store(head + row * WINDOW + column, normal, mask=inside & (column < WINDOW))
-
-
-@jit
-def mix_norm_backward_kernel(dout, du, dhead, more, more0, x, x0, skip, weight, gate, mix, scale, dx, dx0, dskip, dweight,
-                             dgate, dmix, T, D: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
-                             ROWS: tl.constexpr, STAGES: tl.constexpr):
-    column = tl.arange(0, D)[None, :]
-    keep, add, scale, w, gated = tl.load(mix + column), tl.load(mix + D + column), tl.load(scale), 0.0, 0.0
-    if SKIP:
-        w = tl.load(weight + column)
-    if SKIP == 2:
-        gated = tl.sigmoid(tl.load(gate + column))
-    dkeep = tl.zeros([ROWS, D], tl.float32)
-    dadd, dw, dgated = dkeep, dkeep, dkeep
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)[:, None]
-        at, inside = row * D + column, (row < T) & (column < D)
-        g = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
-        stream = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        merged, other = stream, stream
-        if SKIP:
-            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-            merged = blend(stream, other, w, gated, SKIP)
-        if LANES:
-            merged = rounded(merged, x0)
-        if dhead is not None:
-            g += tl.load(dhead + row * WINDOW + column, mask=inside & (column < WINDOW), other=0.0).to(tl.float32)
-        g = norm_gradient(rounded(keep * merged + add * start, x0), scale * g, D)
-        if dout is not None and not LANES:
-            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        dkeep += g * merged
-        dadd += g * start
-        total = add * g
-        if more0 is not None:
-            total += tl.load(more0 + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx0 + at, total.to(dx0.dtype.element_ty), mask=inside)
-        g = keep * g
-        if dout is not None and LANES:
-            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        total = g
-        if SKIP == 2:
-            dgated += g * (stream - w * other)
-            total = gated * g
-            g = (1.0 - gated) * g
-        if SKIP:
-            dw += g * other
-            tl.store(dskip + at, (w * g).to(dskip.dtype.element_ty), mask=inside)
-        if more is not None:
-            total += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
-    at = tl.program_id(0) * D + tl.arange(0, D)
-    dmix += tl.program_id(0) * D
-    tl.store(dmix + at, tl.sum(dkeep, 0))
-    tl.store(dmix + D + at, tl.sum(dadd, 0))
-    if SKIP:
-        tl.store(dweight + at, tl.sum(dw, 0))
-    if SKIP == 2:
-        slope = tl.sigmoid(tl.load(gate + tl.arange(0, D)))
-        tl.store(dgate + at, slope * (1.0 - slope) * tl.sum(dgated, 0))
-
-
-class MixNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, x0, skip, weight, gate, mix, scale, window, lanes, low=None):
-        ctx.save_for_backward(x, x0, skip, weight, gate, mix, scale)
-        ctx.set_materialize_grads(False)
-        ctx.kind = dict(D=x.size(1), SKIP=(skip is not None) + (gate is not None), LANES=lanes, WINDOW=window)
-        out = x.new_empty(0) if lanes and skip is None else torch.empty_like(x)
-        u, head = torch.empty_like(x), x.new_empty(len(x), window)
-        over_rows(mix_norm_forward_kernel, "mix_norm_forward", x, x, x0, skip, weight, gate, mix, scale, out, u, head,
-                  low, UNIT=low_unit(x.size(1)), **ctx.kind)
-        return out, u, head, x, x0
-
-    @staticmethod
-    def backward(ctx, *gradients):  # at all five, None where nothing comes; something always reaches u
-        x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
-        dx, dx0, dskip = (None if like is None else torch.empty_like(x) for like in (x, x0, skip))
-        partial = partial_sums("mix_norm_backward", x, weight, gate, mix)
-        gradients = (None if g is None else g.contiguous() for g in gradients)
-        over_rows(mix_norm_backward_kernel, "mix_norm_backward", x, *gradients, *ctx.saved_tensors, dx, dx0, dskip, *partial,
-                  **ctx.kind)
-        return dx, dx0, dskip, *totals(partial, ctx.needs_input_grad[3:6]), *[None] * 4
-
-
-def qk_prep(qkv: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int, copies: int = 1,
-            weight: Tensor | None = None, low_args: LowArgs | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries (T, heads, D), keys and values (T, kv_heads copies, D) of the fused product qkv (T, (heads + 2 kv_heads) D).
-
-    Queries and keys are normalized per head and rotated; queries are multiplied by gain (heads,). Every key and value head
-    comes `copies` times in a row: the backward pass of attention is faster where no two query heads add to the same one.
-    Last the values once more, a strided view (T, kv_heads, D), for what subtracts them: the gradients meet in one kernel.
-    weight ((heads + 2 kv_heads) D, d): given is the product's input (T, d) instead, and the product runs in E4M3.
-    """
-    width = (qkv if weight is None else weight.T).size(1)
-    if not fusible(qkv, heads, kv_heads, width // (heads + 2 * kv_heads), rope[0].size(-1)):
-        return reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies, weight, low_args)
-    return QKPrep.apply(qkv, *rope, gain, heads, kv_heads, copies, weight, low_args)
-
-
-def reference_qk_prep(qkv, rope, gain, heads, kv_heads, copies=1, weight=None, low_args=None):
-    qkv = qkv if weight is None else LowProduct.apply(qkv, weight, low_args)
-    q, k, own = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
-    k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (rotate(norm(k), rope).to(qkv.dtype), own))
-    return (rotate(norm(q), rope) * gain[:, None]).to(qkv.dtype), k, v, own
-
-
-@jit
-def turned(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """x (ROWS, H, D) rotated; cos and sin from rotary_tile().
-
-    The partner comes from a xor over pairs of halves: an exact exchange between neighbouring lanes, without shared memory.
-    """
-    x = tl.reshape(x, (ROWS, H, D // (2 * HALF), 2, HALF))
-    bits = x.to(tl.int32, bitcast=True)
-    partner = (bits ^ tl.xor_sum(bits, 3, keep_dims=True)).to(tl.float32, bitcast=True)
-    return tl.reshape(x * cos + partner * sin, (ROWS, H, D))
-
-
-@jit
-def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the rotary dimensions.
-
-    What is loaded is small enough for every thread to load its share, where a whole tile would go through shared memory.
-    """
-    token = row[:, None, None, None, None]
-    at, inside = token * HALF + tl.arange(0, HALF)[None, None, None, None, :], token < T
-    c, s = tl.load(cos + at, mask=inside, other=1.0), tl.load(sin + at, mask=inside, other=0.0)
-    turns = tl.arange(0, D // (2 * HALF))[None, None, :, None, None] == 0
-    first = tl.arange(0, 2)[None, None, None, :, None] == 0
-    return tl.where(turns, c, 1.0), tl.where(turns, tl.where(first, s, -s), 0.0)
-
-
-@jit
-def qk_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated ones."""
-    r = inverse_rms(x, D)
-    n, g = r * x, turned(g, cos, -sin, ROWS, H, D, HALF)
-    dgain = tl.sum(n * g, 2, keep_dims=True)
-    return (r * gain) * (g - n * (dgain / D)), dgain
-
-
-@jit
-def heads_largest(x):
-    """The largest size of an entry of x (R, H, D) in each row, (R, 1, 1)."""
-    return tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True)
-
-
-@jit
-def qk_prep_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
-                           D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
-    column = tl.arange(0, D)[None, None, :]
-    gain = tl.load(gain + head)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)
-        token = row[:, None, None]
-        own, kv_own, inside = head * D + column, kv_head * D + column, token < T
-        at = token * ((HEADS + 2 * KV_HEADS) * D)
-        x = tl.load(qkv + at + own, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(qkv + at + HEADS * D + kv_own, mask=inside, other=0.0).to(tl.float32)
-        c, s = rotary_tile(cos, sin, row, T, D, HALF)
-        x = turned(x * (inverse_rms(x, D) * gain), c, s, ROWS, HEADS, D, HALF)
-        y = turned(y * inverse_rms(y, D), c, s, ROWS, KV_HEADS, D, HALF)
-        tl.store(q + token * (HEADS * D) + own, x.to(q.dtype.element_ty), mask=inside)
-        to = (token * KV_HEADS + kv_head) * (COPIES * D) + column
-        for copy in tl.static_range(COPIES):
-            tl.store(k + to + copy * D, y.to(k.dtype.element_ty), mask=inside)
-        if COPIES > 1:
-            own_value = tl.load(qkv + at + (HEADS + KV_HEADS) * D + kv_own, mask=inside, other=0.0)
-            for copy in tl.static_range(COPIES):
-                tl.store(v + to + copy * D, own_value, mask=inside)
-
-
-@jit
-def qk_prep_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, low, low_scales, dgain, T, HEADS: tl.constexpr,
-                            KV_HEADS: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                            ROWS: tl.constexpr, STAGES: tl.constexpr):
-    head, kv_head = tl.arange(0, HEADS)[None, :, None], tl.arange(0, KV_HEADS)[None, :, None]
-    column = tl.arange(0, D)[None, None, :]
-    gain = tl.load(gain + head)
-    total = tl.zeros([ROWS, HEADS, 1], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)
-        token = row[:, None, None]
-        own, kv_own, inside = head * D + column, kv_head * D + column, token < T
-        at = token * ((HEADS + 2 * KV_HEADS) * D)
-        at, kv_at = at + own, at + HEADS * D + kv_own
-        x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-        gx = tl.load(dq + token * (HEADS * D) + own, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(qkv + kv_at, mask=inside, other=0.0).to(tl.float32)
-        gv = tl.load(dv_own + token * (KV_HEADS * D) + kv_own, mask=inside, other=0.0).to(tl.float32)
-        gy, kv_from = tl.zeros_like(gv), (token * KV_HEADS + kv_head) * (COPIES * D) + column
-        for copy in tl.static_range(COPIES):
-            gy += tl.load(dk + kv_from + copy * D, mask=inside, other=0.0).to(tl.float32)
-            gv += tl.load(dv + kv_from + copy * D, mask=inside, other=0.0).to(tl.float32)
-        c, s = rotary_tile(cos, sin, row, T, D, HALF)
-        gx, more = qk_gradient(x, gx, gain, c, s, ROWS, HEADS, D, HALF)
-        gy, _ = qk_gradient(y, gy, 1.0, c, s, ROWS, KV_HEADS, D, HALF)
-        total += more
-        tl.store(dqkv + at, gx.to(dqkv.dtype.element_ty), mask=inside)
-        tl.store(dqkv + kv_at, gy.to(dqkv.dtype.element_ty), mask=inside)
-        tl.store(dqkv + kv_at + KV_HEADS * D, gv.to(dqkv.dtype.element_ty), mask=inside)
-        if low is not None:
-            largest = tl.maximum(heads_largest(gx), tl.maximum(heads_largest(gy), heads_largest(gv)))
-            scale = row_scale(largest)
-            tl.store(low_scales + token, scale, mask=inside)
-            factor = 1.0 / scale
-            tl.store(low + at, (gx * factor).to(low.dtype.element_ty), mask=inside)
-            tl.store(low + kv_at, (gy * factor).to(low.dtype.element_ty), mask=inside)
-            tl.store(low + kv_at + KV_HEADS * D, (gv * factor).to(low.dtype.element_ty), mask=inside)
-    tl.store(dgain + tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None], tl.sum(total, 0))
-
-
-class QKPrep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, cos, sin, gain, heads, kv_heads, copies, weight=None, low_args=None):
-        product = () if weight is None else (qkv, *low_args[3:])
-        qkv = qkv if weight is None else low_args.product()
-        ctx.save_for_backward(qkv, cos, sin, gain, *product)
-        D = qkv.size(1) // (heads + 2 * kv_heads)
-        ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
-        q, k = (qkv.new_empty(len(qkv), n, D) for n in (heads, kv_heads * copies))
-        v, own = (qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D)) for _ in range(2))
-        v = torch.empty_like(k) if copies > 1 else v
-        over_rows(qk_prep_forward_kernel, "qk_prep_forward", qkv, qkv, cos, sin, gain, q, k, v if copies > 1 else None,
-                  **ctx.kind)
-        return q, k, v, own
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        qkv, cos, sin, gain, *product = ctx.saved_tensors
-        dqkv, partial = torch.empty_like(qkv), partial_sums("qk_prep_backward", qkv, gain)
-        rows = empty_rows(qkv) if product else E4M3(None, None)
-        over_rows(qk_prep_backward_kernel, "qk_prep_backward", qkv, *(g.contiguous() for g in gradients), qkv, cos, sin, gain,
-                  dqkv, *rows[:2], *partial, **ctx.kind)
-        [dgain] = totals(partial, ctx.needs_input_grad[3:4])
-        if not product:
-            return dqkv, None, None, dgain, *[None] * 5
-        x, w_scale, w_turned = product
-        dw = dqkv.T @ x  # before what is needed next
-        return low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(x)), None, None, dgain, *[None] * 3, dw, None
-
-
-def xsa_gate(y: Tensor, v: Tensor | None, window: Tensor | None, weight: Tensor | None, alpha: Tensor | None,
-             scale: float, low: Tensor | None = None) -> Tensor:
-    """Attention output y (T, heads, D) without its component along the own value v (T, kv_heads, D), gated; (T, heads D).
-
-    v None: nothing is taken away; alpha (heads,): only tanh(alpha) of the component is. weight (heads, w) and window (T, w),
-    the leading channels of the normalized input: head h is multiplied by sigmoid(scale weight_h . window_t). low (T, heads D),
-    if given, receives the result in E4M3, in units of ATTENDED_UNIT.
-    """
-    if v is None or not fusible(y, *y.shape[1:], v.size(1)):
-        return reference_xsa_gate(y, v, window, weight, alpha, scale, low)
-    return XSAGate.apply(y, v, window, weight, alpha, scale, low)
-
-
-def reference_xsa_gate(y, v, window, weight, alpha, scale, low=None):
-    if v is not None:
-        y = exclude_own_value(y, v, alpha)
-    if weight is not None:
-        y = (y * torch.sigmoid(scale * F.linear(window, weight.to(window.dtype)).float())[..., None]).to(y.dtype)
-    y = y.flatten(1)
-    if low is not None:
-        low.copy_((y.detach() / ATTENDED_UNIT).clamp(-448, 448))
-    return y
-
-
-@jit
-def gate_weights(weight, window, WINDOW: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """(KV_HEADS, 1, GROUP, PADDED), rounded as the product with the gates' inputs `window` rounds them."""
-    i = tl.arange(0, PADDED)[None, None, None, :]
-    head = tl.arange(0, KV_HEADS)[:, None, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
-    return rounded(tl.load(weight + head * WINDOW + i, mask=i < WINDOW, other=0.0), window)
-
-
-@jit
-def unit(v):
-    """v (..., D) over its length, the inverse length, and whether that is not clamped."""
-    length = tl.sqrt(tl.sum(v * v, -1, keep_dims=True))
-    inverse = 1.0 / tl.maximum(length, 1e-12)
-    return v * inverse, inverse, length > 1e-12
-
-
-# Tiles are (KV_HEADS, ROWS, GROUP, D): so the compiler gives a warp whole tokens, and no sum crosses warps.
-
-
-@jit
-def xsa_gate_forward_kernel(y, v, window, weight, alpha, z, gates, low, T, v_stride, scale, GATE: tl.constexpr,
-                            ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                            WINDOW: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-                            STAGES: tl.constexpr):
-    kv_head, member = tl.arange(0, KV_HEADS)[:, None, None, None], tl.arange(0, GROUP)[None, None, :, None]
-    head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
-    i, share, w = tl.arange(0, PADDED)[None, None, None, :], 1.0, 0.0
-    if ALPHA:
-        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    if GATE:
-        w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)
-        token = row[None, :, None, None]
-        at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
-        out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(v + token * v_stride + kv_head * D + column, mask=inside, other=0.0).to(tl.float32)
-        direction, _, _ = unit(value)
-        out -= share * tl.sum(out * direction, 3, keep_dims=True) * direction
-        if GATE:
-            u = tl.load(window + token * WINDOW + i, mask=inside & (i < WINDOW), other=0.0).to(tl.float32)
-            gate = tl.sigmoid(scale * tl.sum(u * w, 3, keep_dims=True))
-            tl.store(gates + token * (KV_HEADS * GROUP) + head, gate, mask=inside)
-            out *= gate
-        tl.store(z + at, out.to(z.dtype.element_ty), mask=inside)
-        put_low(low, at, out, UNIT, inside)
-
-
-@jit
-def xsa_gate_backward_kernel(dz, y, v, window, weight, alpha, gates, dy, dv, dwindow, dweight, dalpha, T, v_stride, scale,
-                             GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                             D: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-                             STAGES: tl.constexpr):
-    kv_head, member = tl.arange(0, KV_HEADS)[:, None, None, None], tl.arange(0, GROUP)[None, None, :, None]
-    head, column = kv_head * GROUP + member, tl.arange(0, D)[None, None, None, :]
-    i, share, w = tl.arange(0, PADDED)[None, None, None, :], 1.0, 0.0
-    if ALPHA:
-        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    if GATE:
-        w = gate_weights(weight, window, WINDOW, PADDED, KV_HEADS, GROUP)
-    da, dw = tl.zeros([KV_HEADS, ROWS, GROUP, 1], tl.float32), tl.zeros([KV_HEADS, ROWS, GROUP, PADDED], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)
-        token = row[None, :, None, None]
-        at, inside = token * (KV_HEADS * GROUP * D) + head * D + column, token < T
-        out = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(v + token * v_stride + kv_head * D + column, mask=inside, other=0.0).to(tl.float32)
-        direction, inverse, free = unit(value)
-        component = tl.sum(out * direction, 3, keep_dims=True)
-        along = tl.sum(g * direction, 3, keep_dims=True)
-        if GATE:
-            u = tl.load(window + token * WINDOW + i, mask=inside & (i < WINDOW), other=0.0).to(tl.float32)
-            gate = tl.load(gates + token * (KV_HEADS * GROUP) + head, mask=inside, other=0.0)
-            dscore = (tl.sum(g * out, 3, keep_dims=True) - share * component * along) * (scale * gate * (1.0 - gate))
-            dw += dscore * u
-            du = tl.sum(tl.sum(dscore * w, 2, keep_dims=True), 0, keep_dims=True)
-            tl.store(dwindow + token * WINDOW + i, du.to(dwindow.dtype.element_ty), mask=inside & (i < WINDOW))
-            g *= gate
-            along *= gate
-        if ALPHA:
-            da -= component * along * (1.0 - share * share)
-        tl.store(dy + at, (g - share * along * direction).to(dy.dtype.element_ty), mask=inside)
-        turn = tl.sum(share * component * g + share * along * out, 2, keep_dims=True)  # less: gradient at the direction
-        twice = 2.0 * tl.sum(share * component * along, 2, keep_dims=True)
-        turn = inverse * (tl.where(free, twice, 0.0) * direction - turn)
-        tl.store(dv + token * (KV_HEADS * D) + kv_head * D + column, turn.to(dv.dtype.element_ty), mask=inside)
-    head += tl.program_id(0) * (KV_HEADS * GROUP)
-    if GATE:
-        tl.store(dweight + head * WINDOW + i, tl.sum(dw, 1, keep_dims=True), mask=i < WINDOW)
-    if ALPHA:
-        tl.store(dalpha + head, tl.sum(da, 1, keep_dims=True))
-
-
-class XSAGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, v, window, weight, alpha, scale, low=None):
-        assert v.stride()[1:] == (v.size(2), 1)
-        y, z = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
-        gates = None if weight is None else y.new_empty(y.shape[:2], dtype=torch.float32)
-        ctx.save_for_backward(y, v, window, weight, alpha, gates)
-        count = 1 if weight is None else window.size(1)
-        ctx.scale, ctx.kind = scale, dict(
-            GATE=weight is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1), D=y.size(2),
-            WINDOW=count, PADDED=triton.next_power_of_2(count), v_stride=v.stride(0), scale=scale)
-        over_rows(xsa_gate_forward_kernel, "xsa_gate_forward", y, y, v, window, weight, alpha, z, gates, low, loose=v,
-                  UNIT=ATTENDED_UNIT, **ctx.kind)
-        return z.flatten(1)
-
-    @staticmethod
-    def backward(ctx, dz):
-        y, v, window, weight, alpha, gates = ctx.saved_tensors
-        dy, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, v))
-        dwindow = None if weight is None else torch.empty_like(window)
-        partial = partial_sums("xsa_gate_backward", y, weight, alpha)
-        over_rows(xsa_gate_backward_kernel, "xsa_gate_backward", y, dz.contiguous(), y, v, window, weight, alpha, gates, dy,
-                  dv, dwindow, *partial, loose=v, **ctx.kind)
-        return dy, dv, dwindow, *totals(partial, ctx.needs_input_grad[3:5]), None, None
-
-
-def add_norm(x: Tensor, y: Tensor | None, scale: Tensor, low: Tensor | None = None, weight: Tensor | None = None,
-             low_args: LowArgs | None = None) -> tuple[Tensor, Tensor]:
-    """x + y and its RMSNorm times scale (), which gets no gradient; both like x (T, d). y None: x itself and its norm.
-
-    low: see mix_norm. weight (d, n): what is added is y W^T, y (T, n). The backward pass does without x + y, which may be
-    written over, but not without a gradient at the norm.
-    """
-    return (AddNorm.apply if fusible(x, x.size(1)) else reference_add_norm)(x, y, scale, low, weight, low_args)
-
-
-def reference_add_norm(x, y, scale, low=None, weight=None, low_args=None):
-    if weight is not None:
-        y = F.linear(y, weight) if low_args is None else LowProduct.apply(y, weight, low_args)
-    x = x if y is None else x + y
-    normal = norm(x)
-    if low is not None:
-        low.copy_(normal.detach() / low_unit(x.size(1)))
-    return x, (scale * normal).to(x.dtype)
-
-
-@jit
-def add_norm_forward_kernel(x, y, scale, out, u, inverse, low, T, D: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr,
-                            ROWS: tl.constexpr, STAGES: tl.constexpr):
-    column, factor = tl.arange(0, D)[None, :], tl.load(scale)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)[:, None]
-        at, inside = row * D + column, (row < T) & (column < D)
-        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            total = rounded(total + tl.load(y + at, mask=inside, other=0.0).to(tl.float32), out)
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-        r = inverse_rms(total, D)
-        put_low(low, at, r * total, UNIT, inside)
-        tl.store(u + at, (factor * r * total).to(u.dtype.element_ty), mask=inside)
-        tl.store(inverse + row, r, mask=row < T)
-
-
-@jit
-def add_norm_backward_kernel(dout, du, u, scale, inverse, dx, low, low_scales, T, D: tl.constexpr, ROWS: tl.constexpr,
-                             STAGES: tl.constexpr):
-    column, factor = tl.arange(0, D)[None, :], tl.load(scale)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile_rows(block, T, ROWS)[:, None]
-        at, inside = row * D + column, (row < T) & (column < D)
-        normal = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) / factor
-        g = factor * tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(inverse + row, mask=row < T, other=0.0) * (g - normal * (tl.sum(normal * g, 1, keep_dims=True) / D))
-        if dout is not None:
-            g += tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
-        if low is not None:
-            put_low_rows(low, low_scales, row, D, g, T)
-
-
-class AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, scale, low=None, weight=None, low_args=None):
-        ctx.set_materialize_grads(False)
-        ctx.added, factor = y is not None, y if weight is not None else None
-        if weight is not None:
-            y = F.linear(y, weight) if low_args is None else low_args.product()
-        out, u = x if y is None else torch.empty_like(x), torch.empty_like(x)
-        inverse = x.new_empty(len(x), dtype=torch.float32)
-        over_rows(add_norm_forward_kernel, "add_norm_forward", x, x, y, scale, out, u, inverse, low, D=x.size(1),
-                  ADD=y is not None, UNIT=low_unit(x.size(1)))
-        ctx.save_for_backward(u, factor, scale, inverse, weight, *((None, None) if low_args is None else low_args[3:]))
-        return out, u
-
-    @staticmethod
-    def backward(ctx, dout, du):
-        u, y, scale, inverse, weight, w_scale, w_turned = ctx.saved_tensors
-        dx, rows = torch.empty_like(u), E4M3(None, None) if w_turned is None else empty_rows(u)
-        dout = None if dout is None else dout.contiguous()
-        over_rows(add_norm_backward_kernel, "add_norm_backward", u, dout, du.contiguous(), u, scale, inverse, dx, *rows[:2],
-                  D=u.size(1))
-        if weight is not None:
-            dw = dx.T @ y  # before what is needed next
-            dy = dx @ weight if w_turned is None else low_product(rows, E4M3(w_turned, w_scale), torch.empty_like(y))
-            return dx, dy, None, None, dw, None
-        return dx, dx if ctx.added else None, *[None] * 4
-
-
-def lane_update(lane0: Tensor, lane1: Tensor, from_attn: Tensor, from_mlp: Tensor, resid: Tensor,
-                post: Tensor) -> tuple[Tensor, Tensor]:
-    """Both lanes (T, d) after a two-lane block: lane k becomes resid_k lane_k + post_0k from_attn + post_1k from_mlp.
-
-    resid (2,) and post (2, 2).
-    """
-    if not fusible(lane0, lane0.size(1)):
-        return reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post)
-    return LaneUpdate.apply(lane0, lane1, from_attn, from_mlp, resid, post)
-
-
-def reference_lane_update(lane0, lane1, from_attn, from_mlp, resid, post):
-    return tuple((resid[k] * lane + post[0, k] * from_attn + post[1, k] * from_mlp).to(lane0.dtype)
-                 for k, lane in enumerate((lane0, lane1)))
-
-
-@jit
-def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr,
-                               STAGES: tl.constexpr):
-    r0, r1 = tl.load(resid), tl.load(resid + 1)
-    a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row, column = tile_rows(block, T, ROWS)[:, None], tl.arange(0, D)[None, :]
-        at, inside = row * D + column, (row < T) & (column < D)
-        a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(mlp + at, mask=inside, other=0.0).to(tl.float32)
-        x = r0 * tl.load(lane0 + at, mask=inside, other=0.0).to(tl.float32) + a0 * a + m0 * m
-        tl.store(new0 + at, x.to(new0.dtype.element_ty), mask=inside)
-        x = r1 * tl.load(lane1 + at, mask=inside, other=0.0).to(tl.float32) + a1 * a + m1 * m
-        tl.store(new1 + at, x.to(new1.dtype.element_ty), mask=inside)
-
-
-@jit
-def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, dresid,
-                                dpost, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    r0, r1 = tl.load(resid), tl.load(resid + 1)
-    a0, a1, m0, m1 = tl.load(post), tl.load(post + 1), tl.load(post + 2), tl.load(post + 3)
-    s0 = tl.zeros([ROWS], tl.float32)
-    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
-    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row, column = tile_rows(block, T, ROWS)[:, None], tl.arange(0, D)[None, :]
-        at, inside = row * D + column, (row < T) & (column < D)
-        g0 = tl.load(dnew0 + at, mask=inside, other=0.0).to(tl.float32)
-        g1 = tl.load(dnew1 + at, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(attn + at, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(mlp + at, mask=inside, other=0.0).to(tl.float32)
-        s0 += tl.sum(g0 * tl.load(lane0 + at, mask=inside, other=0.0).to(tl.float32), 1)
-        s1 += tl.sum(g1 * tl.load(lane1 + at, mask=inside, other=0.0).to(tl.float32), 1)
-        s2 += tl.sum(g0 * a, 1)
-        s3 += tl.sum(g1 * a, 1)
-        s4 += tl.sum(g0 * m, 1)
-        s5 += tl.sum(g1 * m, 1)
-        tl.store(dlane0 + at, (r0 * g0).to(dlane0.dtype.element_ty), mask=inside)
-        tl.store(dlane1 + at, (r1 * g1).to(dlane1.dtype.element_ty), mask=inside)
-        tl.store(dattn + at, (a0 * g0 + a1 * g1).to(dattn.dtype.element_ty), mask=inside)
-        tl.store(dmlp + at, (m0 * g0 + m1 * g1).to(dmlp.dtype.element_ty), mask=inside)
-    dresid, dpost = dresid + tl.program_id(0) * 2, dpost + tl.program_id(0) * 4
-    tl.store(dresid, tl.sum(s0, 0))
-    tl.store(dresid + 1, tl.sum(s1, 0))
-    tl.store(dpost, tl.sum(s2, 0))
-    tl.store(dpost + 1, tl.sum(s3, 0))
-    tl.store(dpost + 2, tl.sum(s4, 0))
-    tl.store(dpost + 3, tl.sum(s5, 0))
-
-
-class LaneUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, lane0, lane1, from_attn, from_mlp, resid, post):
-        ctx.save_for_backward(lane0, lane1, from_attn, from_mlp, resid, post)
-        new = torch.empty_like(lane0), torch.empty_like(lane0)
-        over_rows(lane_update_forward_kernel, "lane_update_forward", lane0, lane0, lane1, from_attn, from_mlp, resid, post,
-                  *new, D=lane0.size(1))
-        return new
-
-    @staticmethod
-    def backward(ctx, dnew0, dnew1):
-        lane0, *_, resid, post = ctx.saved_tensors
-        gradients = [torch.empty_like(lane0) for _ in range(4)]
-        partial = partial_sums("lane_update_backward", lane0, resid, post)
-        over_rows(lane_update_backward_kernel, "lane_update_backward", lane0, dnew0.contiguous(), dnew1.contiguous(),
-                  *ctx.saved_tensors, *gradients, *partial, D=lane0.size(1))
-        return *gradients, *totals(partial, ctx.needs_input_grad[4:])
-
-
-# --- MLP --------------------------------------------------------------------------------------------------------------
-# On Hopper both products that meet the activation are one kernel: of the nine warps on a multiprocessor one loads, and two
-# groups of four take turns, so that one finishes a tile while the other multiplies.
-
-MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
-LOW_RING = dict(BK=128, STAGES=6)  # instead, with x and w in 8 bits
-LOW_TILE = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # of low_product
-A_UNIT = 4.0  # what 1 is for the activation in 8 bits, which ends at 1,792
-DP_UNIT = 2.0 ** 17  # likewise for the gradient before the activation, in units of the 8-bit product that it comes from
-
-
-class LowMLP(NamedTuple):
-    """What the products of squared_mlp need to run in E4M3, d a multiple of 256."""
-
-    u: E4M3
-    w_up: E4M3
-    w_down: E4M3
-    a_unit: Tensor  # (), A_UNIT
-    dp_unit: Tensor  # (), DP_UNIT * w_up.scale * w_down.scale
-
-
-def squared_mlp(u: Tensor, w_up: Tensor, w_down: Tensor, slope: float, x: Tensor | None = None,
-                low: LowMLP | None = None) -> Tensor:
-    """leaky_relu_squared(u W_up^T) W_down^T, added to x if given; u and x (T, d), w_up (F, d), w_down (d, F).
-
-    On CUDA the sum is written over x, which nothing else may need then. `low`: where the kernel runs, the products of the
-    forward pass and those for the gradients of activation and u multiply 8-bit floats; those for the matrices' do not.
-    """
-    if not mlp_fusible(u, len(w_up)):
-        y = F.linear(leaky_relu_squared(F.linear(u, w_up), slope), w_down)
-        return y if x is None else x + y
-    return SquaredMLP.apply(u, w_up, w_down, slope, x, low)
-
-
-def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope).square()
-
-
-def mlp_fusible(u: Tensor, hidden: int) -> bool:
-    """Whether the kernel runs for u (T, d): on Hopper, if rows of u, blocks of w and parts of results fit into 227 KiB."""
-    (_, d), (BM, BN, BK, STAGES) = u.shape, MLP_TILE.values()
-    return (gluon is not None and u.is_cuda and u.dtype == torch.bfloat16 and d % BK == hidden % (2 * BN) == 0
-            and 2 * (BM * d + STAGES * BK * BN + BM * BN) <= 226 * 1024 and torch.cuda.get_device_capability(u.device)[0] == 9)
-
-
-gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"], do_not_specialize_on_alignment=[
-    "x_scale", "w_scale"]) if gluon else lambda function: function
-tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
-tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
-
-
-@gluon_jit
-def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
-    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip, the third, ..."""
-    made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SIZE):
-        mbarrier.init(made.index(i), count=COUNT)
-    return made
-
-
-@gluon_jit
-def load_block(source, place, full, block):
-    """Begin to copy the block at place = [row, column] to shared memory; `full` flips when it is there."""
-    mbarrier.expect(full, source.block_type.nbytes)
-    tma_load(source, place, full, block)
-
-
-@gluon_jit
-def fetch(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-          BK: gl.constexpr, STAGES: gl.constexpr):
-    """The warp that loads: per row of tiles the blocks of x, per tile those of w, each as soon as its place is free."""
-    xs, x_full, x_free, ws, w_full, w_free = rings
-    step, turn = 0, 0
-    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
-        for column in range(0, N, BN):
-            for k in range(K // BK):
-                if column == 0:
-                    mbarrier.wait(x_free.index(k), turn & 1 ^ 1)
-                    load_block(x, [row, k * BK], x_full.index(k), xs.index(k))
-                stage = step % STAGES
-                mbarrier.wait(w_free.index(stage), step // STAGES & 1 ^ 1)
-                load_block(w, [k * BK, column] if ACROSS else [column, k * BK], w_full.index(stage), ws.index(stage))
-                step += 1
-        turn += 1
-
-
-@gluon_jit
-def multiply(rings, step, turn, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-             BK: gl.constexpr, STAGES: gl.constexpr):
-    """A tile (BM, BN) of the product; `step` counts blocks of w, `turn` rows of tiles, `last`: x is needed no more.
-
-    A block is given back once the next product runs. `done` flips when the other group may begin.
-    """
-    xs, x_full, x_free, ws, w_full, w_free = rings
-    DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth  # of one instruction
-    acc = hopper.warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, DEPTH])))
-    for k in range(K // BK):
-        stage, before = (step + k) % STAGES, gl.maximum(k - 1, 0)
-        mbarrier.wait(x_full.index(k), turn & 1)
-        mbarrier.wait(w_full.index(stage), (step + k) // STAGES & 1)
-        right = ws.index(stage) if ACROSS else ws.index(stage).permute((1, 0))
-        acc = hopper.warpgroup_mma(xs.index(k), right, acc, use_acc=k > 0, is_async=True)
-        acc = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=(acc,)))
-        mbarrier.arrive(w_free.index((step + before) % STAGES), count=1, pred=k > 0)
-        mbarrier.arrive(x_free.index(before), count=1, pred=last & (k > 0))
-    mbarrier.arrive(done, count=1)
-    product = hopper.warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(w_free.index((step + K // BK - 1) % STAGES), count=1)
-    mbarrier.arrive(x_free.index(K // BK - 1), count=1, pred=last)
-    return product
-
-
-@gluon_jit
-def halves(x, R: gl.constexpr, C: gl.constexpr):
-    """The left and the right one of x (R, C)."""
-    return x.reshape([R, 2, C // 2]).permute([0, 2, 1]).split()
-
-
-@gluon_jit
-def take_turns(WHICH: gl.constexpr, own, rings, a, out, low, rest, UNIT: gl.constexpr, BACKWARD: gl.constexpr,
-               N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """Group WHICH, 0 or 1, makes every other tile of a row. A tile leaves in four parts, and a arrives so, by two buffers."""
-    bits, M, slope, x_scale, w_scale = rest
-    begin, done, buffers = own[:3]  # then backward a barrier for each buffer, with UNIT the buffers for what leaves in 8 bits
-    LOW: gl.constexpr = UNIT is not None
-    ACROSS: gl.constexpr = BACKWARD and not LOW
-    C: gl.constexpr = BN // 4
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    sign = gl.expand_dims(1 << gl.arange(0, C, gl.SliceLayout(0, PART)), 0)
-    scale = 1.0
-    if LOW:
-        scale = gl.load(w_scale)
-        if not BACKWARD:
-            scale *= gl.load(x_scale)
-    count = 0  # of tiles
-    for row in range(gl.program_id(0) * BM, M, gl.num_programs(0) * BM):
-        rows = row + gl.arange(0, BM, gl.SliceLayout(1, PART))
-        for column in range(WHICH * BN, N, 2 * BN):
-            words, inside = bits + (column // C).to(gl.int64) * M + rows, rows < M
-            if BACKWARD:
-                tma.store_wait(0)
-                for i in gl.static_range(2):
-                    load_block(a, [row, column + i * C], own[3].index(i), buffers.index(i))
-                kept = (gl.load(words, mask=inside), gl.load(words + M, mask=inside),
-                        gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
-                if LOW:
-                    factor = gl.expand_dims(scale * gl.load(x_scale + rows, mask=inside, other=0.0), 1)
-            # Not before the other one has had all its blocks of w: a parity tells but one turn of the ring from the next.
-            mbarrier.wait(begin, count + 1 - WHICH & 1)
-            acc = multiply(rings, (2 * count + WHICH) * (K // BK), count // (N // BN // 2), column >= N - 2 * BN, done,
-                           ACROSS, K, BM, BN, BK, STAGES)
-            left, right = halves(acc, BM, BN)
-            parts = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
-            for i in gl.static_range(4):
-                value, buffer = gl.convert_layout(parts[i], PART), buffers.index(i % 2)
-                if BACKWARD:
-                    mbarrier.wait(own[3].index(i % 2), i // 2)
-                    positive = (gl.expand_dims(kept[i], 1) & sign) == 0
-                    value *= gl.sqrt(buffer.load(PART).to(gl.float32)) * gl.where(positive, 2.0, -2.0 * slope)
-                    if LOW:
-                        own[4].index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
-                        value *= factor
-                else:
-                    if LOW:
-                        value *= scale
-                    gl.store(words + i * M, gl.sum(gl.where(value < 0, sign, 0), 1), mask=inside)
-                    value = gl.where(value < 0, slope * value, value)
-                    value *= value
-                    tma.store_wait(2 if LOW else 1)
-                    if LOW:
-                        own[3].index(i % 2).store((value * (1 / UNIT)).to(gl.float8e4nv))
-                buffer.store(value.to(gl.bfloat16))
-                hopper.fence_async_shared()
-                tma_store(out, [row, column + i * C], buffer)
-                if LOW:
-                    tma_store(low, [row, column + i * C], own[3 + BACKWARD].index(i % 2))
-                if BACKWARD and i == 1:
-                    for j in gl.static_range(2):
-                        tma.store_wait((1 - j) * (1 + LOW))
-                        load_block(a, [row, column + (2 + j) * C], own[3].index(j), buffers.index(j))
-            count += 1
-    tma.store_wait(0)
-
-
-@gluon_jit
-def part_buffers(out, low, BACKWARD: gl.constexpr):
-    """What a group passes parts of tiles through, see own in take_turns.
-
-    A barrier that nothing waits for must not be made: its place would be given to other data, and where a kernel is
-    interrupted, because another process has its turn, the barrier is restored there.
-    """
-    made = (gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout),)
-    if BACKWARD:
-        made += (barriers(2, 1),)
-    if low is not None:
-        made += (gl.allocate_shared_memory(low.dtype, [2] + low.block_type.shape, low.layout),)
-    return made
-
-
-@gluon_jit
-def mlp_product_kernel(x, w, a, out, low, bits, M, slope, x_scale, w_scale, UNIT: gl.constexpr, BACKWARD: gl.constexpr,
-                       N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-                       STAGES: gl.constexpr):
-    """See mlp_product. While a row of tiles is made, its rows of x stay in shared memory and w passes through a ring.
-
-    a is read in the backward pass; low, with UNIT, is what leaves once more, in 8 bits.
-    """
-    xs = gl.allocate_shared_memory(x.dtype, [K // BK, BM, BK], x.layout)
-    ACROSS: gl.constexpr = BACKWARD and UNIT is None
-    ws = gl.allocate_shared_memory(w.dtype, [STAGES, BK, BN] if ACROSS else [STAGES, BN, BK], w.layout)
-    rings = (xs, barriers(K // BK, 1), barriers(K // BK, 2), ws, barriers(STAGES, 1), barriers(STAGES, 1))
-    go = barriers(2, 1)
-    one = (go.index(0), go.index(1)) + part_buffers(out, low, BACKWARD)
-    other = (go.index(1), go.index(0)) + part_buffers(out, low, BACKWARD)
-    hopper.fence_async_shared()
-    rest = bits, M, slope, x_scale, w_scale
-    gl.warp_specialize([
-        (take_turns, (0, one, rings, a, out, low, rest, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (take_turns, (1, other, rings, a, out, low, rest, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (fetch, (x, w, rings, M, ACROSS, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
-
-
-def mlp_product(x: Tensor | E4M3, w: Tensor | E4M3, a: Tensor, bits: Tensor, slope: float, out: Tensor | None = None,
-                low: Tensor | None = None) -> None:
-    """Forward: with p = x w^T, x (M, K), w (N, K): fill a = phi(p) (M, N) and bits. Backward: out = (x w) phi'(p), w (K, N).
-
-    bits (N / 32, M) int32: bit j of word (i, m) is set where p[m, 32 i + j] < 0. There phi(p) = (slope p)^2 and phi'(p) is
-    -2 slope sqrt(a), elsewhere p^2 and 2 sqrt(a). With x and w in E4M3, backward a scale for each row of x and w^T (N, K) in
-    place of w, low (M, N) is filled too: with a / A_UNIT, backward with out / (DP_UNIT x.scale w.scale).
-    """
-    backward, scales = out is not None, (None, None)
-    if low is None:
-        x, w, unit, tile = x.contiguous(), w.contiguous(), None, MLP_TILE
-    else:
-        scales, unit, tile = (x.scale, w.scale), DP_UNIT if backward else A_UNIT, MLP_TILE | LOW_RING
-        x, w = x.values, w.values
-    (M, K), N, (BM, BN, BK, _) = x.shape, a.size(1), tile.values()
-    part, of_w = [BM, BN // 4], [BK, BN] if backward and low is None else [BN, BK]
-    operands = [None if operand is None else GluonDescriptor.from_tensor(operand, block, gl.NVMMASharedLayout.get_default_for(
-        block, gl.float8e4nv if operand.dtype == torch.float8_e4m3fn else gl.bfloat16)) for operand, block in (
-            (x, [BM, BK]), (w, of_w), (a if backward else None, part), (out if backward else a, part), (low, part))]
-    mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
-        *operands, bits, M, slope, *scales, UNIT=unit, BACKWARD=backward, N=N, K=K, **tile, num_warps=4)
-
-
-@jit
-def low_product_kernel(x, w, out, x_scale, w_scale, M, PER_ROW: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr,
-                       K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """See low_product. The tiles beside each other, which share rows of x, are made at the same time."""
-    scale = tl.load(w_scale)
-    if not PER_ROW:
-        scale *= tl.load(x_scale)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * (N // BN), tl.num_programs(0), flatten=True):
-        row, column = tile // (N // BN) * BM, tile % (N // BN) * BN
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, K, BK):
-            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc)
-        sides, factor = acc.reshape([BM, 2, BN // 2]).permute([0, 2, 1]).split(), scale
-        if PER_ROW:
-            rows = row + tl.arange(0, BM)
-            factor = scale * tl.load(x_scale + rows, mask=rows < M, other=0.0)[:, None]
-        for i in tl.static_range(2):
-            value = sides[i] * factor
-            if ADD:
-                value += out.load([row, column + i * BN // 2]).to(tl.float32)
-            out.store([row, column + i * BN // 2], value.to(tl.bfloat16))
-
-
-def low_product(x: E4M3, w: E4M3, out: Tensor, add: bool = False) -> Tensor:
-    """out (M, N) = x w^T, added to what it holds if `add`; x (M, K), with a scale for each row or one, and w (N, K)."""
-    per_row = x.scale.dim() == 1
-    if not fusible(out):
-        y = (x.values.float() @ w.values.float().T) * (x.scale[:, None] if per_row else x.scale) * w.scale
-        return out.copy_(out + y if add else y)
-    (BM, BN, BK, *_), (M, K), N = LOW_TILE.values(), x.values.shape, out.size(1)
-    operands = [TensorDescriptor.from_tensor(*pair)
-                for pair in ((x.values, [BM, BK]), (w.values, [BN, BK]), (out, [BM, BN // 2]))]
-    low_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(out.device)),](
-        *operands, x.scale, w.scale, M, PER_ROW=per_row, ADD=add, N=N, K=K, **LOW_TILE)
-    return out
-
-
-class SquaredMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, w_up, w_down, slope, x=None, low=None):
-        a = torch.empty(len(u), len(w_up), dtype=u.dtype, device=u.device)
-        bits = torch.empty(len(w_up) // 32, len(u), dtype=torch.int32, device=u.device)
-        low_a = None if low is None else torch.empty_like(a, dtype=torch.float8_e4m3fn)
-        mlp_product(*((u, w_up) if low is None else low[:2]), a, bits, slope, None, low_a)
-        kept = () if low is None else (low.w_down.turned, low.w_down.scale, low.w_up.turned, low.dp_unit)
-        ctx.save_for_backward(u, w_up, w_down, a, bits, *kept)
-        ctx.slope, ctx.added = slope, x is not None
-        if ctx.added:
-            ctx.mark_dirty(x)
-        if low is not None:
-            return low_product(E4M3(low_a, low.a_unit), low.w_down, torch.empty_like(u) if x is None else x, ctx.added)
-        return F.linear(a, w_down) if x is None else x.addmm_(a, w_down.T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        u, w_up, w_down, a, bits, *low = ctx.saved_tensors
-        dy, dp = dy.contiguous(), torch.empty_like(a)
-        if low:
-            down_turned, down_scale, up_turned, dp_unit = low
-            rows, low_dp = low_rows(dy), torch.empty_like(a, dtype=torch.float8_e4m3fn)
-            mlp_product(rows, E4M3(down_turned, down_scale), a, bits, ctx.slope, dp, low_dp)
-        else:
-            mlp_product(dy, w_down, a, bits, ctx.slope, dp)
-        dw_down, dw_up = dy.T @ a, dp.T @ u  # before what is needed next
-        if low:
-            du = low_product(E4M3(low_dp, rows.scale), E4M3(up_turned, dp_unit), torch.empty_like(u))
-        else:
-            du = dp @ w_up
-        return du, dw_up, dw_down, None, dy if ctx.added else None, None
-
-
 # --- AdamW per slot ---------------------------------------------------------------------------------------------------
 
 
@@ -1717,17 +1996,3 @@ class GroupedProduct(torch.autograd.Function):
             dw = (F.grouped_mm(x.t(), dy, offs=ends) if w.stride(2) == 1
                   else F.grouped_mm(dy.t(), x, offs=ends).transpose(1, 2))
         return dx, dw, None
-
-
-class FullProduct(torch.autograd.Function):
-    """x W^T of bf16 matrices x (T, d) and W (V, d), which is a constant, with a float32 result."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        weight, = ctx.saved_tensors
-        return gradient.to(weight.dtype) @ weight, None

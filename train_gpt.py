@@ -58,10 +58,10 @@ from env_settings import (
     PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, setting_text,
     settings_help)
 from gpt_kernels import (
-    ATTENDED_UNIT, A_UNIT, DP_UNIT, E4M3, HAS_TRITON, FullProduct, KernelError, LowArgs, LowMLP, LowProduct, Segments, Skip, adamw_rows,
-    add_norm, apart, attention, attention_kernel, cached_attention, e4m3, grouped_product, lane_update,
-    leaky_relu_squared, low_products_fit, low_unit, mix_norm, norm, qk_prep, ring_index,
-    rotary_tables, squared_mlp, store, two_value_nll, xsa_gate)
+    HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, adamw_rows, add_norm,
+    as_activation, as_matrices, attention, attention_kernel, cached_attention, computed, fp8_products_fit,
+    grouped_product, lane_update, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index, rotary_tables,
+    squared_mlp, store, two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -967,57 +967,33 @@ def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
 # 4. Model
 # ============================================================================================================
 
-class Low(NamedTuple):
-    """What the products of one block that run in E4M3 need."""
-
-    unit: Tensor  # (), of the normalized inputs
-    attended_unit: Tensor  # (), ATTENDED_UNIT
-    a_unit: Tensor  # (), see LowMLP
-    dp_unit: Tensor
-    w_qkv: E4M3
-    w_out: E4M3
-    w_up: E4M3
-    w_down: E4M3
-
-
 class Layer(NamedTuple):
-    """What one block needs, cut out of the stacked parameters. Matrices are in the compute dtype, the rest float32."""
+    """One block's weights, cut out of the stacks, and what a pass adds to them. Vectors are float32."""
 
-    w_qkv: Tensor  # ((heads + 2 kv_heads) D, d)
-    w_out: Tensor  # (d, d), its rows multiplied by attn_scale
-    w_up: Tensor  # (F, d)
-    w_down: Tensor  # (d, F), its rows multiplied by mlp_scale
+    qkv: Matrix  # ((heads + 2 kv_heads) D, d)
+    out: Matrix  # (d, d), its rows multiplied by attn_scale
+    up: Matrix  # (F, d)
+    down: Matrix  # (d, F), its rows multiplied by mlp_scale
     input_scale: Tensor  # ()
-    resid_mix: Tensor  # (2, d)
+    resid_mix: Tensor  # (2, d): of the stream, of the embedding
     q_gain: Tensor  # (heads,)
-    attn_gate: Tensor | None  # (heads, GATE_WINDOW)
+    head_gate: Tensor | None  # (heads, GATE_WINDOW)
     xsa_alpha: Tensor | None  # (heads,)
+    lane_resid: Tensor | None  # (2,); None where there is one lane
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
-    lane_resid: Tensor | None  # (2,)
     exclusive: bool  # whether XSA is on
-    low: Low | None = None
-    adapter: Callable | None = None  # called with (site, x, y, u) after each product, returns y
-    context: Callable | None = None  # called with (q, k, v) in place of attention()
-
-    def product(self, site: str, x: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-        """y = x W^T at one of the sites qkv, out, up, down; u is the normalized input of this attention or MLP."""
-        y = F.linear(x, weight)
-        return y if self.adapter is None else self.adapter(site, x, y, u)
+    adapter: Callable | None = None  # (site, x, y, u) -> y after each product; u: the block's normalized input
+    context: Callable | None = None  # (q, k, v) -> y in place of attention over the packed row alone
 
 
-def cut(stack: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    """The vectors of a stack, or that many times None."""
-    return [None] * count if stack is None else stack.unbind()
-
-
-class Rider:
-    """What comes along on a forward pass, to see or to change it."""
+class Hooks:
+    """Called during a forward pass: may observe activations, or supply a visit's adapter and context."""
 
     def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
         """Sees the embedding's rows x (T, d) of `ids`, out of `rows`."""
 
     def block(self, visit: int, layer: int) -> dict:
-        """The fields of Layer that it sets for this visit, the number `visit` of the pass, of block `layer`."""
+        """The fields of Layer that it supplies for this visit, the number `visit` of the pass, of block `layer`."""
         return {}
 
 
@@ -1028,14 +1004,15 @@ class GPT(nn.Module):
     tensors, instead of hundreds. Parameters are float32 masters; matrix products run in `compute_dtype`.
     """
 
-    PARTS = ("layers", "embed", "final_norm")  # what torch.compile makes of the rest would read activations more than once
+    COMPILED = ("layers", "embed", "final_norm")  # of the rest torch.compile would read the activations more than once
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         s = self.settings = settings
         self.compute_dtype = compute_dtype
         self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
-        self.fp8 = s.fp8 == "1" or s.fp8 == "auto" and low_products_fit(s, compute_dtype)  # in passes with gradients
+        self.fp8 = s.fp8 == "1" or s.fp8 == "auto" and fp8_runs(s, compute_dtype)  # in passes with gradients
+        self.kept_layers: list[Layer] | None = None
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
         def parameter(*shape):
@@ -1081,7 +1058,8 @@ class GPT(nn.Module):
         attn_scale, mlp_scale, skip_weights     1
         resid_mix                               row 0 (the stream) 1, row 1 (the embedding) 0
         q_gain                                  QK_GAIN_INIT
-        attn_gate, skip_gates, smear_*, xsa_alpha  0
+        attn_gate, xsa_alpha                    0
+        skip_gates, smear_gate, smear_lambda    0
         parallel_post_lambdas / _resid_lambdas  1 / 1.1
         softcap_pos, softcap_neg                LOGIT_SOFTCAP
         """
@@ -1104,82 +1082,103 @@ class GPT(nn.Module):
         """The stacks of matrices, (count, rows, columns) each."""
         return [self.mlp_up_bank, self.mlp_down_bank, self.qo_bank, self.kv_bank]
 
-    def compile_parts(self, runtime: Runtime) -> GPT:
-        """Compile the parts that are compiled; the rest runs on its own kernels."""
-        for part in self.PARTS:
-            setattr(self, part, runtime.compile(getattr(self, part), fullgraph=True))
-        return self
+    def view(self, *, compiled: Runtime | None = None, fp8: bool = False, trainable: bool = True,
+             keep_layers: bool = False) -> GPT:
+        """The same weights, seen differently.
 
-    def plain(self) -> GPT:
-        """The same weights without compiled parts and 8-bit products."""
-        plain = copy.copy(self)
-        plain.__dict__ = {name: value for name, value in self.__dict__.items() if name not in self.PARTS} | dict(fp8=False)
-        return plain
+        compiled: the parts that run on no kernel of ours are compiled; fp8: products run in 8 bits where FP8 chose that.
+        Training has both, other passes neither. trainable=False: without gradients of the weights. keep_layers: the stacks
+        are cut once, now; after a change of the weights take another view.
+        """
+        view = copy.copy(self)
+        view.fp8 = fp8 and self.fp8
+        view.kept_layers = None
+        for part in self.COMPILED:
+            view.__dict__.pop(part, None)  # compiled for the view this one is taken from
+            if compiled is not None:
+                setattr(view, part, compiled.compile(getattr(view, part), fullgraph=True))
+        if not trainable:
+            view._parameters = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
+        if keep_layers:
+            view.kept_layers = view.layers()
+        return view
 
-    def frozen(self) -> GPT:
-        """The same weights without compiled parts and without gradients of their own."""
-        plain = self.plain()
-        plain.__dict__["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
-        return plain
+    # Where to change a block's design. A factor on a matrix's rows or columns: multiply it into the stack in layers(), as
+    # attn_scale is; it then costs nothing per token. A factor on attention's scores, by layer or head: multiply it into
+    # q_gain there. A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer,
+    # a line in layers(); then the operation's formula in gpt_kernels.py, reference first. A matrix: a bank in __init__,
+    # init_weights() and banks(), a field of Layer, a line in layers(), and project() with its name as the site.
 
     def layers(self) -> list[Layer]:
-        """Cut the stacks into layers, once per forward pass; unbind gathers a bank's gradient in one stack.
-
-        The residual scales are multiplied into the output matrices, where they cost nothing per token.
-        """
-        s, n, dtype = self.settings, self.settings.num_layers, self.compute_dtype
+        """Cut the stacks into layers, once per forward pass."""
+        s, n = self.settings, self.settings.num_layers
         queries, outputs = self.qo_bank.split(n)
-        query, key_value = queries.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
-        out = (self.attn_scale[:, :, None] * outputs).to(dtype).unbind()
-        up, down = self.mlp_up_bank.to(dtype).unbind(), (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
-        small = zip(*(cut(stack, n) for stack in (
-            self.input_scales, self.resid_mix, self.q_gain, self.attn_gate, self.xsa_alpha, self.parallel_post_lambdas,
-            self.parallel_resid_lambdas)))
-        low = [None] * n
-        if self.fp8 and torch.is_grad_enabled():
-            stacks = (torch.cat((queries, *self.kv_bank.split(n)), 1), self.attn_scale[:, :, None] * outputs,
-                      self.mlp_up_bank, self.mlp_scale[:, :, None] * self.mlp_down_bank)
-            matrices = [e4m3(stack.detach()) for stack in stacks]
-            one, (ups, downs) = torch.ones_like(self.input_scales), (torch.stack([w.scale for w in ws]) for ws in matrices[2:])
-            units = low_unit(s.model_dim) * self.input_scales, ATTENDED_UNIT * one, A_UNIT * one, DP_UNIT * ups * downs
-            low = [Low(*fields) for fields in zip(*map(apart, units), *matrices)]
-        return [Layer(torch.cat((query[i], key_value[i], key_value[n + i])), out[i], up[i], down[i], *vectors,
-                      exclusive=i >= n - s.xsa_last_n, low=low[i]) for i, vectors in enumerate(small)]
+        keys, values = self.kv_bank.split(n)
+        return [Layer(*fields) for fields in zip(
+            self.matrices(torch.cat((queries, keys, values), 1)),
+            self.matrices(self.attn_scale[:, :, None] * outputs),
+            self.matrices(self.mlp_up_bank),
+            self.matrices(self.mlp_scale[:, :, None] * self.mlp_down_bank),
+            self.input_scales.unbind(),
+            self.resid_mix.unbind(),
+            self.q_gain.unbind(),
+            per_layer(self.attn_gate, n),
+            per_layer(self.xsa_alpha, n),
+            per_layer(self.parallel_resid_lambdas, n, first=s.parallel_start_layer),
+            per_layer(self.parallel_post_lambdas, n, first=s.parallel_start_layer),
+            [i >= n - s.xsa_last_n for i in range(n)])]
 
-    def forward(self, ids: Tensor, segments: Segments, looping: bool, rider: Rider | None = None) -> Tensor:
-        """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again."""
+    def matrices(self, stack: Tensor) -> list[Matrix]:
+        return as_matrices(stack, self.compute_dtype, self.fp8 and torch.is_grad_enabled())
+
+    def visits(self, looping: bool, hooks: Hooks | None) -> tuple[list[Layer], list[Layer]]:
+        """The layers in the order in which encoder and decoder visit them, with what the hooks supply."""
+        layers = self.kept_layers or self.layers()
+        encoder, decoder = self.orders[looping]
+        order = [*encoder, *decoder]
+        visits = [layers[i] for i in order]
+        if hooks is not None:
+            visits = [w._replace(**hooks.block(visit, i)) for visit, (i, w) in enumerate(zip(order, visits))]
+        return visits[:len(encoder)], visits[len(encoder):]
+
+    def skips(self, outputs: list[Tensor]) -> list[Skip]:
+        """The encoder visits' outputs on their way into the decoder, last in, first out."""
+        gates = per_layer(self.skip_gates, len(self.skip_weights))
+        return [Skip(x, weight, gate) for x, weight, gate in zip(reversed(outputs), self.skip_weights.unbind(), gates)]
+
+    def forward(self, ids: Tensor, segments: Segments, looping: bool, hooks: Hooks | None = None) -> Tensor:
+        """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again.
+
+        encoder visits  0 1 2 | 3 4 5 3 4       each leaves a skip
+        decoder visits  5 3 4 5 6 7 | 8 9 10    all but the last take one; from block 8 on in two lanes
+
+        This is the record model with looping; without it they are 0..4 and 5..10. A block returns x as it came and x0 again:
+        what uses these later adds its gradient inside the backward kernel of the block's entry.
+        """
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
-        x0 = x = self.embed(ids, segments.positions, segments.previous, rider)
-        entered, lanes, layers, visits = [], None, self.layers(), itertools.count()
-
-        def visited(i: int) -> Layer:
-            return layers[i] if rider is None else layers[i]._replace(**rider.block(next(visits), i))
-
-        encoder, decoder = self.orders[looping]
-        for i in encoder:
-            x, before, x0 = self.block(x, x0, None, visited(i), segments, rope)
-            entered.append(before)
-        skips = [*entered[1:], x]
-        vectors = list(zip(self.skip_weights.unbind(), cut(self.skip_gates, len(self.skip_weights))))[:len(skips)]
-        for i, own in itertools.zip_longest(decoder, vectors):
-            skip = Skip(skips.pop(), *own) if own is not None else None
-            if s.parallel_start_layer and i >= s.parallel_start_layer:
-                *lanes, x0 = self.two_lane_block(*(lanes or (x, None)), x0, skip, visited(i), segments, rope)
+        x = x0 = self.embed(ids, segments.positions, segments.previous, hooks)
+        encoder, decoder = self.visits(looping, hooks)
+        outputs = []
+        for w in encoder:
+            x, entry, x0 = self.block(x, x0, None, w, segments, rope)
+            outputs.append(entry)
+        skips = self.skips([*outputs[1:], x])  # an entry is the output of the visit before
+        lanes = None
+        for w, skip in itertools.zip_longest(decoder, skips):
+            if w.lane_post is None:
+                x, _, x0 = self.block(x, x0, skip, w, segments, rope)
             else:
-                x, _, x0 = self.block(x, x0, skip, visited(i), segments, rope)
-        return self.final_norm(*(lanes or (x,)))
+                lane0, lane1 = lanes or (x, x)
+                *lanes, x0 = self.two_lane_block(lane0, lane1, x0, skip, w, segments, rope)
+        return self.final_norm(*(lanes or [x]))
 
-    def final_norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """RMSNorm of x (T, d), with y of the mean of both."""
-        return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
-
-    def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, rider: Rider | None = None) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, hooks: Hooks | None = None) -> Tensor:
         """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
-        if rider is not None:
-            rider.embedding(ids, x, s.vocab_size)
+        if hooks is not None:
+            hooks.embedding(ids, x, s.vocab_size)
         if s.smear_gate_enabled:
             first = int(previous is None)  # a packed row's first token has no left neighbour
             leak = previous is None and not s.smear_gate_bos_fix
@@ -1189,80 +1188,65 @@ class GPT(nn.Module):
             x = torch.cat((x[:first], x[first:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before))
         return norm(x).to(self.compute_dtype)
 
-    def block(self, x: Tensor, x0: Tensor, skip: Skip | None, w: Layer, segments: Segments,
-              rope) -> tuple[Tensor, Tensor, Tensor]:
-        """One transformer block on the stream x (T, d); also x as it was and the embedding x0, for later uses."""
-        low, low1 = self.low_like(x, w)
-        x, u, window, before, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, False, low)
-        y, low_args = self.attend(u, window, w, segments, rope, low)
-        if w.adapter is None:
-            x, u = add_norm(x, y, w.input_scale, low1, w.w_out, low_args)
+    def final_norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """RMSNorm of x (T, d), with y of the mean of both."""
+        return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
+
+    def block(self, x, x0, skip: Skip | None, w: Layer, segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x += W_out Attention(norm(mix(x, x0))); x += MLP(norm(x)). Returns x, x as it came, and x0."""
+        x, u, entry, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, reader=w.qkv)
+        x, v = add_norm(x, self.project("out", self.attention(u, w, segments, rope), w, u), w.input_scale, reader=w.up)
+        return self.mlp(v, w, x), entry, x0
+
+    def two_lane_block(self, lane0, lane1, x0, skip: Skip | None, w: Layer, segments: Segments,
+                       rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention reads lane 0 while the MLP reads lane 1; both outputs go to both lanes. Returns the lanes and x0."""
+        lanes_part = lane1 is lane0
+        lane0, u, entry, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window,
+                                       keep_stream=True, reader=w.qkv)
+        lane1, v = add_norm(entry if lanes_part else lane1, None, w.input_scale, reader=w.up)
+        from_attention = computed(self.project("out", self.attention(u, w, segments, rope), w, u))
+        return *lane_update(lane0, lane1, from_attention, self.mlp(v, w), w.lane_resid, w.lane_post), x0
+
+    def attention(self, u: Activation, w: Layer, segments: Segments, rope) -> Activation:
+        """Gated exclusive self-attention of the normalized u, before the output matrix."""
+        s = self.settings
+        qkv = self.project("qkv", u, w, u)
+        heads = prepare_heads(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, may_copy=w.context is None)
+        if w.context is None:
+            y = attention(heads, segments, self.attention_kernel)
         else:
-            x, u = add_norm(x, w.product("out", y, w.w_out, u), w.input_scale, low1)
-        return self.mlp(u, w, x, low1), before, x0
+            y = w.context(heads.q, heads.k, heads.v)
+        own_value = heads.own_value if w.exclusive else None
+        return xsa_gate(y, own_value, u.gate_input, w.head_gate, w.xsa_alpha, s.sparse_attn_gate_scale, reader=w.out)
 
-    def two_lane_block(self, lane0: Tensor, lane1: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer,
-                       segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention reads lane 0, the MLP lane 1 (at first the same), at the same time; both outputs go to both lanes."""
-        low, low1 = self.low_like(lane0, w)
-        lane0, u, window, before, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, True,
-                                                low)
-        lane1, u1 = add_norm(before if lane1 is None else lane1, None, w.input_scale, low1)
-        y, low_args = self.attend(u, window, w, segments, rope, low)
-        y = w.product("out", y, w.w_out, u) if low_args is None else LowProduct.apply(y, w.w_out, low_args)
-        return *lane_update(lane0, lane1, y, self.mlp(u1, w, None, low1), w.lane_resid, w.lane_post), x0
-
-    def low_like(self, x: Tensor, w: Layer) -> list[Tensor | None]:
-        """Room for the normalized inputs of a block's attention and MLP in E4M3, if it has products that read them."""
-        return [None if w.low is None else torch.empty_like(x, dtype=torch.float8_e4m3fn) for _ in range(2)]
-
-    def mlp(self, u: Tensor, w: Layer, x: Tensor | None = None, low: Tensor | None = None) -> Tensor:
-        """Scaled MLP output (T, d) for the normalized u (T, d), added to x if given, which may be written over.
-
-        low: u in E4M3 too.
-        """
+    def mlp(self, u: Activation, w: Layer, x: Tensor | None = None) -> Tensor:
+        """W_down leaky_relu(W_up u)^2 (T, d), added to x if given, which may be written over."""
         slope = self.settings.leaky_relu_sq_slope
         if w.adapter is None:
-            return squared_mlp(u, w.w_up, w.w_down, slope, x,
-                               None if low is None else LowMLP(E4M3(low, w.low.unit), w.low.w_up, w.low.w_down,
-                                                               w.low.a_unit, w.low.dp_unit))
-        y = w.product("down", leaky_relu_squared(w.product("up", u, w.w_up, u), slope), w.w_down, u)
+            return squared_mlp(u, w.up, w.down, slope, x)
+        hidden = leaky_relu_squared(self.project("up", u, w, u), slope)
+        y = self.project("down", Activation(hidden), w, u)
         return y if x is None else x + y
 
-    def attend(self, u: Tensor, window: Tensor, w: Layer, segments: Segments, rope,
-               low: Tensor | None = None) -> tuple[Tensor, LowArgs | None]:
-        """What attention makes of the normalized u (T, d), whose leading channels are `window`: (T, d), for the product w_out.
+    def project(self, site: str, x: Activation, w: Layer, u: Activation) -> Product | Tensor:
+        """x W^T at a site: left to the operation that takes it, unless an adapter wants to see or change it."""
+        product = Product(x, getattr(w, site))
+        return product if w.adapter is None else w.adapter(site, x.x, computed(product), u.x)
 
-        low: u in E4M3; then also what that product needs besides to run in E4M3, else None.
-        """
-        s, product = self.settings, ()
-        if low is None:
-            qkv = w.product("qkv", u, w.w_qkv, u)
-        else:  # the product and its gradient come with the next step
-            qkv, product = u, (w.w_qkv, LowArgs(low, w.low.unit, *w.low.w_qkv))
-        trains = qkv.is_cuda and qkv.requires_grad and w.context is None
-        copies = s.num_heads // s.num_kv_heads if trains else 1
-        q, k, v, own = qk_prep(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, copies, *product)
-        if w.context is None:
-            y = attention(q, k, v, segments, self.attention_kernel, copies)
-        else:
-            y = w.context(q, k, v)
-        low = None if low is None else torch.empty_like(low)
-        y = xsa_gate(y, own if w.exclusive else None, window, w.attn_gate, w.xsa_alpha, s.sparse_attn_gate_scale, low)
-        return y, None if low is None else LowArgs(low, w.low.attended_unit, *w.low.w_out)
-
-    def scores(self, hidden: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor) -> Product | Tensor:
         """Logits (T, vocab) before the soft cap; float32 unless the embedding is trained, then in the compute dtype."""
+        if torch.is_grad_enabled() and self.tok_emb.requires_grad:
+            [head] = self.matrices(self.tok_emb.to(hidden.dtype)[None])
+            return Product(as_activation(hidden, reader=head), head)
         weight = self.tok_emb.to(hidden.dtype)
         if hidden.is_cuda and not torch.is_grad_enabled():
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        if hidden.is_cuda and not weight.requires_grad:
-            return FullProduct.apply(hidden, weight)
-        return F.linear(hidden, weight)
+        return FullProduct.apply(hidden, weight) if hidden.is_cuda else F.linear(hidden, weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits (T, vocab), float32."""
-        scores = self.scores(hidden).float()
+        scores = computed(self.scores(hidden)).float()
         cap = self.softcaps(scores)
         return cap * torch.tanh(scores / cap)
 
@@ -1277,16 +1261,24 @@ class GPT(nn.Module):
         return [self.settings.logit_softcap if cap is None else cap for cap in (self.softcap_pos, self.softcap_neg)]
 
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        if not (self.fp8 and torch.is_grad_enabled()):
-            return two_value_nll(self.scores(hidden), *self.caps(), targets)[0]
-        weight, unit = self.tok_emb.to(hidden.dtype), low_unit(self.settings.model_dim)
-        [low], x_low = e4m3(weight.detach()[None]), (hidden.detach() / unit).to(torch.float8_e4m3fn)
-        low_args = LowArgs(x_low, self.input_scales.new_full((), unit), *low)
-        return two_value_nll(hidden, *self.caps(), targets, None, weight, low_args)[0]
+        """Cross entropy (T,) in nats of the targets, from the final hidden states (T, d)."""
+        return two_value_nll(self.scores(hidden), *self.caps(), targets)[0]
 
     def token_losses(self, ids: Tensor, targets: Tensor, segments: Segments, looping: bool) -> Tensor:
         """Cross entropy of each target (T,) in nats, float32."""
         return self.head_losses(self(ids, segments, looping), targets)
+
+
+def per_layer(stack: Tensor | None, count: int, first: int = 0) -> Sequence[Tensor | None]:
+    """The tensors of a stack of `count`, None before the first that is used, or where there is no stack."""
+    if stack is None:
+        return [None] * count
+    return [*[None] * first, *stack[first:].unbind()]
+
+
+def fp8_runs(s: Settings, dtype: torch.dtype) -> bool:
+    """Whether training's products can run in 8-bit floats on this machine."""
+    return fp8_products_fit(s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, dtype)
 
 
 # ============================================================================================================
@@ -1879,7 +1871,7 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
     and what calibration found.
     """
     s = settings
-    if s.fp8 == "1" and not low_products_fit(s, runtime.compute_dtype):
+    if s.fp8 == "1" and not fp8_runs(s, runtime.compute_dtype):
         raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, "
                          "the MLP's width a multiple of 256, and the keys' width and VOCAB_SIZE multiples of "
                          "16; set FP8=0")
@@ -2129,7 +2121,7 @@ class Statistics(NamedTuple):
     visits: Tensor  # (layers,): how often a token passes each layer
 
 
-class Observer(Rider):
+class Observer(Hooks):
     """Accumulates sums for Statistics inside the forward pass and, through hooks, in the backward pass."""
 
     def __init__(self, gradients: bool):
@@ -2204,7 +2196,7 @@ def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
 
     The weights take no gradient: the backward pass ends at the embedding.
     """
-    plain, observer = model.frozen(), Observer(s.uses_curvature)
+    plain, observer = model.view(trainable=False), Observer(s.uses_curvature)
     per_pass = calibration_pass(s, runtime)
     passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
     for some in passes[runtime.rank::runtime.world_size]:
@@ -3886,7 +3878,7 @@ class ContextCache:
         return attend
 
 
-class Learner(Rider):
+class Learner(Hooks):
     """The documents in this rank's slots: adapters, cached context, and how they score and learn."""
 
     def __init__(self, model: GPT, looping: bool, slots: np.ndarray, s: Settings, runtime: Runtime):
@@ -3895,7 +3887,6 @@ class Learner(Rider):
         self.slots = slots
         self.settings = s
         self.runtime = runtime
-        self.view = model.frozen()
         self.refresh_layers()
         self.adapters = Adapters(self.view, looping, slots, s, runtime)
         visits = sum(map(len, model.orders[looping]))
@@ -3906,9 +3897,7 @@ class Learner(Rider):
 
     def refresh_layers(self) -> None:
         """Cut the weights into layers, once for all forward passes until they change."""
-        self.view.__dict__.pop("layers", None)
-        layers = self.view.layers()
-        self.view.layers = lambda *_: layers
+        self.view = self.model.view(trainable=False, keep_layers=True)
 
     def block(self, visit: int, layer: int) -> dict:
         context = self.cache.at_visit(visit) if self.cache else None
@@ -3990,7 +3979,7 @@ class Learner(Rider):
 def weight_gradients(model: GPT, batch: Batch, looping: bool) -> list[Tensor]:
     """Gradients of the batch's summed losses at every weight that trains."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    losses = model.plain().token_losses(*batch, looping)
+    losses = model.view().token_losses(*batch, looping)
     gradients = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(weights, gradients)]
 
@@ -4189,7 +4178,7 @@ def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
 
 
 def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
-    model = GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
+    model = GPT(s, runtime.compute_dtype).to(runtime.device).view(compiled=runtime, fp8=True)
     runtime.broadcast(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()),
               micro_batch_tokens=s.micro_batch_tokens, micro_batches=s.accumulation,

@@ -70,7 +70,7 @@ def main() -> None:
     with g.Runtime.start(settings) as runtime, tempfile.TemporaryDirectory() as folder:
         data = g.TrainingData(settings, runtime)
         validation = g.Evaluator(g.ValidationData(settings), settings, runtime)
-        model = g.GPT(settings, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
+        model = g.GPT(settings, runtime.compute_dtype).to(runtime.device).view(compiled=runtime, fp8=True)
         checkpoint = g.read_container(settings.checkpoint_path, model, settings)
         looping = g.install(model, *checkpoint, settings)
         before = validation.score(model, looping)["val_bpb"]

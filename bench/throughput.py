@@ -31,7 +31,7 @@ def part_of(names: list[str], shapes: list, s: g.Settings) -> str:
         return any(word in name for name in names for word in words)
 
     sizes = {size for shape in shapes for size in shape}
-    product = within("aten::mm", "aten::linear", "aten::addmm", "_scaled_mm", "low_product")
+    product = within("aten::mm", "aten::linear", "aten::addmm", "_scaled_mm", "fp8_product")
     if within("nccl", "c10d"):
         return "communication"
     if within("bench: optimizer"):
@@ -115,7 +115,7 @@ def main() -> None:
     s = g.Settings.from_environment(os.environ)
     with g.Runtime.start(s) as runtime:
         data = g.TrainingData(s, runtime)
-        model = g.GPT(s, runtime.compute_dtype).to(runtime.device).compile_parts(runtime)
+        model = g.GPT(s, runtime.compute_dtype).to(runtime.device).view(compiled=runtime, fp8=True)
         runtime.broadcast(model.parameters())
         optimizer = g.Optimizer(model, s, runtime)
         micro_batches = g.MicroBatches(model, optimizer, s, runtime)

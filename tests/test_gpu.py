@@ -20,7 +20,7 @@ runtime = g.Runtime(0, 1, torch.device("cuda"))
 
 
 def compiled(settings):
-    return g.GPT(settings, torch.bfloat16).cuda().compile_parts(runtime)
+    return g.GPT(settings, torch.bfloat16).cuda().view(compiled=runtime, fp8=True)
 
 
 def random_segments(length, longest, seed):
@@ -42,7 +42,7 @@ def test_attention_matches_reference_forward_and_backward(kernel):
     results = []
     for name, dtype in ((kernel, torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = kernels.attention(*inputs, segments, name)
+        out = kernels.attention(kernels.Heads(*inputs), segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2
@@ -173,6 +173,32 @@ def test_cached_attention_matches_the_reference():
         assert relative_error(got, expected) < 1e-2
 
 
+def tensors(result) -> list[torch.Tensor]:
+    """The tensors of a result, those in 8 bits aside."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, tuple) and not isinstance(result, kernels.E4M3):
+        return [x for item in result for x in tensors(item)]
+    return []
+
+
+def in_8_bits(w) -> kernels.Matrix:
+    [matrix] = kernels.as_matrices(w.detach()[None], w.dtype, fp8=True)
+    return matrix._replace(w=w)
+
+
+def normalized(x, unit=2.0 ** -4) -> kernels.Activation:
+    return kernels.Activation(x, kernels.E4M3((x.detach() / unit).to(torch.float8_e4m3fn), torch.tensor(unit, device="cuda")))
+
+
+def wide(x: kernels.E4M3) -> torch.Tensor:
+    return x.values.float() * (x.scale[:, None] if x.scale.dim() else x.scale)
+
+
+def squared_mlp(u, up, down, slope, x=None):
+    return kernels.squared_mlp(kernels.Activation(u), kernels.Matrix(up), kernels.Matrix(down), slope, x)
+
+
 def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
     """A function of part 4, its reference, and its inputs, all trained, at the record's widths."""
     def rows(*width):
@@ -193,25 +219,28 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
     mix = [rows(d), rows(d), rows(d), vector(d), vector(2, d), vector(d)]
     qkv = rows((heads + 2 * kv_heads) * size)
     angles = torch.rand(T, 1, 8, device="cuda") * 6
-    turns = angles.cos(), angles.sin()
+    rope = angles.cos(), angles.sin()
     weights = [0.04 * vector(2048, d).bfloat16(), 0.02 * vector(d, 2048).bfloat16()]
     targets = torch.randint(8192, (T,), device="cuda")
     return {
         **{f"mix_norm {gated} {lanes}": (mixed(kernels.mix_norm, gated, lanes), mixed(kernels.reference_mix_norm, gated, lanes), mix)
            for gated in (None, False, True) for lanes in (False, True)},
-        **{f"qk_prep {copies}": (lambda x, gain, c=copies: kernels.qk_prep(x, turns, gain, heads, kv_heads, c),
-                                 lambda x, gain, c=copies: kernels.reference_qk_prep(x, turns, gain, heads, kv_heads, c),
-                                 [qkv, vector(heads)]) for copies in (1, 2)},
+        **{f"prepare_heads {copies}": (
+            lambda x, gain, c=copies: kernels.prepare_heads(x, rope, gain, heads, kv_heads, may_copy=c > 1),
+            lambda x, gain, c=copies: kernels.reference_prepare_heads(x, rope, gain, heads, kv_heads, c),
+            [qkv, vector(heads)]) for copies in (1, 2)},
         "xsa_gate": (cut(kernels.xsa_gate), cut(kernels.reference_xsa_gate),
                      [rows(heads, size), qkv, rows(12), vector(heads, 12), vector(heads)]),
         "add_norm": (lambda x, y: kernels.add_norm(x, y, scale), lambda x, y: kernels.reference_add_norm(x, y, scale), [rows(d), rows(d)]),
-        "add_norm of a product": (lambda x, z, w: kernels.add_norm(x, z, scale, None, w), lambda x, z, w: kernels.reference_add_norm(
-            x, F.linear(z, w), scale), [rows(d), rows(d), 0.04 * vector(d, d).bfloat16()]),
+        "add_norm of a product": (
+            lambda x, z, w: kernels.add_norm(x, kernels.Product(kernels.Activation(z), kernels.Matrix(w)), scale),
+            lambda x, z, w: kernels.reference_add_norm(x, F.linear(z, w), scale),
+            [rows(d), rows(d), 0.04 * vector(d, d).bfloat16()]),
         "norm": (lambda x: kernels.add_norm(x, None, scale), lambda x: kernels.reference_add_norm(x, None, scale), [rows(d)]),
         "lane_update": (kernels.lane_update, kernels.reference_lane_update, [*(rows(d) for _ in range(4)), vector(2), vector(2, 2)]),
-        "squared_mlp": (lambda *x: kernels.squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
+        "squared_mlp": (lambda *x: squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights]),
-        "squared_mlp added": (lambda u, up, down, x: kernels.squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
+        "squared_mlp added": (lambda u, up, down, x: squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights, rows(d)]),
         "two_value_nll": (lambda *x: kernels.two_value_nll(*x, targets), lambda *x: kernels.reference_two_value_nll(*x, targets, targets),
                           [8 * rows(8192), 29 + scale, 25 + scale]),
@@ -219,7 +248,7 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
 
 
 @pytest.mark.parametrize("name", [*(f"mix_norm {gated} {lanes}" for gated in (None, False, True) for lanes in (False, True)),
-                                  "qk_prep 1", "qk_prep 2", "xsa_gate", "add_norm",
+                                  "prepare_heads 1", "prepare_heads 2", "xsa_gate", "add_norm",
                                   "add_norm of a product", "norm", "lane_update",
                                   "squared_mlp", "squared_mlp added", "two_value_nll"])
 @pytest.mark.parametrize("T", [1, 129, 3001])
@@ -228,8 +257,7 @@ def test_fused_kernels_match_the_references(name, T):
     results, draw = [], None
     for function, wide in ((fused, lambda x: x.clone()), (reference, lambda x: x.float())):
         leaves = [wide(x.detach()).requires_grad_() for x in inputs]
-        out = function(*leaves)
-        out = out if isinstance(out, tuple) else (out,)
+        out = tensors(function(*leaves))
         draw = draw or [torch.randn_like(x) for x in out]
         kept = [x.detach().clone() for x in out]
         out, weights = zip(*((x, w.to(x.dtype)) for x, w in zip(out, draw) if x.requires_grad))
@@ -243,13 +271,15 @@ def test_fused_kernels_match_the_references(name, T):
 def test_normalized_rows_come_in_e4m3_too(name):
     x, y, skip = (torch.randn(3001, 512, device="cuda").bfloat16() for _ in range(3))
     x[0, 1:] = 0  # its first entry is as large as there can be
-    low, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.tensor(0.7, device="cuda")
+    reader, scale = in_8_bits(torch.randn(512, 512, device="cuda").bfloat16()), torch.tensor(0.7, device="cuda")
+    x.requires_grad_()
     if name.startswith("mix"):
         mix, one = torch.tensor([[1.0], [0.0]], device="cuda").expand(2, 512).contiguous(), torch.zeros(512, device="cuda")
-        u = kernels.mix_norm(x, y, g.Skip(skip, one, None) if "skip" in name else None, mix, scale, 12, low=low)[1]
+        u = kernels.mix_norm(x, y, g.Skip(skip, one, None) if "skip" in name else None, mix, scale, 12, reader=reader)[1]
     else:
-        u = kernels.add_norm(x, y if name == "add_norm" else None, scale, low)[1]
-    torch.testing.assert_close(low.float() * kernels.low_unit(512) * scale, u.float(), rtol=0.07, atol=2e-4)
+        u = kernels.add_norm(x, y if name == "add_norm" else None, scale, reader)[1]
+    torch.testing.assert_close(wide(u.fp8), u.x.detach().float(), rtol=0.07, atol=2e-4)
+    assert torch.autograd.grad(u.x.float().square().sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 4), (4, 2)])
@@ -258,48 +288,48 @@ def test_gated_outputs_come_in_e4m3_too(heads, kv_heads):
     y, v = torch.randn(1000, heads, D, device="cuda").bfloat16(), torch.randn(1000, kv_heads, D, device="cuda").bfloat16()
     window, weight = torch.randn(1000, 12, device="cuda").bfloat16(), torch.randn(heads, 12, device="cuda")
     y[3] *= 1000  # beyond the range
-    low = torch.empty(1000, 512, dtype=torch.float8_e4m3fn, device="cuda")
-    z = kernels.xsa_gate(y, v, window, weight, None, 0.5, low)
-    assert z.abs().max() > 112
-    torch.testing.assert_close(low.float() * kernels.ATTENDED_UNIT, z.float().clamp(-112, 112), rtol=0.07, atol=6e-4)
+    reader = in_8_bits(torch.randn(512, 512, device="cuda").bfloat16())
+    z = kernels.xsa_gate(y.requires_grad_(), v, window, weight, None, 0.5, reader)
+    assert z.x.abs().max() > 112 and torch.autograd.grad(z.x.float().sum(), y)[0].any()
+    torch.testing.assert_close(wide(z.fp8), z.x.detach().float().clamp(-112, 112), rtol=0.07, atol=6e-4)
 
 
 @pytest.mark.parametrize("T", [1, 127, 4096])
 def test_product_in_e4m3(T):
     x, w, dy = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((T, 512), (1024, 512), (T, 1024)))
-    [w_low], unit = kernels.e4m3(w.float()[None]), torch.tensor(2.0 ** -4, device="cuda")
-    low = (x / unit).to(torch.float8_e4m3fn)
     dy *= 2.0 ** (4 * torch.randn(T, 1, device="cuda")).bfloat16()
     x.requires_grad_(), w.requires_grad_()
-    y = kernels.LowProduct.apply(x, w, kernels.LowArgs(low, unit, *w_low))
-    assert relative_error(y, low.float() * unit @ (w_low.values.float() * w_low.scale).T) < 0.01
+    product = kernels.Product(normalized(x), in_8_bits(w))
+    y = kernels.computed(product)
+    assert relative_error(y, wide(product.x.fp8) @ wide(product.w.fp8).T) < 0.01
     assert relative_error(y, x.float() @ w.float().T) < 0.05
     (dx, dw), exact = torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(F.linear(x, w), (x, w), dy)
     assert relative_error(dw, exact[1]) < 1e-2
-    rows = kernels.low_rows(dy)
-    wanted = rows.values.float() * rows.scale[:, None] @ (w_low.values.float() * w_low.scale)
+    wanted = wide(kernels.fp8_rows(dy)) @ wide(product.w.fp8)
     errors = [(dx.float() - y).norm(dim=1) / y.norm(dim=1) for y in (wanted, exact[0].float())]
     assert errors[0].max() < 0.01 and errors[1].max() < 0.08
 
 
 @pytest.mark.parametrize("T", [1, 130, 4096])
-@pytest.mark.parametrize("name, heads", [("qk_prep", 8), ("qk_prep", 4), ("two_value_nll", 0)])
-def test_steps_that_bring_their_product_in_8_bits_along(name, heads, T):
+@pytest.mark.parametrize("name, heads", [("prepare_heads", 8), ("prepare_heads", 4), ("two_value_nll", 0)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_operations_that_compute_their_product(name, heads, fp8, T):
     x = torch.randn(T, 512, device="cuda").bfloat16()
     w = 0.05 * torch.randn(1024 if heads else 8192, 512, device="cuda").bfloat16()
-    unit, targets = torch.tensor(2.0 ** -4, device="cuda"), torch.randint(8192, (T,), device="cuda")
-    args = kernels.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *kernels.e4m3(w.float()[None])[0])
-    turns, gain = torch.randn(2, T, 1, 8, device="cuda"), torch.randn(max(heads, 1), device="cuda")
-    results = []
+    targets, rope = torch.randint(8192, (T,), device="cuda"), tuple(torch.randn(2, T, 1, 8, device="cuda"))
+    gain, results = torch.randn(max(heads, 1), device="cuda"), []
     for apart in (True, False):
         leaves = [a.detach().clone().requires_grad_() for a in (x, w, gain)]
-        first, product = (kernels.LowProduct.apply(*leaves[:2], args), ()) if apart else (leaves[0], (leaves[1], args))
+        product = kernels.Product(normalized(leaves[0]), in_8_bits(leaves[1]))
+        if not fp8:
+            product = kernels.Product(kernels.Activation(leaves[0]), kernels.Matrix(leaves[1]))
+        given = kernels.computed(product) if apart else product
         if heads:
-            out = kernels.qk_prep(first, tuple(turns), leaves[2], heads, heads // 2, 2, *product)
+            out = tensors(kernels.prepare_heads(given, rope, leaves[2], heads, heads // 2))
         else:
-            out = kernels.two_value_nll(first, 30.0, 30.0, targets, None, *product)[:1]
+            out = tensors(kernels.two_value_nll(given, 30.0, 30.0, targets)[0])
         torch.manual_seed(T)
-        out, draws = zip(*((y, torch.randn_like(y) * 1e-5) for y in out))
+        draws = [torch.randn_like(y) * 1e-5 for y in out]
         results.append([*out, *torch.autograd.grad(out, leaves, draws, allow_unused=True)])
     for apart, within in zip(*results):
         assert (apart is None) == (within is None)
@@ -314,11 +344,11 @@ def test_long_sums_in_8_bits(K, per_row):
     x, w = torch.randn(1000, K, device="cuda") * torch.rand(1000, 1, device="cuda"), 0.02 * torch.randn(512, K, device="cuda")
     x[:, :K // 2] += 0.5
     w[:256, :K // 2] += 0.02  # the first half of the results only grows
-    [one], [w] = kernels.e4m3(x[None]), kernels.e4m3(w[None])
-    x = kernels.low_rows(x) if per_row else one
+    w = in_8_bits(w).fp8
+    x = kernels.fp8_rows(x) if per_row else in_8_bits(x).fp8
     out = torch.empty(1000, 512, dtype=torch.bfloat16, device="cuda")
     exact = x.values.double() * (x.scale[:, None] if per_row else x.scale) @ (w.values.double() * w.scale).T
-    error = kernels.low_product(x, w, out).double() - exact
+    error = kernels.fp8_product(x, w, out).double() - exact
     growing, mixed = (float((error[:, part] * exact[:, part].sign()).mean() / exact[:, part].abs().mean())
                       for part in (slice(256), slice(256, 512)))
     assert abs(mixed) < 1e-3 and -0.05 < growing < 1e-3 and (K > 2048 or growing > -0.01)
@@ -328,7 +358,7 @@ def test_long_sums_in_8_bits(K, per_row):
 def test_gradients_in_8_bits_have_a_scale_for_each_row(T):
     x = 1e-6 * torch.randn(T, 512, device="cuda").bfloat16() * 2.0 ** (6 * torch.randn(T, 1, device="cuda")).bfloat16()
     x[1::2] = 0
-    rows, scales = kernels.low_rows(x), x.float().abs().amax(1).clamp(min=1e-30) / 448
+    rows, scales = kernels.fp8_rows(x), x.float().abs().amax(1).clamp(min=1e-30) / 448
     torch.testing.assert_close(rows.scale, scales, rtol=1e-6, atol=0)
     assert relative_error(rows.values.float(), (x.float() / scales[:, None]).to(torch.float8_e4m3fn).float()) < 1e-3
 
@@ -342,13 +372,17 @@ def test_squared_mlp_in_8_bits(T, slope, d, hidden):
     u, up, down, dy = (torch.randn(*shape, device="cuda").bfloat16() * size
                        for shape, size in (((T, d), 1), ((hidden, d), 0.04), ((d, hidden), 0.02), ((T, d), 1e-5)))
     dy *= 2.0 ** (3 * torch.randn(T, 1, device="cuda")).bfloat16()
-    lows = [kernels.e4m3(x.float()[None])[0] for x in (u, up, down)]
-    low = kernels.LowMLP(*lows, torch.tensor(kernels.A_UNIT, device="cuda"), kernels.DP_UNIT * lows[1].scale * lows[2].scale)
-    exact, results = [x.values.float() * x.scale for x in lows], []
-    for function, leaves in ((kernels.squared_mlp, (u, up, down)), (lambda u, up, down, slope, *_: F.linear(
-            g.leaky_relu_squared(F.linear(u, up), slope), down), exact)):
+    exact, results = [wide(in_8_bits(x).fp8) for x in (u, up, down)], []
+
+    def ours(u, up, down):
+        return kernels.squared_mlp(kernels.Activation(u, in_8_bits(u).fp8), in_8_bits(up), in_8_bits(down), slope)
+
+    def reference(u, up, down):
+        return F.linear(g.leaky_relu_squared(F.linear(u, up), slope), down)
+
+    for function, leaves in ((ours, (u, up, down)), (reference, exact)):
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        y = function(*leaves, slope, None, low)
+        y = function(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))))
     assert torch.isfinite(results[0][1]).all() and relative_error(results[0][1], results[1][1]) > 2e-3
     for got, wanted, share in zip(*results, (0.04, 0.06, 0.06, 0.06)):
@@ -370,7 +404,7 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
     inputs, draw = [vary(T, d), 0.04 * vary(hidden, d), 0.02 * vary(d, hidden)], vary(T, d)
     if torch.cuda.get_device_capability()[0] == 9:
         assert kernels.mlp_fusible(inputs[0], hidden)
-    found = passes([x.clone().requires_grad_() for x in inputs], kernels.squared_mlp)
+    found = passes([x.clone().requires_grad_() for x in inputs], squared_mlp)
     expected = passes([x.float().requires_grad_() for x in inputs],
                       lambda u, up, down, slope: F.linear(g.leaky_relu_squared(F.linear(u, up), slope), down))
     for got, wanted in zip(found, expected):
@@ -379,9 +413,9 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         leaves = [torch.zeros_like(x).requires_grad_() for x in inputs]
-        passes(leaves, kernels.squared_mlp)
+        passes(leaves, squared_mlp)
     with torch.cuda.graph(graph, stream=stream):
-        recorded = passes(leaves, kernels.squared_mlp)
+        recorded = passes(leaves, squared_mlp)
     torch.cuda.current_stream().wait_stream(stream)
     for leaf, x in zip(leaves, inputs):
         leaf.detach().copy_(x)
@@ -394,11 +428,11 @@ def test_squared_mlp_matches_float32_also_recorded_as_a_graph(T, slope, d, hidde
 def test_product_in_e4m3_that_adds_up_before_a_norm(T):
     shapes = (T, 512), (T, 512), (512, 512), (T, 512), (T, 512)
     x, z, w, *draws = (torch.randn(*shape, device="cuda").bfloat16() for shape in shapes)
-    [w_low], unit = kernels.e4m3(w.float()[None]), torch.tensor(kernels.ATTENDED_UNIT, device="cuda")
-    low, scale = (z / unit).to(torch.float8_e4m3fn), torch.tensor(0.3, device="cuda")
+    scale = torch.tensor(0.3, device="cuda")
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = kernels.add_norm(x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
-    total = (x.detach().float() + low.float() @ w_low.values.float().T * unit * w_low.scale).requires_grad_()
+    product = kernels.Product(normalized(z, kernels.GATED_UNIT), in_8_bits(w))
+    found = tensors(kernels.add_norm(x, product, scale))
+    total = (x.detach().float() + wide(product.x.fp8) @ wide(product.w.fp8).T).requires_grad_()
     exact = total, scale * F.rms_norm(total, (512,), eps=1.1920929e-7)
     dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
     [wanted] = torch.autograd.grad(exact, total, [draw.float() for draw in draws])
@@ -419,27 +453,23 @@ while time.time() < end:
 """
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward", "low", "low backward"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "forward in 8 bits", "backward in 8 bits"])
 def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
     """Kernels are then interrupted, and what is in shared memory is saved and restored."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the MLP's own kernel runs on Hopper only")
     T, d, hidden = 16384, 512, 2048
     u, w_up = (torch.randn(n, d, device="cuda").bfloat16() for n in (T, hidden))
-    a, bits = torch.empty(T, hidden, device="cuda").bfloat16(), torch.empty(hidden // 32, T, dtype=torch.int32, device="cuda")
-    kernels.mlp_product(u, w_up, a, bits, 0.3)
-    low = [kernels.e4m3(x[None])[0] for x in (u, w_up)]
-    operands = low if kind == "low" else (kernels.low_rows(u), low[1]) if kind == "low backward" else (u, w_up)
+    a, negative, _ = kernels.mlp_forward(u, w_up, 0.3)
+    u_fp8, up_fp8 = (in_8_bits(x).fp8 for x in (u, w_up))
+    u_rows = kernels.fp8_rows(u)
+    calls = {"forward": lambda: kernels.mlp_forward(u, w_up, 0.3),
+             "backward": lambda: kernels.mlp_backward(u, w_up.T.contiguous(), a, negative, 0.3),
+             "forward in 8 bits": lambda: kernels.mlp_forward(u_fp8, up_fp8, 0.3),
+             "backward in 8 bits": lambda: kernels.mlp_backward(u_rows, up_fp8, a, negative, 0.3)}
 
     def product():
-        lows = [torch.empty_like(a, dtype=torch.float8_e4m3fn)] * ("low" in kind)
-        if "backward" in kind:
-            out = torch.empty_like(a)
-            kernels.mlp_product(operands[0], operands[1] if lows else w_up.T.contiguous(), a, bits, 0.3, out, *lows)
-            return out, *lows
-        found = torch.empty_like(a), torch.empty_like(bits)
-        kernels.mlp_product(*operands, *found, 0.3, None, *lows)
-        return *found, *lows
+        return tensors(calls[kind]())
 
     expected, end = [x.view(torch.uint8) for x in product()], time.time() + 6
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as other:

@@ -143,6 +143,10 @@ def test_ring_index_counts_every_token():
     assert torch.equal(keys.view(-1, 2, 4)[index], k) and torch.equal(values, -keys) and int((keys != 0).sum()) == 72
 
 
+def fused_nll(scores, *rest):
+    return kernels.TwoValueNLL.apply(scores, None, None, *rest)
+
+
 @pytest.mark.parametrize("T, V, caps, dtype", [
     (5, 100, (30.0, 30.0), torch.float32),
     (4, 8192, (20.0, 35.0), torch.float32),
@@ -159,9 +163,9 @@ def test_two_value_nll(T, V, caps, dtype, expanded):
     targets[0] = 1
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # of the gradient, rounded to bf16 by both
     arguments = *caps, targets, hints
-    compare(lambda *a: kernels.TwoValueNLL.apply(*a)[0], lambda *a: kernels.reference_two_value_nll(*a)[0], (scores,),
-            arguments, expanded, tolerance)
-    results = [f(scores, *arguments) for f in (kernels.TwoValueNLL.apply, kernels.reference_two_value_nll)]
+    compare(lambda *a: fused_nll(*a)[0], lambda *a: kernels.reference_two_value_nll(*a)[0], (scores,), arguments, expanded,
+            tolerance)
+    results = [f(scores, *arguments) for f in (fused_nll, kernels.reference_two_value_nll)]
     for ours, theirs in zip(*results):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-5)
@@ -169,7 +173,7 @@ def test_two_value_nll(T, V, caps, dtype, expanded):
 
 def test_hints_carry_no_gradient():
     scores, ids = torch.randn(3, 20, requires_grad=True), torch.tensor([1, 2, 3])
-    for function in (kernels.TwoValueNLL.apply, kernels.reference_two_value_nll):
+    for function in (fused_nll, kernels.reference_two_value_nll):
         nll, log_q = function(scores, 30.0, 30.0, ids, ids)
         assert nll.requires_grad and not log_q.requires_grad
         torch.testing.assert_close(nll.detach(), -log_q)
@@ -291,11 +295,23 @@ def ways(*names) -> set[str]:
 @pytest.fixture
 def fused(monkeypatch):
     """The fused kernels run on the CPU, three programs over tiles of four rows. Returns the names of those that ran."""
-    ran, over_rows = set(), kernels.over_rows
-    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (4, 4, 1, 1)))
+    ran, launch = set(), kernels.RowKernel.__call__
+    small_tiles(monkeypatch, 4)
     monkeypatch.setattr(kernels, "fusible", lambda x, *widths: all(width & (width - 1) == 0 for width in widths))
-    monkeypatch.setattr(kernels, "over_rows", lambda kernel, name, *a, **k: (ran.add(name), over_rows(kernel, name, *a, **k)))
+
+    def note(kernel, **arguments):
+        ran.add(kernel.name.removesuffix("_kernel"))
+        launch(kernel, **arguments)
+
+    monkeypatch.setattr(kernels.RowKernel, "__call__", note)
     return ran
+
+
+def small_tiles(monkeypatch, rows):
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, kernels.RowKernel):
+            for name, value in dict(rows=rows, per_multiprocessor=1, stages=1).items():
+                monkeypatch.setattr(kernel, name, value)
 
 
 @pytest.fixture
@@ -309,13 +325,21 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator(seed + 7 * len(shape) + sum(shape))).to(dtype)
 
 
+def tensors(result) -> list[torch.Tensor]:
+    """The tensors of a result, those in 8 bits aside."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, tuple) and not isinstance(result, kernels.E4M3):
+        return [x for item in result for x in tensors(item)]
+    return []
+
+
 def graded(function, inputs, trained):
     """Outputs, and gradients at inputs[i], i in trained, for fixed random gradients of the outputs."""
     leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     for i in trained:
         leaves[i].requires_grad_()
-    out = function(*leaves)
-    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.numel()]
+    out = [x for x in tensors(function(*leaves)) if x.numel()]
     results = [x.detach().clone() for x in out]
     pairs = [(x, randn(*x.shape, seed=11 + i).to(x.dtype)) for i, x in enumerate(out) if x.requires_grad]
     outputs, gradients = zip(*pairs)
@@ -366,7 +390,7 @@ def test_mix_norm_of_which_little_is_used(lanes, used, fused, double):
     inputs = [*(randn(9, 16, seed=i) for i in (1, 2)), None, randn(2, 16, seed=6), torch.tensor(0.7), 3, lanes]
 
     def some(function):
-        return lambda *a: tuple(x for i, x in enumerate(function(*a)) if i in used)
+        return lambda *a: tuple(x for i, x in enumerate(tensors(function(*a))) if i in used)
 
     agree(some(kernels.mix_norm), some(kernels.reference_mix_norm), inputs, [0, 1, 3])
 
@@ -374,21 +398,26 @@ def test_mix_norm_of_which_little_is_used(lanes, used, fused, double):
 def test_mix_norm_returns_what_has_no_gradient_without_one(fused):
     x, x0 = randn(5, 16).requires_grad_(), randn(5, 16, seed=1)
     *_, again, same = kernels.mix_norm(x, x0, None, randn(2, 16), torch.tensor(0.7), 3)
-    assert again.requires_grad and same is x0
+    assert again.requires_grad and not same.requires_grad and torch.equal(same, x0)
 
 
 @lengths
 @pytest.mark.parametrize("heads, kv_heads, D, dims, copies", [
     (2, 1, 16, 4, 1), (8, 4, 64, 16, 1), (8, 4, 64, 16, 2), (4, 4, 16, 16, 1), (4, 2, 16, 8, 1), (4, 1, 16, 8, 4)])
-def test_qk_prep(T, dtype, heads, kv_heads, D, dims, copies, fused, double):
+def test_prepare_heads(T, dtype, heads, kv_heads, D, dims, copies, fused, double):
     angles = torch.arange(T)[:, None, None] * 10000.0 ** (-torch.arange(0, dims, 2) / dims)
     inputs = [randn(T, (heads + 2 * kv_heads) * D, dtype=dtype), angles.cos(), angles.sin(), randn(heads, seed=3)]
 
-    def call(function):
-        return lambda qkv, cos, sin, gain: function(qkv, (cos, sin), gain, heads, kv_heads, copies)
+    def prepare(qkv, cos, sin, gain):
+        if copies > 1:  # which only CUDA asks for
+            return kernels.PrepareHeads.apply(qkv, None, None, cos, sin, gain, heads, kv_heads, copies)
+        return kernels.prepare_heads(qkv, (cos, sin), gain, heads, kv_heads)
 
-    agree(call(kernels.qk_prep), call(kernels.reference_qk_prep), inputs, [0, 3])
-    assert fused == ways("qk_prep")
+    def reference(qkv, cos, sin, gain):
+        return kernels.reference_prepare_heads(qkv, (cos, sin), gain, heads, kv_heads, copies)
+
+    agree(prepare, reference, inputs, [0, 3])
+    assert fused == ways("prepare_heads")
 
 
 def xsa_inputs(T, heads, kv_heads, D, gate, alpha, dtype):
@@ -427,7 +456,7 @@ def test_norms_of_sums(T, dtype, fused, double):
     x, y, scale = randn(T, 16, seed=1, dtype=dtype), randn(T, 16, seed=2, dtype=dtype), torch.tensor(0.6)
     agree(kernels.add_norm, kernels.reference_add_norm, [x, y, scale], [0, 1])
     agree(kernels.add_norm, kernels.reference_add_norm, [x, None, scale], [0])
-    agree(lambda x, z, scale, weight: kernels.add_norm(x, z, scale, None, weight),
+    agree(lambda x, z, scale, weight: kernels.add_norm(x, kernels.Product(kernels.Activation(z), kernels.Matrix(weight)), scale),
           lambda x, z, scale, weight: kernels.reference_add_norm(x, F.linear(z, weight), scale),
           [x, randn(T, 8, seed=3, dtype=dtype), scale, randn(16, 8, seed=4, dtype=dtype)], [0, 1, 3])
     assert fused == ways("add_norm")
@@ -440,84 +469,111 @@ def test_lane_update(T, dtype, fused, double):
     assert fused == ways("lane_update")
 
 
+def in_8_bits(w: torch.Tensor) -> kernels.Matrix:
+    [matrix] = kernels.as_matrices(w.detach()[None], w.dtype, fp8=True)
+    return matrix._replace(w=w)
+
+
 def narrow(x: torch.Tensor) -> kernels.E4M3:
-    [low] = kernels.e4m3(x.detach().float()[None])
-    return low
+    return in_8_bits(x).fp8
+
+
+def normalized(x: torch.Tensor, unit: float = 2.0 ** -4) -> kernels.Activation:
+    return kernels.Activation(x, kernels.E4M3((x.detach() / unit).to(torch.float8_e4m3fn), torch.tensor(unit)))
 
 
 def wide(x: kernels.E4M3) -> torch.Tensor:
     return x.values.float() * (x.scale[:, None] if x.scale.dim() else x.scale)
 
 
-def plain_mlp_product(x, w, a, bits, slope, out=None, low=None):
-    """kernels.mlp_product, whose kernel no CPU can run, in its layouts: bit j of bits[i, m] says that p[m, 32 i + j] < 0."""
-    place = torch.arange(32)
-    if low is not None and out is None:
-        plain_mlp_product(wide(x), wide(w), a, bits, slope)
-        low.copy_((a.float() / kernels.A_UNIT).clamp(max=448))
-    elif low is not None:
-        exact = torch.empty(a.shape)
-        plain_mlp_product(wide(x), wide(w).T, a.float(), bits, slope, exact)
-        out.copy_(exact)
-        low.copy_((exact / (kernels.DP_UNIT * x.scale[:, None] * w.scale)).clamp(-448, 448))
-    elif out is None:
-        p = x @ w.T
-        a.copy_(kernels.leaky_relu_squared(p, slope))
-        bits.copy_(((p < 0).unflatten(1, (-1, 32)).long() << place).sum(2).T)
-    else:
-        below = ((bits.T[:, :, None] >> place) & 1).flatten(1) == 1
-        out.copy_((x @ w) * a.sqrt() * torch.where(below, -2 * slope, 2.0))
+def plain_mlp_forward(u, w_up, slope):
+    """kernels.mlp_forward, whose kernel no CPU can run, in its layouts: bit j of negative[i, m] stands for p[m, 32 i + j]."""
+    fp8 = isinstance(u, kernels.E4M3)
+    p = wide(u) @ wide(w_up).T if fp8 else u @ w_up.T
+    negative = ((p < 0).unflatten(1, (-1, 32)).long() << torch.arange(32)).sum(2).T.to(torch.int32)
+    hidden = kernels.leaky_relu_squared(p, slope)
+    if not fp8:
+        return hidden, negative, None
+    return hidden.bfloat16(), negative, (hidden / kernels.HIDDEN_UNIT).clamp(max=448).to(torch.float8_e4m3fn)
+
+
+def plain_mlp_backward(dy, w_down, hidden, negative, slope):
+    fp8 = isinstance(dy, kernels.E4M3)
+    below = ((negative.T[:, :, None] >> torch.arange(32)) & 1).flatten(1) == 1
+    dhidden = wide(dy) @ wide(w_down).T if fp8 else dy @ w_down
+    dp = dhidden * hidden.to(dhidden.dtype).sqrt() * torch.where(below, -2 * slope, 2.0)
+    if not fp8:
+        return dp.to(hidden.dtype), None
+    in_units = dp / (kernels.DHIDDEN_UNIT * dy.scale[:, None] * w_down.scale)
+    return dp.bfloat16(), in_units.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.fixture
+def plain_mlp(monkeypatch):
+    monkeypatch.setattr(kernels, "mlp_forward", plain_mlp_forward)
+    monkeypatch.setattr(kernels, "mlp_backward", plain_mlp_backward)
+
+
+def squared_mlp(u, up, down, slope, x=None):
+    """kernels.squared_mlp where the kernel runs."""
+    return kernels.SquaredMLP.apply(u.x, up.w, down.w, x, u, up, down, slope)
+
+
+def squared_mlp_of(function):
+    """The function of Activation and Matrix as one of tensors."""
+    return lambda u, up, down, *rest: function(kernels.Activation(u), kernels.Matrix(up), kernels.Matrix(down), *rest)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("T, hidden, d, dtype", [
     (1, 64, 32, torch.float32), (7, 32, 48, torch.float32), (33, 256, 32, torch.float32), (33, 64, 32, torch.bfloat16)])
-def test_squared_mlp(T, hidden, d, dtype, slope, monkeypatch):
-    monkeypatch.setattr(kernels, "mlp_product", plain_mlp_product)
+def test_squared_mlp(T, hidden, d, dtype, slope, plain_mlp):
     inputs = [*(randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(T, d), (hidden, d), (d, hidden)])), slope]
     inputs[0][T // 2, :] *= 1e-30  # squared it underflows; its gradient is that of 0
     inputs[0][2:3] = 0
     tolerance = 3e-5 if dtype == torch.float32 else 0.02
-    agree(kernels.SquaredMLP.apply, kernels.squared_mlp, inputs, range(3), tolerance)
+    ours, theirs = squared_mlp_of(squared_mlp), squared_mlp_of(kernels.squared_mlp)
+    agree(ours, theirs, inputs, range(3), tolerance)
     inputs.append(randn(T, d, seed=3, dtype=dtype))  # written over, so not a leaf
-    agree(lambda *a: kernels.SquaredMLP.apply(*a[:4], 1 * a[4]), kernels.squared_mlp, inputs, (0, 1, 2, 4), tolerance)
+    agree(lambda *a: ours(*a[:4], 1 * a[4]), theirs, inputs, (0, 1, 2, 4), tolerance)
 
 
 @pytest.fixture
-def small_low_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "LOW_TILE", dict(BM=16, BN=32, BK=32, num_warps=1, num_stages=1))
+def small_fp8_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "FP8_TILE", dict(BM=16, BN=32, BK=32, num_warps=1, num_stages=1))
 
 
 @pytest.mark.parametrize("T", [1, 7, 33])
-def test_a_product_in_8_bits_that_adds_up_before_a_norm(T, fused, small_low_tiles):
+def test_a_product_in_8_bits_that_is_added_before_a_norm(T, fused, small_fp8_tiles):
     x, z, w = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 64), (T, 64), (64, 64)]))
-    w_low, unit, scale = narrow(w), torch.tensor(kernels.ATTENDED_UNIT), torch.tensor(0.3)
-    low = (z / unit).to(torch.float8_e4m3fn)
     x.requires_grad_(), z.requires_grad_(), w.requires_grad_()
-    found = kernels.add_norm(x, z, scale, None, w, kernels.LowArgs(low, unit, *w_low))
-    total = x.detach().float() + low.float() @ wide(w_low).T * unit
+    product, scale = kernels.Product(normalized(z, kernels.GATED_UNIT), in_8_bits(w)), torch.tensor(0.3)
+    found = tensors(kernels.add_norm(x, product, scale))
+    total = x.detach().float() + wide(product.x.fp8) @ wide(product.w.fp8).T
     exact = total.requires_grad_(), scale * F.rms_norm(total, (64,), eps=1.1920929e-7)
     draws = [randn(T, 64, seed=i, dtype=torch.bfloat16) for i in (5, 6)]
     dx, dz, dw = torch.autograd.grad(found, (x, z, w), draws)
     [wanted] = torch.autograd.grad(exact, total, [draw.float() for draw in draws])
     for got, right in zip((*found, dx, dw), (*exact, wanted, wanted.T @ z.float())):
         assert (got.float() - right).norm() < 0.01 * right.norm()
-    low_dz = wide(kernels.low_rows(wanted)) @ wide(w_low)  # interpreted, some numbers are halved on their way to E4M3
-    assert (dz.float() - low_dz).norm() < 0.12 * low_dz.norm()
+    dz_fp8 = wide(kernels.fp8_rows(wanted)) @ wide(product.w.fp8)  # interpreted, some numbers are halved on their way to E4M3
+    assert (dz.float() - dz_fp8).norm() < 0.12 * dz_fp8.norm()
     assert fused >= {"add_norm_backward"}
 
 
+@pytest.mark.parametrize("unit_scale", [None, 0.3])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("M, N, K, add", [(1, 32, 32, False), (50, 64, 96, False), (33, 96, 64, True), (200, 32, 32, True)])
-def test_product_in_8_bits(M, N, K, add, per_row, request):
+def test_product_in_8_bits(M, N, K, add, per_row, unit_scale, request):
     x, w, out = randn(M, K) * 2.0 ** randn(M, 1), narrow(randn(N, K, seed=1)), randn(M, N, seed=2, dtype=torch.bfloat16)
-    x = kernels.low_rows(x) if per_row else narrow(x)
-    wanted = wide(x) @ wide(w).T + add * out.float()
-    for fixtures in ((), ("fused", "small_low_tiles")):  # as a plain formula, then as a kernel
+    x = kernels.fp8_rows(x) if per_row else narrow(x)
+    unit = {} if unit_scale is None else dict(unit=2.0, unit_scale=torch.tensor(unit_scale))
+    wanted = wide(x) @ wide(w).T * (1 if unit_scale is None else 2 * unit_scale) + add * out.float()
+    for fixtures in ((), ("fused", "small_fp8_tiles")):  # as a plain formula, then as a kernel
         for fixture in fixtures:
             request.getfixturevalue(fixture)
         found = out.clone()
-        assert kernels.low_product(x, w, found, add) is found
+        assert kernels.fp8_product(x, w, found, add=add, **unit) is found
         assert ((found.float() - wanted).norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()
 
 
@@ -527,36 +583,36 @@ def test_gradients_in_8_bits_have_a_scale_for_each_row(T, request):
     x[T // 2] = 0
     for fixtures, share in (((), 0.03), (("fused",), 0.25)):  # interpreted, some numbers are halved on their way to E4M3
         ran = [request.getfixturevalue(fixture) for fixture in fixtures]
-        rows = kernels.low_rows(x)
+        rows = kernels.fp8_rows(x)
         assert rows.values.dtype == torch.float8_e4m3fn and rows.scale.shape == (T,)
         torch.testing.assert_close(448 * rows.scale, x.abs().amax(1).float().clamp(min=1e-30), rtol=1e-6, atol=0)
         assert ((wide(rows) - x.float()).norm(dim=1) <= share * x.float().norm(dim=1)).all()
-        assert ran in ([], [{"low_rows"}])
+        assert ran in ([], [{"fp8_rows"}])
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3])
 @pytest.mark.parametrize("T", [1, 33])
-def test_squared_mlp_in_8_bits(T, slope, monkeypatch):
+def test_squared_mlp_in_8_bits(T, slope, plain_mlp):
     """What operands rounded to 8 bits make, but for the matrices' gradients, whose operands are those in bf16."""
-    monkeypatch.setattr(kernels, "mlp_product", plain_mlp_product)
-    matrices = [randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 32), (64, 32), (32, 64)])]
-    lows, x, dy = tuple(map(narrow, matrices)), *(randn(T, 32, seed=i, dtype=torch.bfloat16) for i in (3, 4))
+    u, up, down = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(T, 32), (64, 32), (32, 64)]))
+    u.requires_grad_(), up.requires_grad_(), down.requires_grad_()
+    operands = kernels.Activation(u, narrow(u)), in_8_bits(up), in_8_bits(down)
+    low_u, low_up, low_down = (wide(x.fp8) for x in operands)
+    x, dy = (randn(T, 32, seed=i, dtype=torch.bfloat16) for i in (3, 4))
     dy *= 1e-5 * 2.0 ** randn(T, 1, seed=5).bfloat16()
-    low = kernels.LowMLP(*lows, torch.tensor(kernels.A_UNIT), kernels.DP_UNIT * lows[1].scale * lows[2].scale)
-    u, up, down = (matrix.requires_grad_() for matrix in matrices)
-    p = wide(low.u) @ wide(low.w_up).T
-    wanted = kernels.leaky_relu_squared(p, slope) @ wide(low.w_down).T
+    p = low_u @ low_up.T
+    wanted = kernels.leaky_relu_squared(p, slope) @ low_down.T
     a = kernels.leaky_relu_squared(p, slope).bfloat16().float()
-    dp = wide(kernels.low_rows(dy)) @ wide(low.w_down) * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0)
+    dp = wide(kernels.fp8_rows(dy)) @ low_down * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0)
     for added in (False, True):
         kept = x.clone().requires_grad_()
         held = 1 * kept if added else None
-        y = kernels.SquaredMLP.apply(u, up, down, slope, held, low)
+        y = squared_mlp(*operands, slope, held)
         assert y.dtype == torch.bfloat16 and (y is held) == added
         assert (y - added * x - wanted).norm() < 0.03 * wanted.norm()  # the activation is rounded to 8 bits too
         du, dup, ddown, *dx = torch.autograd.grad(y, [u, up, down] + [kept] * added, dy)
         exact = dy.float() @ down.float() * 2 * a.sqrt() * torch.where(p < 0, -slope, 1.0) @ up.float()
-        for found, formula, share in ((du, dp @ wide(low.w_up), 0.04), (du, exact, 0.1), (dup, dp.T @ u.float(), 0.01),
+        for found, formula, share in ((du, dp @ low_up, 0.04), (du, exact, 0.1), (dup, dp.T @ u.float(), 0.01),
                                       (ddown, dy.float().T @ a, 0.01)):
             assert (found - formula).norm() <= share * formula.norm()
         assert not added or torch.equal(*dx, dy)
@@ -564,10 +620,9 @@ def test_squared_mlp_in_8_bits(T, slope, monkeypatch):
 
 def test_what_is_kept_of_the_products_before_the_activation():
     p = torch.tensor([[1.0, -1.0], [-3.0, 0.5], [-0.0, -2.0]])
-    a, bits = torch.empty(3, 64), torch.empty(2, 3, dtype=torch.int32)
-    plain_mlp_product(p, torch.eye(2).repeat(32, 1), a, bits, 0.5)
-    assert a[:, :2].tolist() == [[1, 0.25], [2.25, 0.25], [0, 1]] and a.stride() == (64, 1)
-    assert (bits.long() & 0xFFFFFFFF).tolist() == [[0xAAAAAAAA, 0x55555555, 0xAAAAAAAA]] * 2
+    a, negative, _ = plain_mlp_forward(p, torch.eye(2).repeat(32, 1), 0.5)
+    assert a[:, :2].tolist() == [[1, 0.25], [2.25, 0.25], [0, 1]]
+    assert (negative.long() & 0xFFFFFFFF).tolist() == [[0xAAAAAAAA, 0x55555555, 0xAAAAAAAA]] * 2
 
 
 @pytest.mark.parametrize("d, hidden, device, dtype, runs", [
@@ -625,10 +680,11 @@ def on_both_paths(function, monkeypatch, mlp=True) -> tuple:
         patch.setattr(kernels, "fusible", lambda *_: False)
         plain = function()
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (8, 4, 1, 1)))  # two programs for 13 tokens
+        small_tiles(patch, 8)  # two programs for 13 tokens
         if mlp:
-            patch.setattr(kernels, "mlp_product", plain_mlp_product)
-            patch.setattr(g, "squared_mlp", kernels.SquaredMLP.apply)
+            patch.setattr(kernels, "mlp_forward", plain_mlp_forward)
+            patch.setattr(kernels, "mlp_backward", plain_mlp_backward)
+            patch.setattr(g, "squared_mlp", squared_mlp)
         return function(), plain
 
 
@@ -659,7 +715,7 @@ def test_the_fused_model_equals_the_plain_one(changes, looping, fused, monkeypat
     s = reference_settings(**changes)
     model = random_model(s)
     assert_same(*on_both_paths(lambda: losses_and_gradients(model, looping), monkeypatch), 1e-4)
-    assert fused == ways("mix_norm", "qk_prep", "add_norm", *["xsa_gate"] * (s.xsa_last_n > 0),
+    assert fused == ways("mix_norm", "prepare_heads", "add_norm", *["xsa_gate"] * (s.xsa_last_n > 0),
                          *["lane_update"] * (s.parallel_start_layer > 0))
 
 
@@ -675,7 +731,7 @@ def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
     ours, theirs = on_both_paths(lambda: g.calibrate(model, windows, True, s, runtime()), monkeypatch)
     for field in ("hessian", "curvature"):
         assert_same(getattr(ours, field), getattr(theirs, field), 1e-4)
-    assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
+    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm", "lane_update")
 
 
 @pytest.mark.parametrize("context", ["cache", "recompute"])
@@ -685,7 +741,7 @@ def test_test_time_training_scores_the_same_on_the_fused_path(context, fused, mo
     tokens = stream(3, longest=40)
     ours, theirs = on_both_paths(lambda: torch.from_numpy(adapt(s, tokens)), monkeypatch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert fused == ways("mix_norm", "qk_prep", "xsa_gate", "add_norm", "lane_update")
+    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm", "lane_update")
 
 
 # --- Products in 8-bit floats
@@ -693,15 +749,16 @@ def test_test_time_training_scores_the_same_on_the_fused_path(context, fused, mo
 
 @pytest.mark.parametrize("width", [16, 64, 512, 768])
 def test_no_normalized_row_leaves_the_range_of_e4m3(width):
-    unit = kernels.low_unit(width)
+    unit = kernels.norm_unit(width)
     assert 224 < width ** 0.5 / unit <= 448 and math.log2(unit) % 1 == 0
 
 
 def test_matrices_in_e4m3():
-    matrices = torch.stack((randn(6, 8), 1e-3 * randn(6, 8, seed=1), torch.zeros(6, 8)))
-    for matrix, (values, scale, turned) in zip(matrices, kernels.e4m3(matrices)):
-        assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and scale.shape == ()
-        assert turned.is_contiguous() and torch.equal(turned.T.float(), values.float())
+    stack = torch.stack((randn(6, 8), 1e-3 * randn(6, 8, seed=1), torch.zeros(6, 8)))
+    for matrix, (w, (values, scale), (transposed, same_scale)) in zip(stack, kernels.as_matrices(stack, torch.bfloat16, True)):
+        assert torch.equal(w, matrix.bfloat16())
+        assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and scale.shape == () and scale == same_scale
+        assert transposed.is_contiguous() and torch.equal(transposed.T.float(), values.float())
         assert values.float().abs().max() == (448 if matrix.any() else 0)
         torch.testing.assert_close(values.float() * scale, matrix, rtol=1 / 16, atol=scale.item() / 512)
 
@@ -709,74 +766,82 @@ def test_matrices_in_e4m3():
 def test_gradients_of_a_product_in_e4m3():
     x, w, dy = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(5, 32), (48, 32), (5, 48)]))
     x.requires_grad_(), w.requires_grad_()
-    w_low, unit = narrow(w), torch.tensor(2.0 ** -4)
-    low, exact = (x.detach() / unit).to(torch.float8_e4m3fn), torch.autograd.grad(F.linear(x, w), (x, w), dy)
-    y = kernels.LowProduct.apply(x, w, kernels.LowArgs(low, unit, *w_low))
-    torch.testing.assert_close(y.float(), low.float() @ wide(w_low).T * unit, rtol=0.01, atol=0.01)
+    product, exact = kernels.Product(normalized(x), in_8_bits(w)), torch.autograd.grad(F.linear(x, w), (x, w), dy)
+    y = kernels.computed(product)
+    torch.testing.assert_close(y.float(), wide(product.x.fp8) @ wide(product.w.fp8).T, rtol=0.01, atol=0.01)
     dx, dw = torch.autograd.grad(y, (x, w), dy)
     assert torch.equal(dw, exact[1]) and not torch.equal(dx, exact[0])
-    wanted = wide(kernels.low_rows(dy)) @ wide(w_low)
+    wanted = wide(kernels.fp8_rows(dy)) @ wide(product.w.fp8)
     assert (dx - wanted).norm() < 0.01 * wanted.norm() and (dx - exact[0]).norm() < 0.06 * exact[0].norm()
 
 
 @pytest.mark.parametrize("T", [1, 33])
-@pytest.mark.parametrize("name, rows", [("qk_prep", 128), ("two_value_nll", 128), ("two_value_nll", 96)])
-def test_steps_that_bring_their_product_in_8_bits_along(name, rows, T, request):
+@pytest.mark.parametrize("in_bf16", [False, True])
+@pytest.mark.parametrize("name, rows", [("prepare_heads", 128), ("two_value_nll", 128), ("two_value_nll", 96)])
+def test_operations_that_compute_their_product(name, rows, in_bf16, T, request):
     """What comes of the product apart; interpreted, some numbers are halved on their way to E4M3."""
     x, w = randn(T, 64, dtype=torch.bfloat16), randn(rows, 64, seed=1, dtype=torch.bfloat16)
-    unit, targets = torch.tensor(2.0 ** -4), torch.randint(rows, (T,), generator=generator())
-    args, turns = kernels.LowArgs((x / unit).to(torch.float8_e4m3fn), unit, *narrow(w)), randn(2, T, 1, 4)
+    targets, rope = torch.randint(rows, (T,), generator=generator()), tuple(randn(2, T, 1, 4))
     gain, cap = randn(4, seed=2), torch.tensor(20.0)
-    calls = {"qk_prep": lambda f, x, gain, cap, *product: f(x, (turns[0], turns[1]), gain, 4, 2, 1, *product),
-             "two_value_nll": lambda f, x, gain, cap, *product: f(x, cap, cap, targets, targets, *product)[:1]}
+    calls = {"prepare_heads": lambda f, product, gain, cap: f(product, rope, gain, 4, 2),
+             "two_value_nll": lambda f, product, gain, cap: f(product, cap, cap, targets, targets)[0]}
     results = []
-    for fixtures, f, apart in (((), "reference_" + name, True), ((), name, False), (("fused", "small_low_tiles"), name, False)):
+    for fixtures, f, apart in (((), "reference_" + name, True), ((), name, False), (("fused", "small_fp8_tiles"), name, False)):
         for fixture in fixtures:
             request.getfixturevalue(fixture)
-        leaves = [a.detach().clone().requires_grad_() for a in (x, gain, cap, w)]
-        product = kernels.LowProduct.apply(leaves[0], leaves[3], args) if apart else leaves[0]
-        out = calls[name](getattr(kernels, f), product, *leaves[1:3], *(() if apart else (leaves[3], args)))
+        x_leaf, *vectors, w_leaf = [a.detach().clone().requires_grad_() for a in (x, gain, cap, w)]
+        product = kernels.Product(normalized(x_leaf), in_8_bits(w_leaf))
+        if in_bf16:
+            product = kernels.Product(kernels.Activation(x_leaf), kernels.Matrix(w_leaf))
+        out = tensors(calls[name](getattr(kernels, f), kernels.computed(product) if apart else product, *vectors))
         draws = [randn(*y.shape, seed=11 + i).to(y.dtype) for i, y in enumerate(out)]
-        results.append([*out, *(g for g in torch.autograd.grad(out, leaves, draws, allow_unused=True) if g is not None)])
+        gradients = torch.autograd.grad(out, [x_leaf, *vectors, w_leaf], draws, allow_unused=True)
+        results.append([*out, *(g for g in gradients if g is not None)])
     for i, (apart, plain, kernel) in enumerate(zip(*results)):
         assert torch.equal(apart, plain)
-        share = 0.2 if i == len(results[0]) - 3 else 0.02  # the gradient at x
+        share = 0.2 if i == len(results[0]) - 3 and not in_bf16 else 0.02  # the gradient at x
         assert (kernel.float() - apart.float()).norm() <= share * apart.float().norm()
 
 
 @pytest.mark.parametrize("T", [1, 7])
 @pytest.mark.parametrize("name", ["mix_norm", "mix_norm of a lane", "add_norm", "norm"])
-def test_normalized_rows_in_e4m3(T, name, fused):
-    x, y = randn(T, 64), randn(T, 64, seed=1)
+def test_normalized_rows_in_e4m3(T, name, fused, monkeypatch):
+    x, y, reader = randn(T, 64), randn(T, 64, seed=1), in_8_bits(randn(64, 64, seed=3))
     x[0, 1:] = 1e-3  # its first entry is nearly as large as there can be
     scale = torch.tensor(0.7)
+    x.requires_grad_()
     for prefix, dtype in (("", torch.float16), ("reference_", torch.float8_e4m3fn)):  # interpreted, the cast to E4M3 is wrong
-        low = torch.empty(T, 64, dtype=dtype)
+        monkeypatch.setattr(kernels, "FP8", dtype)
         if name.startswith("mix"):
-            u = getattr(kernels, prefix + "mix_norm")(x, y, None, randn(2, 64, seed=2), scale, 3, "lane" in name, low)[1]
+            function, mix = getattr(kernels, prefix + "mix_norm"), randn(2, 64, seed=2)
+            u = function(x, y, None, mix, scale, 3, "lane" in name, reader)[1]
         else:
-            u = getattr(kernels, prefix + "add_norm")(x, y if name == "add_norm" else None, scale, low=low)[1]
-        torch.testing.assert_close(low.float() * kernels.low_unit(64) * scale, u, rtol=1 / 16, atol=2 ** -12)
+            u = getattr(kernels, prefix + "add_norm")(x, y if name == "add_norm" else None, scale, reader)[1]
+        assert u.fp8.values.dtype == dtype and u.fp8.scale == kernels.norm_unit(64) and not u.fp8.values.requires_grad
+        torch.testing.assert_close(wide(u.fp8), u.x.detach(), rtol=1 / 16, atol=2 ** -12)
+        assert u.x.requires_grad and torch.autograd.grad(u.x.sum(), x)[0].any()
     assert fused
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_gated_outputs_in_e4m3(exclusive, fused):
+def test_gated_outputs_in_e4m3(exclusive, fused, monkeypatch):
     y, qkv, *rest = xsa_inputs(7, 4, 2, 16, True, False, torch.float32)
     v = qkv[:, -32:].unflatten(1, (2, 16)) if exclusive else None
     y[3] *= 1e3  # beyond the range
+    y.requires_grad_()
     for function, dtype in ((kernels.xsa_gate, torch.float16), (kernels.reference_xsa_gate, torch.float8_e4m3fn)):
-        low = torch.empty(7, 64, dtype=dtype)
-        z = function(y, v, *rest, low=low)
+        monkeypatch.setattr(kernels, "FP8", dtype)
+        z = function(y, v, *rest, reader=in_8_bits(randn(64, 64)))
+        assert z.fp8.values.dtype == dtype and z.fp8.values.shape == (7, 64) and not z.fp8.values.requires_grad
         end = math.inf if exclusive and dtype == torch.float16 else 112  # the kernel, interpreted, has no cast to E4M3
-        torch.testing.assert_close(low.float() * kernels.ATTENDED_UNIT, z.clamp(-end, end), rtol=1 / 16, atol=2 ** -11)
-        assert (z.abs() > 112).any()
-    assert fused == (ways("xsa_gate") - {"xsa_gate_backward"} if exclusive else set())
+        torch.testing.assert_close(wide(z.fp8), z.x.detach().clamp(-end, end), rtol=1 / 16, atol=2 ** -11)
+        assert (z.x.abs() > 112).any() and torch.autograd.grad(z.x.sum(), y)[0].any()
+    assert fused == (ways("xsa_gate") if exclusive else set())
 
 
 def test_which_passes_have_products_in_e4m3(monkeypatch):
     products = []
-    monkeypatch.setattr(kernels.LowProduct, "forward", lambda ctx, x, w, *_, keep=kernels.LowProduct.forward: (
+    monkeypatch.setattr(kernels.FP8Product, "forward", lambda ctx, x, w, *_, keep=kernels.FP8Product.forward: (
         products.append(w.shape), keep(ctx, x, w, *_))[1])
     model = random_model(reference_settings(VOCAB_SIZE=48))
     model.compute_dtype = torch.bfloat16
@@ -787,12 +852,9 @@ def test_which_passes_have_products_in_e4m3(monkeypatch):
     assert len(products) == count
     assert not torch.equal(low["losses"], exact["losses"])
     assert_same(low, exact, 0.3)
-    for low in (layer.low for layer in model.layers()):
-        torch.testing.assert_close(low.dp_unit, kernels.DP_UNIT * low.w_up.scale * low.w_down.scale)
-        assert low.a_unit == kernels.A_UNIT and low.attended_unit == kernels.ATTENDED_UNIT
     with torch.no_grad():
         model.token_losses(*packed_documents((5, 3)), True)
-    losses_and_gradients(model.plain(), True)
+    losses_and_gradients(model.view(), True)
     assert len(products) == count
 
 
@@ -809,25 +871,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-KINDS = {"i32": "T M n stride v_stride room", "fp32": "slope factor decay beta1 beta2", "*i32": "cu bits", "*fp8e4nv": "low",
+KINDS = {"i32": "T M n stride v_stride room window", "fp32": "slope factor decay beta2", "*i32": "cu negative",
+         "*fp8e4nv": "x_fp8 u_fp8 z_fp8 dx_fp8 dqkv_fp8 scores_fp8",
          "*i64": "slots begins targets hints",
-         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square mean on debias1 debias2 rates weight gate mix "
+         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square on debias rates weight gate mix "
          "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale "
-         "scales low_scales"}
+         "unit_scale scales"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
-NONE_WITHOUT = dict(GATE="window weight gates dwindow dweight", ALPHA="alpha dalpha", ADD="y",
-                    SKIP="skip weight gate dskip dweight dgate", UNIT="x_scale w_scale low")
+NONE_WITHOUT = dict(GATE="gate_input gate gates dgate_input dgate", ALPHA="alpha dalpha",
+                    SKIP="skip weight gate dskip dweight dgate", UNIT="x_scale w_scale out_fp8")
 
 def kind(name, argument):
-    special = dict(p="*fp32" if name == "adamw" else "*bf16", window="i32" if "attention" in name else "*bf16",
-                   scale="fp32" if "attention" in name or "xsa" in name else "*fp32")
+    special = dict(p="*fp32" if name == "adamw" else "*bf16", scale="fp32" if "attention" in name or "xsa" in name else "*fp32")
     return special.get(argument) or KINDS.get(argument, "*bf16")
 
 def compile(name, constants, descriptors={}, **options):
     kernel = getattr(g, name + "_kernel")
+    kernel = kernel.kernel if isinstance(kernel, g.RowKernel) else kernel
     none = [a for switch, arguments in NONE_WITHOUT.items() if not constants.get(switch, True) for a in arguments.split()]
-    none += ["gate", "dgate"] * (constants.get("SKIP") == 1) + ["v"] * (name == "qk_prep_forward" and constants["COPIES"] == 1)
-    none += ["a"] * (name == "mlp_product" and not constants["BACKWARD"])
+    none += ["gate", "dgate"] * (constants.get("SKIP") == 1) + ["v"] * (name == "prepare_heads_forward" and constants["COPIES"] == 1)
+    none += ["hidden"] * (name == "mlp_product" and not constants["BACKWARD"])
     constants = {a: None for a in kernel.arg_names if a in none} | constants
     kinds = {a: "constexpr" if a in constants else descriptors.get(a) or kind(name, a) for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*"}
@@ -853,43 +916,44 @@ def compile(name, constants, descriptors={}, **options):
     print(name, len(ptx), "|".join(words))
 
 attention = dict(KV_HEADS=4, GROUP=2, D=64, BLOCK_N=64)
-compile("low_rows", dict(D=512, ROWS=4, STAGES=1), num_warps=4)
+compile("fp8_rows", dict(D=512, ROWS=4, STAGES=1), num_warps=4)
 for name, rows in (("attention_forward", 128), ("attention_dq", 64), ("attention_dkv", 64)):
     compile(name, attention | dict(BLOCK_M=rows))
 compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=4)
 for caps in (False, True):
-    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, low=None, low_scales=None), num_warps=8)
+    compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, scores_fp8=None, scales=None), num_warps=8)
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)
-compile("adamw", dict(HAS_MEAN=True, BLOCK=1024))
+compile("adamw", dict(BLOCK=1024))
 for way in ("forward", "backward"):
     unit = dict(UNIT=0.0625) if way == "forward" else {}
-    cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, LANES=lanes, WINDOW=12) | unit)
-             for skip, lanes in ((0, False), (1, False), (2, True))]
-    cases += [(f"qk_prep_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
-    cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, WINDOW=12, PADDED=16) | unit)
+    cases = [(f"mix_norm_{way}", dict(D=512, SKIP=skip, KEEP_STREAM=keep, CHANNELS=12) | unit)
+             for skip, keep in ((0, False), (1, False), (2, True))]
+    cases += [(f"prepare_heads_{way}", dict(HEADS=8, KV_HEADS=4, COPIES=copies, D=64, HALF=8)) for copies in (1, 2)]
+    cases += [(f"xsa_gate_{way}", dict(GATE=gate, ALPHA=alpha, KV_HEADS=4, GROUP=2, D=64, CHANNELS=12, PADDED=16) | unit)
               for gate, alpha in ((True, False), (False, True))]
-    cases += [(f"add_norm_{way}", dict(D=512) | (unit | dict(ADD=add) if unit else {}))
-              for add in ((True, False) if unit else (True,))]
+    cases += [(f"add_norm_{way}", dict(D=512) | unit)]
+    cases += [(f"add_norm_{way}", dict(D=512, y=None) | unit)] * (way == "forward")
     cases += [(f"lane_update_{way}", dict(D=512))]
     # What keeps most rows at a time fits for wider models too.
-    cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, LANES=False, WINDOW=12) | unit), (f"lane_update_{way}", dict(D=1024)),
-              (f"add_norm_{way}", dict(D=1024) | (unit | dict(ADD=True) if unit else {}))]
+    cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, KEEP_STREAM=False, CHANNELS=12) | unit), (f"lane_update_{way}", dict(D=1024)),
+              (f"add_norm_{way}", dict(D=1024) | unit)]
     for name, constants in cases:
-        rows, stages = g.row_tile(name, torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
-        compile(name, constants | dict(ROWS=rows, STAGES=stages), num_warps=g.TILES[name][1])
+        kernel = getattr(g, name + "_kernel")
+        tile = kernel.tile(torch.empty(1, constants["D"] * constants.get("HEADS", 1)))
+        compile(name, constants | tile, num_warps=kernel.warps)
 for low in (False, True):
     for backward in (False, True):
-        c = g.MLP_TILE | (g.LOW_RING if low else {})
+        c = g.MLP_FP8_TILE if low else g.MLP_TILE
         part, of_w = [c["BM"], c["BN"] // 4], [c["BK"], c["BN"]] if backward and not low else [c["BN"], c["BK"]]
-        blocks = dict(x=[c["BM"], c["BK"]], w=of_w, a=part, out=part, low=part)
-        types = {a: ("fp8e4nv", g.gl.float8e4nv) if low and a in "x w low" else ("bf16", g.gl.bfloat16) for a in blocks}
-        unit = (g.DP_UNIT if backward else g.A_UNIT) if low else None
+        blocks = dict(x=[c["BM"], c["BK"]], w=of_w, hidden=part, out=part, out_fp8=part)
+        types = {a: ("fp8e4nv", g.gl.float8e4nv) if low and a in ("x", "w", "out_fp8") else ("bf16", g.gl.bfloat16) for a in blocks}
+        unit = (g.DHIDDEN_UNIT if backward else g.HIDDEN_UNIT) if low else None
         compile("mlp_product", c | dict(K=512, N=2048, BACKWARD=backward, UNIT=unit),
                 {a: f"tensordesc<{types[a][0]}[{block[0]},{block[1]}],"
                  f"{g.gl.NVMMASharedLayout.get_default_for(block, types[a][1])!r}>" for a, block in blocks.items()}, num_warps=4)
-BM, BN, BK, warps, stages = g.LOW_TILE.values()
-for add, per_row, K in ((True, False, 2048), (False, True, 512)):
-    compile("low_product", dict(BM=BM, BN=BN, BK=BK, PER_ROW=per_row, ADD=add, N=512, K=K), dict(
+BM, BN, BK, warps, stages = g.FP8_TILE.values()
+for add, per_row, K, unit in ((True, False, 2048, dict(UNIT=1.0, unit_scale=None)), (False, True, 512, dict(UNIT=2.0 ** 17))):
+    compile("fp8_product", dict(BM=BM, BN=BN, BK=BK, PER_ROW=per_row, ADD=add, N=512, K=K) | unit, dict(
             x=f"tensordesc<fp8e4nv[{BM},{BK}]>", w=f"tensordesc<fp8e4nv[{BN},{BK}]>", out=f"tensordesc<bf16[{BM},{BN // 2}]>"),
             num_warps=warps, num_stages=stages)
 """
@@ -907,7 +971,7 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
     assert len(lines) == 10 + 13 + 12 + 4 + 2
-    products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "low_product")]
+    products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "fp8_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [
         f"{low}|cvt.rn.satfinite.e4m3x2.f32|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [

@@ -602,14 +602,14 @@ def test_every_role_has_its_own_matrices_inputs_and_outputs():
     statistics.hessian["up"][2, 5] = 0
     statistics.hessian["up"][2, :, 5] = 0
     problems, layers = g.build_problems(model, statistics), model.layers()
-    places = {"attn.c_q": ("qkv", "w_qkv", 0, 32), "attn.c_k": ("qkv", "w_qkv", 32, 48),
-              "attn.c_v": ("qkv", "w_qkv", 48, 64), "attn.proj": ("out", "w_out", 0, 32),
-              "mlp.fc": ("up", "w_up", 0, 128), "mlp.proj": ("down", "w_down", 0, 32)}
+    places = {"attn.c_q": ("qkv", "qkv", 0, 32), "attn.c_k": ("qkv", "qkv", 32, 48),
+              "attn.c_v": ("qkv", "qkv", 48, 64), "attn.proj": ("out", "out", 0, 32),
+              "mlp.fc": ("up", "up", 0, 128), "mlp.proj": ("down", "down", 0, 32)}
     assert set(problems) == {*places, "tok_emb"}
     for name, (site, matrix, first, last) in places.items():
         p = problems[name]
         for i, layer in enumerate(layers):
-            assert torch.equal(p.weight[i], getattr(layer, matrix)[first:last].detach()), name
+            assert torch.equal(p.weight[i], getattr(layer, matrix).w[first:last].detach()), name
         assert torch.equal(p.hessian, statistics.hessian[site]) and p.visits.tolist() == [1, 1, 3, 3, 1, 1]
         assert torch.equal(p.curvature, statistics.curvature[site][:, first:last])
         assert (~p.has_input).nonzero().tolist() == ([[2, 0, 5]] if name == "mlp.fc" else [])
@@ -652,7 +652,7 @@ def watched(model, windows, looping, monkeypatch):
     Returns ({(site, layer): [sum of x x^T, sum of squared gradients]}, [hidden states], [(ids, gradient at the embedding)]).
     """
     order, sums, hiddens, embedded = sum(model.orders[looping], []), {}, [], []
-    lookup, rider = torch.nn.functional.embedding, g.Rider()
+    lookup, rider = torch.nn.functional.embedding, g.Hooks()
     for window in windows:
         cuts = [0, *(t for t in range(1, len(window) - 1) if window[t] == BOS), len(window) - 1]
         for a, b in zip(cuts, cuts[1:]):

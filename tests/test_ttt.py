@@ -761,11 +761,11 @@ def optimizer_of(parameters: list, s: g.Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, rate, (0.0, s.ttt_beta2), 1e-10, decay)
 
 
-class Dense(g.Rider):
+class Dense(g.Hooks):
     """One document's adapters, parameters {site: (A, B)}, and with TTT_CONTEXT=cache its keys and values so far."""
 
     def __init__(self, model: g.GPT, pairs: dict, s: g.Settings):
-        self.model, self.settings, self.known = model.frozen(), s, {}
+        self.model, self.settings, self.known = model.view(trainable=False), s, {}
         self.pairs = {site: [torch.nn.Parameter(x.clone()) for x in pair] for site, pair in pairs.items()}
         parameters = [x for pair in self.pairs.values() for x in pair]
         self.optimizer = optimizer_of(parameters, s)
