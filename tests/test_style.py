@@ -14,8 +14,6 @@ from tests.synthetic import ROOT
 
 RULE = dict(tokens_per_line=12.0, columns=110, wide_functions=0, dense=0)
 EXCEPTIONS = {
-    "bench/compressors.py": dict(columns=113),
-    "bench/scaling.py": dict(columns=127),
     "bench/throughput.py": dict(tokens_per_line=12.7, columns=128, dense=4),
     "gpt_kernels.py": dict(tokens_per_line=17.5, columns=131, wide_functions=39, dense=28),
     "lossless_caps.py": dict(dense=1),
