@@ -1865,10 +1865,10 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
           runtime: Runtime, log: RunLog) -> tuple[bool, object]:
     """Train until the cap or the last iteration, calibrate on the averaged weights, score those and the last.
 
-    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what
-    quantization will need. One round of calibration is timed before the clock starts, so that training stops
-    early enough for all of it. Returns whether looping was on at the end, from then on a property of the model,
-    and what calibration found.
+    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what quantization
+    will need. One round of calibration is timed before the clock starts, so that training stops early enough for
+    all of it. Returns whether looping was on at the end, from then on a property of the model, and what
+    calibration found.
     """
     s = settings
     if s.fp8 == "1" and not fp8_runs(s, runtime.compute_dtype):

@@ -1,6 +1,6 @@
 """The recipes of the published systems: their commands parse, and what each of them names really happens.
 
-`python -m tests.test_recipes` writes the tables of README.md that this file checks.
+`python -m tests.test_recipes` writes the table of docs/recipes.md that this file checks.
 """
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ RECIPES = (*PUBLISHED, "record")
 ALIASES = {}  # the settings that each alias stands for
 for name, field in g.Settings.__dataclass_fields__.items():
     ALIASES.setdefault(field.metadata["rule"].alias, []).append(name.upper())
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "recipes.md"
 SPEC = ROOT.parent / "shared" / "spec" / "settings.md"
 
 # Every environment variable that one of the published systems reads.
@@ -778,7 +778,7 @@ def test_an_artifact_without_the_feature_does_not_pass_for_one(feature, lab):
         FEATURES[feature].evidence(lab, "pr2140", lab.run("pr2140", **WITHOUT))
 
 
-# --- Tables of README.md
+# --- The table of docs/recipes.md
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -792,28 +792,20 @@ def features_table() -> str:
     return table(["feature", *RECIPES, "test_feature_is_on[recipe-...]"], rows)
 
 
-def settings_table() -> str:
-    """The settings, grouped as --help groups them."""
-    rows = [[group, " ".join(f"`{field.name.upper()}`" for field in fields)]
-            for group, fields in fields_by_group(g.Settings).items()]
-    return table(["group", "settings"], rows)
-
-
-def with_tables(text: str) -> str:
-    """README.md with today's tables, each in place of the one that begins with its first cell."""
-    for today in (features_table(), settings_table()):
-        first_cell = re.match(r"\| .*? \|", today)[0]
-        text, count = re.subn(rf"^{re.escape(first_cell)}.*\n(\|.*\n)+", lambda _: today, text, flags=re.M)
-        assert count == 1, f"README.md has {count} tables that begin with {first_cell}"
+def with_table(text: str) -> str:
+    """docs/recipes.md with today's table in place of the one that it has."""
+    today = features_table()
+    text, count = re.subn(r"^\| feature \|.*\n(\|.*\n)+", lambda _: today, text, flags=re.M)
+    assert count == 1, f"docs/recipes.md has {count} tables of features"
     return text
 
 
-def test_readme_has_the_tables_of_today():
-    text = README.read_text()
-    assert text == with_tables(text), "python -m tests.test_recipes writes them"
+def test_recipes_page_has_the_table_of_today():
+    text = PAGE.read_text()
+    assert text == with_table(text), "python -m tests.test_recipes writes it"
 
 
-def test_help_groups_settings_as_readme_does():
+def test_help_groups_settings():
     groups = fields_by_group(g.Settings)
     lines = g.settings_help(g.Settings).splitlines()
     assert [line for line in lines if line in groups] == list(groups)
@@ -858,4 +850,4 @@ def test_a_file_that_is_no_recipe_is_named(content, word, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -238,6 +238,8 @@ def test_the_folder_runs_on_its_own(copied):
     assert names >= {"train_gpt.py", "source", "tokenizers", "recipes", "requirements.txt", "run.sh", "README.md",
                      "submission.json", "lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py",
                      *(f"train_seed{seed}.{kind}" for seed in SEEDS for kind in ("log", "json"))}
+    pages = {path.name for path in (ROOT / "docs").iterdir()}
+    assert {path.name for path in (out / "docs").iterdir()} == pages and (out / "LICENSE").exists()
     assert (out / "train_gpt.py").stat().st_size == record(copied / "runs", 42)["results"]["size"]["code_bytes"]
     assert (copied / "runs" / "results.md").read_text() in (out / "README.md").read_text()
     shutil.copy(copied / "runs" / "seed42" / "final_model.int6.ptz", copied)

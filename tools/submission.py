@@ -40,10 +40,9 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank", "ttt_eval_only",
          "train_log_every"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
-           "run.sh", "recipes", "tokenizers", "tools/submission.py", "tools/report.py",
+           "run.sh", "recipes", "tokenizers", "docs", "LICENSE", "tools/submission.py", "tools/report.py",
            "tools/pack_submission.py", "tools/diff_recipes.py", "tools/download_data.py", "tools/check_data.py",
            "tools/train_tokenizer.py", "tools/demo_corpus.py")
-PICTURE = "bench/records/waterfall.png"  # of the README
 
 
 class InputError(Exception):
@@ -353,9 +352,6 @@ def build(folder: Path, out: Path) -> None:
             if manifest.is_file():
                 shutil.copy(manifest, new / "data_manifest.json")
         (new / "submission.json").write_text(submission)
-        (new / PICTURE).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / PICTURE).exists():
-            shutil.copy(ROOT / PICTURE, new / PICTURE)
         readme = ROOT / "README.md"
         (new / "README.md").write_text(with_results(readme.read_text() if readme.exists() else "", table))
         if out.exists():
@@ -369,7 +365,7 @@ def conclude(folder: Path, publish: bool) -> int:
     if out.exists():
         shutil.rmtree(out)
     build(folder, out)
-    subprocess.run([sys.executable, str(ROOT / "bench" / "report.py"), str(folder), "--out", str(folder / "report")])
+    subprocess.run([sys.executable, str(ROOT / "tools" / "report.py"), str(folder), "--out", str(folder / "report")])
     code = verify_submission.main([str(out)])
     if publish and not code:
         write(ROOT / "submission.json", (folder / "submission.json").read_text())
