@@ -783,9 +783,9 @@ def check_manifest(settings: Settings) -> dict:
         pieces = manifest["tokenizer"]["vocab_size"]
         disjoint = manifest["splits_disjoint"]
         prepared_here = manifest["source"]["sha256"] is not None
-        summary = dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"],
-                       val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint,
-                       tokenizer_lossless=manifest["tokenizer"]["lossless"])
+        facts = dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"],
+                     val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint,
+                     tokenizer_lossless=manifest["tokenizer"]["lossless"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: no manifest of prepare_caseops_data.py; prepare the data again") from None
     if pieces != settings.vocab_size:
@@ -794,7 +794,7 @@ def check_manifest(settings: Settings) -> dict:
     # The published sets do overlap and cannot be prepared again: there the record says so.
     if prepared_here and not disjoint:
         raise InputError(f"{path}: training and validation documents overlap; prepare the data again")
-    return summary
+    return facts
 
 
 def document_starts(tokens: np.ndarray) -> np.ndarray:
