@@ -457,7 +457,7 @@ def blend(x, skip, weight, gate, SKIP: tl.constexpr):
 
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=5)
-def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, stream, u, gate_input, u_fp8, T, D: tl.constexpr,
+def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, streamed, u, gate_input, u_fp8, T, D: tl.constexpr,
                             SKIP: tl.constexpr, KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr,
                             ROWS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
@@ -482,9 +482,9 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, stream, u, ga
             merged = rounded(merged, u)
         mixed = rounded(mix0 * merged + mix1 * start, u)
         if not KEEP_STREAM:
-            write(stream, at, mixed, inside)
+            write(streamed, at, mixed, inside)
         elif SKIP:  # else the stream is as it was
-            write(stream, at, merged, inside)
+            write(streamed, at, merged, inside)
         normal = scale * (inverse_rms(mixed, D) * mixed)
         write_fp8(u_fp8, at, normal, UNIT, inside)
         write(u, at, normal, inside)
@@ -572,7 +572,7 @@ class MixNorm(torch.autograd.Function):
         gate_input = x.new_empty(len(x), gate_channels)
         u_fp8 = empty_fp8(u, reader)
         mix_norm_forward_kernel(rows_of=x, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale,
-                                stream=stream, u=u, gate_input=gate_input, u_fp8=u_fp8, UNIT=norm_unit(x.size(1)), **ctx.kind)
+                                streamed=stream, u=u, gate_input=gate_input, u_fp8=u_fp8, UNIT=norm_unit(x.size(1)), **ctx.kind)
         frozen = [same for same, trained in zip((x, x0), ctx.needs_input_grad) if not trained]
         ctx.mark_non_differentiable(*frozen, *([] if u_fp8 is None else [u_fp8]))
         return stream, u, gate_input, u_fp8, x, x0
