@@ -15,7 +15,7 @@ grouped by equal settings; submission.json's figures must belong to one group. N
 
 submission.json may compare its score with another's: `comparison` = {against, difference_nats, p, test,
 new_record}, with the other scores by seed, or as a list, in `baseline` (val_bpb) or `val_loss` (nats per
-token), or in the submission.json whose path `against` is. The rule is the challenge's, whatever is stated.
+token). The rule is the challenge's, whatever is stated. No text of a file is taken for a path.
 """
 from __future__ import annotations
 
@@ -1092,6 +1092,7 @@ def check_same(f: Folder) -> Iterator[tuple]:
     beside = len(f.every_run) - len(f.runs)
     said = f"one set of settings but for the seed; {'one' if digests else 'unidentified'} code"
     said += f"; {beside} runs with other settings lie beside them" if beside else ""
+    said += "; what it only evaluates was trained with other settings" if len(f.runs) > len(f.group) else ""
     yield SOUND, said, *(run.settings.get("seed") or run for run in trained)
 
 
@@ -1119,14 +1120,14 @@ def check_settings(f: Folder, run: Run) -> Iterator[tuple]:
 
 def check_order(f: Folder, run: Run) -> Iterator[tuple]:
     """Scores and hints follow one order in which a decoder could read the text."""
-    said = "documents are scored by their lengths, hints follow the text: a decoder knows neither order"
+    said = "documents are scored in the order of their lengths, which no decoder knows"
     lengths = run.facts.get("longest", [])
     values = [fact.value for fact in lengths]
     ordered = len(set(values)) > 1 and values in (sorted(values), sorted(values, reverse=True))
     yield PASS, "decodable", run.having("decodable", True)
     yield FAIL, said, run.having("decodable", False)
-    by_log = f"{said}; {values[:1]} to {values[-1:]} tokens by the log"
-    yield FAIL, by_log, ordered and [lengths[0], lengths[-1]]
+    ends = lengths[:1] + lengths[-1:]
+    yield FAIL, f"{said}: {' to '.join(fact.text for fact in ends)} tokens, by the log", ordered and ends
     yield PASS, "plain evaluation, left to right", run.having("ttt_enabled", False)
     yield UNKNOWN, "not said; lines with the lengths of documents (dl:a-b) would decide", [run]
 
@@ -1162,27 +1163,22 @@ def t_test(high: list[float], low: list[float], paired: bool, shift: float, side
     return equal if math.isnan(test.pvalue) else float(test.pvalue)
 
 
-def other_scores(f: Folder, comparison: dict) -> tuple[dict, str]:
-    """The other side of a comparison by seed or place, and whether it is val_loss or val_bpb."""
-    against = comparison.get("against")
-    if isinstance(against, str) and re.fullmatch(r"[\w./-]{1,200}\.json", against):  # no other text is a path
-        against = read_json(f.path / against, str)[0]
-    for holder in (comparison, against):
-        for key in ("val_loss", "baseline", "val_bpb", "seed_results"):
-            unit = "val_loss" if key == "val_loss" else "val_bpb"
-            values = {path[0]: as_number(value, 0, "") for path, value in leaves(lookup(holder, key))
-                      if len(path) == 1 or path[1:] == (unit,)}
-            if len(values) > 1 and all(values.values()):
-                seeds = [SEED_KEY.fullmatch(seed) for seed in values]
-                seeds = [int(match[1]) if match else place for place, match in enumerate(seeds)]
-                return dict(zip(seeds, [fact.value for fact in values.values()])), unit
+def other_scores(comparison: dict) -> tuple[dict[int, float], str]:
+    """The other side of a comparison by seed, or by place in a list; its key, val_loss or one of val_bpb."""
+    for key in ("val_loss", "baseline", "val_bpb"):
+        found = [(path, value) for path, value in leaves(comparison.get(key)) if len(path) == 1]
+        values = {path[0]: as_number(value, 0, "") for path, value in found}
+        if len(values) > 1 and all(values.values()):
+            seeds = [SEED_KEY.fullmatch(seed) for seed in values]
+            seeds = [int(match[1]) if match else place for place, match in enumerate(seeds)]
+            return dict(zip(seeds, [fact.value for fact in values.values()])), key
     return {}, ""
 
 
 def check_comparison(f: Folder) -> Iterator[tuple]:
     """The score rule: better by the threshold in nats, and significantly; from the scores per seed."""
     comparison, key = f.submission.get("comparison"), "submission.json: comparison"
-    theirs, unit = other_scores(f, comparison) if isinstance(comparison, dict) else ({}, "")
+    theirs, unit = other_scores(comparison) if isinstance(comparison, dict) else ({}, "")
     ours = {}  # (bpb, nats) by seed, of the training log where another one scored the artifact too
     for seed in f.chosen:
         pair = [f.counted(seed, name) for name in ("val_bpb", "val_loss")]
@@ -1193,8 +1189,8 @@ def check_comparison(f: Folder) -> Iterator[tuple]:
         return
     nats = statistics.fmean(loss / bpb for bpb, loss in ours.values())  # of a token at 1 bpb: the text's
     order = list(ours) if ours.keys() == theirs.keys() else list(theirs)
-    high = [theirs[seed] * (nats if unit == "val_bpb" else 1.0) for seed in order]
-    low = [bpb * nats if unit == "val_bpb" else loss for bpb, loss in ours.values()]
+    high = [theirs[seed] * (1.0 if unit == "val_loss" else nats) for seed in order]
+    low = [loss if unit == "val_loss" else bpb * nats for bpb, loss in ours.values()]
     paired = "pair" in str(comparison.get("test", "")).lower()
     if paired and len(high) != len(low):
         yield FAIL, f"{len(high)} scores and {len(low)} cannot be paired", f"{key}.test"

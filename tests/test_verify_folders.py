@@ -125,8 +125,9 @@ def test_figures_by_seed_are_compared(tmp_path):
     for name in ("val_bpb_by_seed", "val_bpb", "bpb_per_seed"):
         right = {name: {str(seed): 1.06 for seed in SEEDS}}
         assert failing(write(tmp_path / "right", submission=right)) == {}
-        wrong = {name: {"0": 1.06, "seed_42": 0.5, "314": 1.06}}
-        assert set(failing(write(tmp_path / "wrong", submission=wrong))) == {"submission.json"}
+        for values in ({"0": 1.06, "seed_42": 0.5, "314": 1.06}, [1.06, 0.5, 1.06]):
+            wrong = write(tmp_path / "wrong", submission={name: values})
+            assert set(failing(wrong)) == {"submission.json"} and "its log says" in failing(wrong)["submission.json"]
 
 
 def raw_lzma(data):

@@ -234,10 +234,6 @@ def ends(kind, **fields):
     return change
 
 
-def both(*changes):
-    return lambda o: [change(o) for change in changes]
-
-
 def second_run(o):
     for end in (".log", ".json"):
         text = (o.folder / f"train_seed42{end}").read_text()

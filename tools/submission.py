@@ -1,15 +1,16 @@
-"""Seeds one after another, and what a record needs from their run records: statistics, submission.json, the folder.
+"""Seeds one after another, and what a record needs of their records: statistics, submission.json, folder.
 
-    python tools/submission.py seeds FOLDER SEED... [--against FILE] -- COMMAND...   what `./run.sh RECIPE SEED...` calls
-    python tools/submission.py retest FOLDER -- COMMAND...                           evaluate every finished seed again
-    python tools/submission.py summary FOLDER [--against FILE]                       submission.json and results.md
-    python tools/submission.py folder FOLDER OUT_DIR                                 a folder that can be copied as a record
+    python tools/submission.py seeds FOLDER SEED... [--against FILE] -- COMMAND...   `./run.sh RECIPE SEED...`
+    python tools/submission.py retest FOLDER -- COMMAND...                           evaluate every seed again
+    python tools/submission.py summary FOLDER [--against FILE]                       its figures and table
+    python tools/submission.py folder FOLDER OUT_DIR                                 a folder to submit
 
-FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifact, and eval_seed<N>.* of a repeated evaluation.
---against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same seeds on both sides the test is a
-paired t-test, else Welch's; both are one-sided: is the improvement above 0.005 nats per token? After the seeds come the folder
-(FOLDER/submission), the report (FOLDER/report) and the audit, whose exit code is this one's; where it finds no fault --publish
-writes submission.json and the README's table at the project's top too.
+FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifact, and eval_seed<N>.* of a
+repeated evaluation. --against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same
+seeds on both sides the test is a paired t-test, else Welch's; both are one-sided: is the improvement above
+0.005 nats per token? After the seeds come the folder (FOLDER/submission), the report (FOLDER/report) and the
+audit, whose exit code is this one's; where it finds no fault --publish writes submission.json and the
+README's table at the project's top too.
 """
 from __future__ import annotations
 
@@ -31,18 +32,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission train_gpt.py is packed, and source/ has the modules
+sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission source/ has the modules
 import verify_submission  # noqa: E402
 from tools.pack_submission import EVALUATION_FILES  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank", "ttt_eval_only",
-         "train_log_every"}  # settings in which seeds may differ
-SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt", "requirements-cuda.txt",
-           "run.sh", "recipes", "tokenizers", "docs", "LICENSE", "tools/submission.py", "tools/report.py",
-           "tools/pack_submission.py", "tools/diff_recipes.py", "tools/download_data.py", "tools/check_data.py",
-           "tools/train_tokenizer.py", "tools/demo_corpus.py")
+APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank",
+         "ttt_eval_only", "train_log_every"}  # settings in which seeds may differ
+SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt",
+           "requirements-cuda.txt", "run.sh", "recipes", "tokenizers", "docs", "LICENSE",
+           "tools/submission.py", "tools/report.py", "tools/pack_submission.py", "tools/diff_recipes.py", "tools/download_data.py",
+           "tools/check_data.py", "tools/train_tokenizer.py", "tools/demo_corpus.py")
 
 
 class InputError(Exception):
@@ -73,11 +74,13 @@ def seed_folders(folder: Path) -> dict[int, Path]:
 
 
 def finished(folder: Path) -> dict[int, dict]:
-    """The records of all seeds, in the order in which they were run; InputError unless all are finished and belong together."""
+    """The records of all seeds, in the order of the runs; InputError unless finished and of one kind."""
     records = {seed: load(path / f"train_seed{seed}.json") for seed, path in seed_folders(folder).items()}
     for seed, record in records.items():
-        if record["status"] != "finished" or "ttt" not in record["results"] and "quantized" not in record["results"]:
-            raise InputError(f"{folder}/seed{seed}: its run is {record['status']}; run it again, or remove the folder")
+        scored = {"ttt", "quantized"} & record["results"].keys()
+        if record["status"] != "finished" or not scored:
+            status = record["status"]
+            raise InputError(f"{folder}/seed{seed}: its run is {status}; run it again, or remove the folder")
     (first, one), *others = sorted(records.items(), key=lambda item: item[1]["started"])
     for seed, other in others:
         differing = sorted(name.upper() for name, value in one["settings"].items()
@@ -93,7 +96,8 @@ def finished(folder: Path) -> dict[int, dict]:
 
 def run(command: list[str], **environ: object) -> int:
     """Run the command with these variables, pass SIGTERM on to it, and return its exit code."""
-    process = subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in environ.items()})
+    variables = {name: str(value) for name, value in environ.items()}
+    process = subprocess.Popen(command, env=os.environ | variables)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
@@ -121,7 +125,7 @@ def held(home: Path):
 
 
 def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
-    """The seeds that are finished; InputError if what lies in the folder does not belong with what is to run now."""
+    """The seeds that are finished; InputError if what lies there does not belong with what is to run now."""
     import train_gpt as g
 
     def ours(function, *arguments):
@@ -134,10 +138,11 @@ def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
     for name in ("ttt_eval_only", "quantize_only", "prequant_only"):
         if getattr(settings, name):
             raise InputError(f"{name.upper()}: seeds are whole runs; unset it")
-    others = sorted(path.name for path in folder.glob("seed*") if path.name not in {f"seed{seed}" for seed in seeds})
+    named = {f"seed{seed}" for seed in seeds}
+    others = sorted(path.name for path in folder.glob("seed*") if path.name not in named)
     if others:
-        raise InputError(f"{folder}/{others[0]}: not one of the seeds {' '.join(map(str, seeds))}; name it too, or move it "
-                         "away")
+        shown = " ".join(map(str, seeds))
+        raise InputError(f"{folder}/{others[0]}: not one of the seeds {shown}; name it too, or move it away")
     wanted, done = dataclasses.asdict(settings) | dict(world_size=ranks), set()
     for seed in seeds:
         path = folder / f"seed{seed}" / f"train_seed{seed}.json"
@@ -145,15 +150,17 @@ def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
         if record["status"] == "finished":
             differing = sorted(name.upper() for name, value in wanted.items()
                                if name not in APART and record["settings"].get(name) != value)
-            if differing or event(record, "code").get("sha256") != hashlib.sha256(ours(g.packed_code)).hexdigest():
-                raise InputError(f"{folder}/seed{seed}: it is finished, with other {', '.join(differing) or 'code'} than now; "
-                                 "remove the folder, or set ARTIFACT_DIR to a new one")
+            code = hashlib.sha256(ours(g.packed_code)).hexdigest()
+            if differing or event(record, "code").get("sha256") != code:
+                shown = ", ".join(differing) or "code"
+                raise InputError(f"{folder}/seed{seed}: it is finished, with other {shown} than now; remove "
+                                 "the folder, or set ARTIFACT_DIR to a new one")
             done.add(seed)
     return done
 
 
 def run_seeds(folder: Path, seeds: list[int], command: list[str]) -> None:
-    """Run every seed that is not finished yet. A record of an earlier attempt is kept beside it under another name."""
+    """Run every seed that is not finished yet. An earlier attempt's record is kept under another name."""
     nproc = [int(word.partition("=")[2]) for word in command if word.startswith("--nproc_per_node=")]
     done = check_finished(folder, seeds, nproc[0] if nproc else 1)
     for seed in seeds:
@@ -183,9 +190,11 @@ def retest(folder: Path, command: list[str]) -> None:
         code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name, TTT_EVAL_ONLY=1)
         if code:
             raise SystemExit(code)
-        again, before = load(home / f"{name}.json")["results"], load(home / f"train_seed{seed}.json")["results"]
+        again = load(home / f"{name}.json")["results"]
+        before = load(home / f"train_seed{seed}.json")["results"]
         stage = "ttt" if "ttt" in before else "quantized"
-        print(f"seed {seed}: val_bpb {again[stage]['val_bpb']:.8f}, {before[stage]['val_bpb']:.8f} after training", flush=True)
+        scores = [results[stage]["val_bpb"] for results in (again, before)]
+        print(f"seed {seed}: val_bpb {scores[0]:.8f}, {scores[1]:.8f} after training", flush=True)
 
 
 # --- Statistics
@@ -196,9 +205,11 @@ def figures(record: dict) -> dict:
     results = record["results"]
     final, training, size = results.get("ttt", results["quantized"]), results["training"], results["size"]
     return dict(val_loss=final["val_loss"], val_bpb=final["val_bpb"],
-                pre_quant_bpb=results.get("averaged", results["raw"])["val_bpb"], quantized_bpb=results["quantized"]["val_bpb"],
-                steps=training["steps"], train_seconds=training["clock_seconds"], eval_seconds=final["seconds"],
-                artifact_bytes=size["artifact_bytes"], code_bytes=size["code_bytes"], total_bytes=size["total_bytes"])
+                pre_quant_bpb=results.get("averaged", results["raw"])["val_bpb"],
+                quantized_bpb=results["quantized"]["val_bpb"], steps=training["steps"],
+                train_seconds=training["clock_seconds"], eval_seconds=final["seconds"],
+                artifact_bytes=size["artifact_bytes"], code_bytes=size["code_bytes"],
+                total_bytes=size["total_bytes"])
 
 
 def spread(values: list[float]) -> float | None:
@@ -211,15 +222,18 @@ def baseline(path: Path) -> dict[str, float]:
     try:
         text = path.read_text()
     except OSError as error:
-        raise InputError(f"--against {path}: {error.strerror}; give a submission.json or lines `seed val_bpb`") from None
+        remedy = "give a submission.json or lines `seed val_bpb`"
+        raise InputError(f"--against {path}: {error.strerror}; {remedy}") from None
     try:
-        values = {str(seed): float(value["val_bpb"]) for seed, value in json.loads(text)["seed_results"].items()}
+        results = json.loads(text)["seed_results"]
+        values = {str(seed): float(value["val_bpb"]) for seed, value in results.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         values = {}
         for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
             match = re.fullmatch(r"(?:(\d+)[\s,:]+)?(\d+\.\d+)", line)
             if not match:
-                raise InputError(f"--against {path}: line {number} is neither `seed val_bpb` nor `val_bpb`") from None
+                wrong = f"line {number} is neither `seed val_bpb` nor `val_bpb`"
+                raise InputError(f"--against {path}: {wrong}") from None
             values[match[1] or f"#{number}"] = float(match[2])
     if len(values) < 2:
         raise InputError(f"--against {path}: fewer than two values, which no test can compare with")
@@ -227,7 +241,7 @@ def baseline(path: Path) -> dict[str, float]:
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float], nats_per_bpb: float) -> dict:
-    """One-sided test that ours are lower by more than RULE_NATS nats per token. val_bpb by seed on both sides."""
+    """One-sided test that ours are lower by more than RULE_NATS per token. val_bpb by seed on both sides."""
     if len(ours) < 2:
         raise InputError("--against: one seed of our own is too few for a test")
     low, high = ([value * nats_per_bpb for value in side.values()] for side in (ours, theirs))
@@ -237,8 +251,8 @@ def compare(ours: dict[str, float], theirs: dict[str, float], nats_per_bpb: floa
     difference = statistics.mean(high) - statistics.mean(low)
     p = verify_submission.t_test(high, low, paired, RULE_NATS)
     test = "paired t-test" if paired else "Welch's t-test"
-    return dict(test=test, difference_nats=round(difference, 6), threshold_nats=RULE_NATS, p=round(p, 6), required_p=RULE_P,
-                baseline=theirs, new_record=difference > RULE_NATS and p < RULE_P)
+    return dict(test=test, difference_nats=round(difference, 6), threshold_nats=RULE_NATS, p=round(p, 6),
+                required_p=RULE_P, baseline=theirs, new_record=difference > RULE_NATS and p < RULE_P)
 
 
 def summarize(folder: Path, against: Path | None) -> dict:
@@ -247,15 +261,19 @@ def summarize(folder: Path, against: Path | None) -> dict:
     seeds = {str(seed): figures(record) for seed, record in records.items()}
     one = next(iter(records.values()))
     final = one["results"].get("ttt", one["results"]["quantized"])
-    machine, column = one["machine"], {name: [s[name] for s in seeds.values()] for name in next(iter(seeds.values()))}
-    name = os.environ.get("SUBMISSION_NAME", f"{folder.name}: score-first test-time training in one decodable order")
+    machine = one["machine"]
+    column = {name: [s[name] for s in seeds.values()] for name in next(iter(seeds.values()))}
+    title = f"{folder.name}: score-first test-time training in one decodable order"
     submission = dict(
-        author=os.environ.get("SUBMISSION_AUTHOR", ""), github_id=os.environ.get("SUBMISSION_GITHUB_ID", ""), name=name,
+        author=os.environ.get("SUBMISSION_AUTHOR", ""), github_id=os.environ.get("SUBMISSION_GITHUB_ID", ""),
+        name=os.environ.get("SUBMISSION_NAME", title),
         date=max(record["started"] for record in records.values())[:10], track="10min_16mb",
-        val_loss=round(statistics.mean(column["val_loss"]), 8), val_bpb=round(statistics.mean(column["val_bpb"]), 8),
+        val_loss=round(statistics.mean(column["val_loss"]), 8),
+        val_bpb=round(statistics.mean(column["val_bpb"]), 8),
         val_loss_std=spread(column["val_loss"]), val_bpb_std=spread(column["val_bpb"]),
         seeds=list(map(int, seeds)), seed_results=seeds, bytes_total=max(column["total_bytes"]),
-        bytes_code=max(column["code_bytes"]), hardware=f"{machine['devices']} x {machine['device']}", torch=machine["torch"])
+        bytes_code=max(column["code_bytes"]), hardware=f"{machine['devices']} x {machine['device']}",
+        torch=machine["torch"])
     if against:
         ours = {seed: value["val_bpb"] for seed, value in seeds.items()}
         nats = math.log(2) * final["bytes"] / final["targets"]
@@ -267,28 +285,30 @@ def summarize(folder: Path, against: Path | None) -> dict:
 
 def results_table(submission: dict) -> str:
     """The README's table of results."""
-    rows = [(seed, *(f"{s[k]:.8f}" for k in ("pre_quant_bpb", "quantized_bpb", "val_bpb", "val_loss")), f"{s['steps']:,}",
-             f"{s['train_seconds']:.1f}", f"{s['eval_seconds']:.1f}", f"{s['total_bytes']:,}")
-            for seed, s in submission["seed_results"].items()]
-    seeds = list(submission["seed_results"].values())
-
-    def mean(key, form):
-        return format(statistics.mean(s[key] for s in seeds), form)
-
     quality = ("pre_quant_bpb", "quantized_bpb", "val_bpb", "val_loss")
-    rows += [("mean", *(f"**{mean(k, '.8f')}**" if k == "val_bpb" else mean(k, ".8f") for k in quality), mean("steps", ",.0f"),
-              mean("train_seconds", ".1f"), mean("eval_seconds", ".1f"), "")]
+    seeds = submission["seed_results"]
+    rows = []
+    for seed, one in seeds.items():
+        rows.append([seed, *(f"{one[name]:.8f}" for name in quality), f"{one['steps']:,}",
+                     f"{one['train_seconds']:.1f}", f"{one['eval_seconds']:.1f}", f"{one['total_bytes']:,}"])
+    column = {name: [one[name] for one in seeds.values()] for name in next(iter(seeds.values()))}
+    mean = {name: statistics.mean(values) for name, values in column.items()}
+    rows.append(["mean", *(f"{mean[name]:.8f}" for name in quality), f"{mean['steps']:,.0f}",
+                 f"{mean['train_seconds']:.1f}", f"{mean['eval_seconds']:.1f}", ""])
+    rows[-1][1 + quality.index("val_bpb")] = f"**{mean['val_bpb']:.8f}**"
     if len(seeds) > 1:
-        rows += [("std", *(f"{spread([s[k] for s in seeds]):.8f}" for k in quality), "", "", "", "")]
-    head = ("seed", "val_bpb before quantization", "quantized", "final", "val_loss", "steps", "training s", "evaluation s",
-            "artifact + code bytes")
-    lines = [f"{submission['name']}; {submission['hardware']}, torch {submission['torch']}, {submission['date']}.", "",
-             *("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))]
-    if comparison := submission.get("comparison"):
+        rows.append(["std", *(f"{spread(column[name]):.8f}" for name in quality), "", "", "", ""])
+    head = ["seed", "val_bpb before quantization", "quantized", "final", "val_loss", "steps", "training s",
+            "evaluation s", "artifact + code bytes"]
+    about = "{name}; {hardware}, torch {torch}, {date}.".format(**submission)
+    lines = [about, "", *("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])]
+    comparison = submission.get("comparison")
+    if comparison:
         verdict = "a new record" if comparison["new_record"] else "not a new record"
-        lines += ["", f"Against {comparison['against']}: {comparison['difference_nats']:.6f} nats per token lower; "
-                  f"{comparison['test']}, p = {comparison['p']:.4g} that the difference is not above {RULE_NATS}: {verdict} "
-                  f"under the rule of {RULE_NATS} nats at p < {RULE_P}."]
+        against = "Against {against}: {difference_nats:.6f} nats per token lower; {test}, p = {p:.4g}"
+        rule = f"under the rule of {RULE_NATS} nats at p < {RULE_P}."
+        chance = f"that the difference is not above {RULE_NATS}: {verdict}"
+        lines += ["", f"{against.format(**comparison)} {chance} {rule}"]
     return "\n".join(lines) + "\n"
 
 
@@ -333,15 +353,16 @@ def build(folder: Path, out: Path) -> None:
         here = ROOT / "source" if (ROOT / "source").is_dir() else ROOT
         for name in EVALUATION_FILES:
             shutil.copy(here / name, new / "source" / name)
-        packed = subprocess.run([sys.executable, str(ROOT / "tools" / "pack_submission.py"), str(new / "train_gpt.py")],
-                                capture_output=True, text=True)
+        script = new / "train_gpt.py"
+        packer = ROOT / "tools" / "pack_submission.py"
+        packed = subprocess.run([sys.executable, str(packer), str(script)], capture_output=True, text=True)
         if packed.returncode:
             raise InputError(f"{here / 'train_gpt.py'}: it cannot be packed: {packed.stderr.strip()}")
-        ours, ran = hashlib.sha256((new / "train_gpt.py").read_bytes()).hexdigest(), event(next(iter(records.values())), "code")
-        if ours != ran["sha256"]:
-            raise InputError(f"{here / 'train_gpt.py'}: it packs into {(new / 'train_gpt.py').stat().st_size:,} bytes that are "
-                             f"not the {ran['packed_bytes']:,} with which the seeds ran; build with that code, or run the "
-                             "seeds again")
+        ran = event(next(iter(records.values())), "code")
+        if hashlib.sha256(script.read_bytes()).hexdigest() != ran["sha256"]:
+            sizes = f"{script.stat().st_size:,} bytes that are not the {ran['packed_bytes']:,}"
+            raise InputError(f"{here / 'train_gpt.py'}: it packs into {sizes} with which the seeds ran; "
+                             "build with that code, or run the seeds again")
         for seed, record in records.items():
             home = folder / f"seed{seed}"
             for kind in ("train", "eval"):
@@ -360,16 +381,18 @@ def build(folder: Path, out: Path) -> None:
 
 
 def conclude(folder: Path, publish: bool) -> int:
-    """The folder, its report and its audit, whose exit code is returned; without a fault the results are published."""
+    """The folder, its report and its audit, whose exit code is returned; without a fault all is published."""
     out = folder / "submission"
     if out.exists():
         shutil.rmtree(out)
     build(folder, out)
-    subprocess.run([sys.executable, str(ROOT / "tools" / "report.py"), str(folder), "--out", str(folder / "report")])
+    report = ROOT / "tools" / "report.py"
+    subprocess.run([sys.executable, str(report), str(folder), "--out", str(folder / "report")])
     code = verify_submission.main([str(out)])
     if publish and not code:
         write(ROOT / "submission.json", (folder / "submission.json").read_text())
-        write(ROOT / "README.md", with_results((ROOT / "README.md").read_text(), (folder / "results.md").read_text()))
+        table = (folder / "results.md").read_text()
+        write(ROOT / "README.md", with_results((ROOT / "README.md").read_text(), table))
     return code
 
 
@@ -378,7 +401,8 @@ def main(arguments: list[str]) -> int:
     if "--" in arguments:
         at = arguments.index("--")
         own, command = arguments[:at], arguments[at + 1:]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     actions = parser.add_subparsers(dest="action", required=True)
     for name in ("seeds", "retest", "summary", "folder"):
         action = actions.add_parser(name)
