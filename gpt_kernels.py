@@ -1,8 +1,8 @@
 """Fused operations of train_gpt.py, each beside its plain formula.
 
-Every operation comes in the same order: the public function with its formula and shapes, the plain reference, the kernels,
-the autograd function. On the CPU, and where a width does not fit, the reference runs. Products of 8-bit floats lie behind
-Activation, Matrix and Product: whoever calls an operation need not know of them.
+Every operation comes in the same order: the public function with its formula and shapes, the plain reference,
+the kernels, the autograd function. On the CPU, and where a width does not fit, the reference runs. Products
+of 8-bit floats lie behind Activation, Matrix and Product: whoever calls an operation need not know of them.
 """
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ try:
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-except ImportError:  # nor has every Triton this language, in which the order of loads, products and stores is written out
+except ImportError:  # nor has every Triton this language, which spells out the order of loads and stores
     gluon = gl = tma = None
 
 
 class KernelError(Exception):
-    """A kernel that was asked for does not run on this machine: the message names the setting and the remedy."""
+    """A kernel that was asked for does not run on this machine: the message names the setting and the
+    remedy."""
 
 
-# --- Launching kernels ------------------------------------------------------------------------------------------------
+# --- Launching kernels --------------------------------------------------------------------------------------
 
 # One compilation serves every number of tokens T, of a step of training or of test-time training.
 jit = functools.partial(triton.jit, do_not_specialize=["T", "M"]) if triton else lambda function: function
@@ -66,9 +67,9 @@ def shared_memory(device: torch.device) -> int:
 class RowKernel:
     """A kernel over the rows of (T, ...) tensors, launched by keyword.
 
-    Its programs, `per_multiprocessor` of them at most, each of `warps` warps, take tiles of `rows` rows in turn, with `stages`
-    tiles on their way through shared memory. Every activation is read once per pass. What is summed over tokens, the
-    gradients of vectors, each program sums over its own rows and writes once.
+    Its programs, `per_multiprocessor` of them at most, each of `warps` warps, take tiles of `rows` rows in
+    turn, with `stages` tiles on their way through shared memory. Every activation is read once per pass. What
+    is summed over tokens, the gradients of vectors, each program sums over its own rows and writes once.
     """
 
     def __init__(self, function, rows: int, warps: int, per_multiprocessor: int, stages: int, strided: str):
@@ -84,7 +85,8 @@ class RowKernel:
         """Rows of a tile and stages, as fit in shared memory for rows as wide as x's."""
         fitting = max(1, 4096 // x[0].numel())
         fitting = 1 << fitting.bit_length() - 1  # a power of two
-        return dict(ROWS=min(self.rows, fitting), STAGES=self.stages if shared_memory(x.device) > 160_000 else 1)
+        stages = self.stages if shared_memory(x.device) > 160_000 else 1
+        return dict(ROWS=min(self.rows, fitting), STAGES=stages)
 
     def programs(self, x: Tensor) -> int:
         """How many programs share the rows of x, whatever their width."""
@@ -95,10 +97,13 @@ class RowKernel:
         return [None if v is None else v.new_empty(self.programs(x), *v.shape) for v in vectors]
 
     def __call__(self, rows_of: Tensor, **arguments) -> None:
-        """Run over as many rows as `rows_of` has. All tensors but the one that is called `strided` must be contiguous."""
+        """Run over as many rows as `rows_of` has. All tensors but the one that is called `strided` must be
+        contiguous."""
         for name, value in arguments.items():
-            assert name == self.strided or not isinstance(value, Tensor) or value.is_contiguous(), (self.name, name)
-        self.kernel[self.programs(rows_of),](**arguments, T=len(rows_of), **self.tile(rows_of), num_warps=self.warps)
+            if isinstance(value, Tensor) and name != self.strided:
+                assert value.is_contiguous(), (self.name, name)
+        launch = self.kernel[self.programs(rows_of),]
+        launch(**arguments, T=len(rows_of), **self.tile(rows_of), num_warps=self.warps)
 
 
 def row_kernel(*, rows: int, warps: int, per_multiprocessor: int, stages: int = 1, strided: str = ""):
@@ -113,7 +118,8 @@ def summed(partial: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tenso
 
 @jit
 def tile_rows(block, T, ROWS: tl.constexpr):
-    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the beginning."""
+    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the
+    beginning."""
     return (tl.cdiv(T, ROWS) - 1 - block) * ROWS + tl.arange(0, ROWS)
 
 
@@ -135,15 +141,16 @@ def rounded(value, like):
     return value.to(like.dtype.element_ty).to(tl.float32)
 
 
-# --- Products, in 8-bit floats where the matrix has them --------------------------------------------------------------
-# Training's products multiply E4M3, floats of 8 bits with 3 bits of mantissa (Micikevicius et al. 2022), but for those that
-# make the matrices' gradients. Weights have a scale per matrix and gradients one per row, by which the largest entry becomes
-# 448, the largest number there is. Activations have constant units, since normalization bounds them.
+# --- Products, in 8-bit floats where the matrix has them ----------------------------------------------------
+# Training's products multiply E4M3, floats of 8 bits with 3 bits of mantissa (Micikevicius et al. 2022), but
+# for those that make the matrices' gradients. Weights have a scale per matrix and gradients one per row, by
+# which the largest entry becomes 448, the largest number there is. Activations have constant units, since
+# normalization bounds them.
 
 FP8 = torch.float8_e4m3fn
 GATED_UNIT = 0.25  # what 1 in E4M3 stands for in attention's gated output, which so ends at 112
 HIDDEN_UNIT = 4.0  # in the MLP's activation, which ends at 1,792
-DHIDDEN_UNIT = 2.0 ** 17  # in the gradient before it, in units of the 8-bit product that the gradient comes from
+DHIDDEN_UNIT = 2.0 ** 17  # in the gradient before it, in units of the 8-bit product that it comes from
 
 
 class E4M3(NamedTuple):
@@ -169,13 +176,14 @@ class Activation(NamedTuple):
 
     x: Tensor
     fp8: E4M3 | None = None
-    gate_input: Tensor | None = None  # the leading channels, a tensor of its own so that its gradient comes back small
+    gate_input: Tensor | None = None  # (T, GATE_WINDOW), a tensor of its own: its gradient is small
 
 
 class Product(NamedTuple):
     """x W^T, not computed yet: x (T, d), W (n, d).
 
-    The operation that takes it computes it; its backward kernel rounds the gradient to 8 bits while that is in registers.
+    The operation that takes it computes it; its backward kernel rounds the gradient to 8 bits while that is
+    in registers.
     """
 
     x: Activation
@@ -186,7 +194,8 @@ class Product(NamedTuple):
         if self.w.fp8 is None:
             return F.linear(self.x.x, self.w.w)
         x, w = self.x.fp8, self.w.fp8
-        return torch._scaled_mm(x.values, w.values.T, x.scale, w.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return torch._scaled_mm(x.values, w.values.T, x.scale, w.scale, out_dtype=torch.bfloat16,
+                                use_fast_accum=True)
 
     def operands(self) -> tuple[Tensor | None, ...]:
         """What product_gradients needs, for save_for_backward."""
@@ -255,21 +264,26 @@ def wants_fp8(reader: Matrix | None) -> bool:
 
 @functools.cache
 def constant(number: float, device: torch.device) -> Tensor:
-    """The number as a tensor (), since 8-bit products read their scales from memory; made before any graph is recorded."""
+    """The number as a tensor (), since 8-bit products read their scales from memory; made before any graph is
+    recorded."""
     return torch.full((), number, device=device)
 
 
 def norm_unit(width: int) -> float:
-    """What 1 in E4M3 stands for in a normalized row of that width: a power of 2 by which no entry gets beyond 448."""
+    """What 1 in E4M3 stands for in a normalized row of that width: a power of 2 by which no entry gets beyond
+    448."""
     return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
 
 
 def as_activation(x: Tensor, reader: Matrix | None, gate_input: Tensor | None = None) -> Activation:
     """The normalized x (T, d), in 8 bits too if the matrix that reads it wants that."""
-    if not wants_fp8(reader):
-        return Activation(x, None, gate_input)
     unit = norm_unit(x.size(1))
-    return Activation(x, E4M3((x.detach() / unit).to(FP8), constant(unit, x.device)), gate_input)
+    return with_fp8(x, (x.detach() / unit).to(FP8) if wants_fp8(reader) else None, unit, gate_input)
+
+
+def with_fp8(x: Tensor, x_fp8: Tensor | None, unit: float, gate_input: Tensor | None = None) -> Activation:
+    """x and, if there is one, its copy in 8 bits, in that unit."""
+    return Activation(x, None if x_fp8 is None else E4M3(x_fp8, constant(unit, x.device)), gate_input)
 
 
 def empty_fp8(x: Tensor, reader: Matrix | None) -> Tensor | None:
@@ -294,7 +308,8 @@ def fp8_products_fit(model_dim: int, kv_dim: int, mlp_dim: int, vocab_size: int,
 
 
 def fp8_rows(x: Tensor) -> E4M3:
-    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be remembered for it."""
+    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be
+    remembered for it."""
     if not fusible(x, x.size(1)):
         scales = x.abs().amax(1).float().clamp(min=1e-30) / 448
         return E4M3((x / scales[:, None]).clamp(-448, 448).to(FP8), scales)
@@ -339,22 +354,23 @@ def fp8_product(x: E4M3, w: E4M3, out: Tensor, *, add: bool = False, unit: float
     """
     per_row = x.scale.dim() == 1
     if not fusible(out):
-        y = (x.values.float() @ w.values.float().T) * (x.scale[:, None] if per_row else x.scale) * w.scale * unit
-        y = y if unit_scale is None else y * unit_scale
+        y = (x.values.float() @ w.values.float().T) * (x.scale[:, None] if per_row else x.scale)
+        y = y * w.scale * unit * (1.0 if unit_scale is None else unit_scale)
         return out.copy_(out + y if add else y)
-    BM, BN, BK = FP8_TILE["BM"], FP8_TILE["BN"], FP8_TILE["BK"]
+    BM, BN, BK, *_ = FP8_TILE.values()
     (M, K), N = x.values.shape, out.size(1)
-    fp8_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(out.device)),](
-        x=TensorDescriptor.from_tensor(x.values, [BM, BK]), w=TensorDescriptor.from_tensor(w.values, [BN, BK]),
-        out=TensorDescriptor.from_tensor(out, [BM, BN // 2]), x_scale=x.scale, w_scale=w.scale, unit_scale=unit_scale, M=M,
-        UNIT=unit, PER_ROW=per_row, ADD=add, N=N, K=K, **FP8_TILE)
+    launch = fp8_product_kernel[min(triton.cdiv(M, BM) * (N // BN), multiprocessors(out.device)),]
+    blocks_of = TensorDescriptor.from_tensor
+    launch(x=blocks_of(x.values, [BM, BK]), w=blocks_of(w.values, [BN, BK]),
+           out=blocks_of(out, [BM, BN // 2]), x_scale=x.scale, w_scale=w.scale, unit_scale=unit_scale, M=M,
+           UNIT=unit, PER_ROW=per_row, ADD=add, N=N, K=K, **FP8_TILE)
     return out
 
 
 @jit
 def fp8_product_kernel(x, w, out, x_scale, w_scale, unit_scale, M, UNIT: tl.constexpr, PER_ROW: tl.constexpr,
-                       ADD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                       BK: tl.constexpr):
+                       ADD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, BK: tl.constexpr):
     """Neighbouring tiles, which share rows of x, are computed at the same time."""
     scale = UNIT * tl.load(w_scale)
     if unit_scale is not None:
@@ -379,7 +395,7 @@ def fp8_product_kernel(x, w, out, x_scale, w_scale, unit_scale, M, UNIT: tl.cons
             out.store([row, column + i * BN // 2], y.to(tl.bfloat16))
 
 
-# --- Entry of a block: U-Net skip, mix with the embedding, RMSNorm ----------------------------------------------------
+# --- Entry of a block: U-Net skip, mix with the embedding, RMSNorm ------------------------------------------
 
 NORM_EPS = 1.1920929e-7  # float32 epsilon, whatever the dtype of the activations
 
@@ -408,23 +424,25 @@ def merge_skip(x: Tensor, skip: Skip | None) -> Tensor:
 
 
 def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tensor, gate_channels: int,
-             keep_stream: bool = False, reader: Matrix | None = None) -> tuple[Tensor, Activation, Tensor, Tensor]:
+             reader: Matrix | None = None,
+             keep_stream: bool = False) -> tuple[Tensor, Activation, Tensor, Tensor]:
     """Entry of a block: mixed = mix_0 * merge_skip(x, skip) + mix_1 * x0; u = scale * RMSNorm(mixed).
 
-    x, x0 (T, d); mix (2, d); scale (), without gradient; reader: the matrix that reads u. Returns the mixed stream, or with
-    keep_stream the merged one before the mix; u with its leading gate_channels as gate_input; and x and x0 again: the
-    gradients of their later uses are added up inside this operation's backward kernel.
+    x, x0 (T, d); mix (2, d); scale (), without gradient; reader: the matrix that reads u. Returns the mixed
+    stream, or with keep_stream the merged one before the mix; u with its leading gate_channels as gate_input;
+    and x and x0 again: the gradients of their later uses are added up inside this operation's backward
+    kernel.
     """
     if not fusible(x, x.size(1)):
-        return reference_mix_norm(x, x0, skip, mix, scale, gate_channels, keep_stream, reader)
+        return reference_mix_norm(x, x0, skip, mix, scale, gate_channels, reader, keep_stream)
     skip_x, weight, gate = skip if skip is not None else (None, None, None)
     stream, u, gate_input, u_fp8, entry, x0 = MixNorm.apply(
         x, x0, skip_x, weight, gate, mix, scale, gate_channels, keep_stream, reader)
-    fp8 = None if u_fp8 is None else E4M3(u_fp8, constant(norm_unit(x.size(1)), x.device))
-    return entry if stream is None else stream, Activation(u, fp8, gate_input), entry, x0
+    u = with_fp8(u, u_fp8, norm_unit(x.size(1)), gate_input)
+    return entry if stream is None else stream, u, entry, x0
 
 
-def reference_mix_norm(x, x0, skip, mix, scale, gate_channels, keep_stream=False, reader=None):
+def reference_mix_norm(x, x0, skip, mix, scale, gate_channels, reader=None, keep_stream=False):
     merged = merge_skip(x, skip)
     if keep_stream:
         merged = merged.to(x0.dtype)
@@ -456,20 +474,27 @@ def blend(x, skip, weight, gate, SKIP: tl.constexpr):
     return x
 
 
-@row_kernel(rows=4, warps=4, per_multiprocessor=5)
-def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, streamed, u, gate_input, u_fp8, T, D: tl.constexpr,
-                            SKIP: tl.constexpr, KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr,
-                            ROWS: tl.constexpr, STAGES: tl.constexpr):
-    column = tl.arange(0, D)[None, :]
-    mix0 = tl.load(mix + column)
-    mix1 = tl.load(mix + D + column)
-    scale = tl.load(scale)
+@jit
+def mix_vectors(mix, weight, gate, column, D: tl.constexpr, SKIP: tl.constexpr):
+    """Both rows of mix, a skip's weight and how far its gate is open; (1, D) each."""
     w = 0.0
     gated = 0.0
     if SKIP:
         w = tl.load(weight + column)
     if SKIP == 2:
         gated = tl.sigmoid(tl.load(gate + column))
+    return tl.load(mix + column), tl.load(mix + D + column), w, gated
+
+
+@row_kernel(rows=4, warps=4, per_multiprocessor=5)
+def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, streamed, u, gate_input, u_fp8, T,
+                            D: tl.constexpr, SKIP: tl.constexpr, KEEP_STREAM: tl.constexpr,
+                            CHANNELS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                            STAGES: tl.constexpr):
+    # The result is not called stream, a word that Triton's launcher keeps for itself.
+    column = tl.arange(0, D)[None, :]
+    mix0, mix1, w, gated = mix_vectors(mix, weight, gate, column, D, SKIP)
+    scale = tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile_rows(block, T, ROWS)[:, None]
         at = row * D + column
@@ -492,20 +517,14 @@ def mix_norm_forward_kernel(x, x0, skip, weight, gate, mix, scale, streamed, u, 
 
 
 @row_kernel(rows=8, warps=8, per_multiprocessor=1, stages=3)
-def mix_norm_backward_kernel(dstream, du, dgate_input, dx_later, dx0_later, x, x0, skip, weight, gate, mix, scale, dx, dx0,
-                             dskip, dweight, dgate, dmix, T, D: tl.constexpr, SKIP: tl.constexpr,
-                             KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def mix_norm_backward_kernel(dstream, du, dgate_input, dx_later, dx0_later, x, x0, skip, weight, gate, mix,
+                             scale, dx, dx0, dskip, dweight, dgate, dmix, T, D: tl.constexpr,
+                             SKIP: tl.constexpr, KEEP_STREAM: tl.constexpr, CHANNELS: tl.constexpr,
+                             ROWS: tl.constexpr, STAGES: tl.constexpr):
     """dx_later and dx0_later: gradients from later uses of x and x0."""
     column = tl.arange(0, D)[None, :]
-    mix0 = tl.load(mix + column)
-    mix1 = tl.load(mix + D + column)
+    mix0, mix1, w, gated = mix_vectors(mix, weight, gate, column, D, SKIP)
     scale = tl.load(scale)
-    w = 0.0
-    gated = 0.0
-    if SKIP:
-        w = tl.load(weight + column)
-    if SKIP == 2:
-        gated = tl.sigmoid(tl.load(gate + column))
     dmix0 = tl.zeros([ROWS, D], tl.float32)
     dmix1 = dmix0
     dw = dmix0
@@ -571,8 +590,9 @@ class MixNorm(torch.autograd.Function):
         u = torch.empty_like(x)
         gate_input = x.new_empty(len(x), gate_channels)
         u_fp8 = empty_fp8(u, reader)
-        mix_norm_forward_kernel(rows_of=x, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale,
-                                streamed=stream, u=u, gate_input=gate_input, u_fp8=u_fp8, UNIT=norm_unit(x.size(1)), **ctx.kind)
+        mix_norm_forward_kernel(
+            rows_of=x, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale, streamed=stream,
+            u=u, gate_input=gate_input, u_fp8=u_fp8, UNIT=norm_unit(x.size(1)), **ctx.kind)
         frozen = [same for same, trained in zip((x, x0), ctx.needs_input_grad) if not trained]
         ctx.mark_non_differentiable(*frozen, *([] if u_fp8 is None else [u_fp8]))
         return stream, u, gate_input, u_fp8, x, x0
@@ -580,19 +600,21 @@ class MixNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # None where none comes; something always reaches u
         x, x0, skip, weight, gate, mix, scale = ctx.saved_tensors
-        dstream, du, dgate_input, _, dx_later, dx0_later = (None if g is None else g.contiguous() for g in gradients)
+        gradients = [None if g is None else g.contiguous() for g in gradients]
+        dstream, du, dgate_input, _, dx_later, dx0_later = gradients
         dx = torch.empty_like(x)
         dx0 = torch.empty_like(x)
         dskip = None if skip is None else torch.empty_like(x)
         partial = mix_norm_backward_kernel.partial_sums(x, weight, gate, mix)
         dweight, dgate, dmix = partial
-        mix_norm_backward_kernel(rows_of=x, dstream=dstream, du=du, dgate_input=dgate_input, dx_later=dx_later,
-                                 dx0_later=dx0_later, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale,
-                                 dx=dx, dx0=dx0, dskip=dskip, dweight=dweight, dgate=dgate, dmix=dmix, **ctx.kind)
+        mix_norm_backward_kernel(
+            rows_of=x, dstream=dstream, du=du, dgate_input=dgate_input, dx_later=dx_later,
+            dx0_later=dx0_later, x=x, x0=x0, skip=skip, weight=weight, gate=gate, mix=mix, scale=scale, dx=dx,
+            dx0=dx0, dskip=dskip, dweight=dweight, dgate=dgate, dmix=dmix, **ctx.kind)
         return dx, dx0, dskip, *summed(partial, ctx.needs_input_grad[3:6]), None, None, None, None
 
 
-# --- Queries, keys and values of the fused product --------------------------------------------------------------------
+# --- Queries, keys and values of the fused product ----------------------------------------------------------
 
 
 class Heads(NamedTuple):
@@ -613,7 +635,8 @@ def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims / 2)."""
+    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims
+    / 2)."""
     cos, sin = rope
     a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
@@ -621,11 +644,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def prepare_heads(qkv: Product | Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
                   may_copy: bool = True) -> Heads:
-    """q = gain * rotate(RMSNorm(q)), k = rotate(RMSNorm(k)) per head, of qkv (T, (heads + 2 kv_heads) D); gain (heads,).
+    """q = gain * rotate(RMSNorm(q)), k = rotate(RMSNorm(k)) per head, of qkv (T, (heads + 2 kv_heads) D);
+    gain (heads,).
 
-    Where gradients are wanted on CUDA and it may, every key and value head is copied for each query head that shares it: the
-    backward pass of attention is faster where no two query heads add to the same one. own_value is a strided view of qkv;
-    its gradient and that of v are added up inside this operation's backward kernel.
+    Where gradients are wanted on CUDA and it may, every key and value head is copied for each query head that
+    shares it: the backward pass of attention is faster where no two query heads add to the same one.
+    own_value is a strided view of qkv; its gradient and that of v are added up inside this operation's
+    backward kernel.
     """
     first, weight, product = for_autograd(qkv)
     width = first.size(1) if weight is None else len(weight)
@@ -649,7 +674,8 @@ def reference_prepare_heads(qkv, rope, gain, heads, kv_heads, copies=1):
 def rope_rotate(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     """x (ROWS, H, D) rotated; cos and sin from rotary_tile().
 
-    x ^ (a ^ b) swaps the halves a, b of every rotary pair in registers; a shuffle would go through shared memory.
+    x ^ (a ^ b) swaps the halves a, b of every rotary pair in registers; a shuffle would go through shared
+    memory.
     """
     x = tl.reshape(x, (ROWS, H, D // (2 * HALF), 2, HALF))
     bits = x.to(tl.int32, bitcast=True)
@@ -659,7 +685,8 @@ def rope_rotate(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexp
 
 @jit
 def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the rotary dimensions.
+    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the
+    rotary dimensions.
 
     Only the table is loaded, not the whole tile: it is small enough for every thread to load what it needs.
     """
@@ -674,8 +701,10 @@ def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
-def head_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated ones."""
+def head_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                  HALF: tl.constexpr):
+    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated
+    ones."""
     r = inverse_rms(x, D)
     n = r * x
     g = rope_rotate(g, cos, -sin, ROWS, H, D, HALF)
@@ -691,8 +720,8 @@ def largest_of_row(x):
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=8)
 def prepare_heads_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                                 COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-                                 STAGES: tl.constexpr):
+                                 COPIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                                 ROWS: tl.constexpr, STAGES: tl.constexpr):
     head = tl.arange(0, HEADS)[None, :, None]
     kv_head = tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
@@ -720,8 +749,9 @@ def prepare_heads_forward_kernel(qkv, cos, sin, gain, q, k, v, T, HEADS: tl.cons
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=2, stages=3)
 def prepare_heads_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv, dqkv_fp8, scales, dgain, T,
-                                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr,
-                                  HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+                                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
+                                  D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+                                  STAGES: tl.constexpr):
     head = tl.arange(0, HEADS)[None, :, None]
     kv_head = tl.arange(0, KV_HEADS)[None, :, None]
     column = tl.arange(0, D)[None, None, :]
@@ -776,9 +806,10 @@ class PrepareHeads(torch.autograd.Function):
         k = qkv.new_empty(len(qkv), kv_heads * copies, D)
         own_value = qkv[:, -kv_heads * D:].unflatten(1, (kv_heads, D))
         v = torch.empty_like(k) if copies > 1 else None
-        prepare_heads_forward_kernel(rows_of=qkv, qkv=qkv, cos=cos, sin=sin, gain=gain, q=q, k=k, v=v, **ctx.kind)
+        prepare_heads_forward_kernel(rows_of=qkv, qkv=qkv, cos=cos, sin=sin, gain=gain, q=q, k=k, v=v,
+                                     **ctx.kind)
         if v is None:
-            v = own_value.view_as(own_value)  # autograd keeps the gradients of two outputs apart only if they are two
+            v = own_value.view_as(own_value)  # two outputs, so that each has its gradient
         return q, k, v, own_value
 
     @staticmethod
@@ -788,31 +819,34 @@ class PrepareHeads(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         fp8 = fp8_room(operands, qkv)
         partial = prepare_heads_backward_kernel.partial_sums(qkv, gain)
-        prepare_heads_backward_kernel(rows_of=qkv, dq=dq, dk=dk, dv=dv, dv_own=dv_own, qkv=qkv, cos=cos, sin=sin, gain=gain,
-                                      dqkv=dqkv, dqkv_fp8=fp8.values, scales=fp8.scale, dgain=partial[0], **ctx.kind)
+        prepare_heads_backward_kernel(
+            rows_of=qkv, dq=dq, dk=dk, dv=dv, dv_own=dv_own, qkv=qkv, cos=cos, sin=sin, gain=gain, dqkv=dqkv,
+            dqkv_fp8=fp8.values, scales=fp8.scale, dgain=partial[0], **ctx.kind)
         dx, dw = product_gradients(operands, dqkv, fp8) if operands else (dqkv, None)
         return dx, dw, None, None, None, *summed(partial, ctx.needs_input_grad[5:6]), None, None, None
 
 
-# --- Attention --------------------------------------------------------------------------------------------------------
+# --- Attention ----------------------------------------------------------------------------------------------
 
 
 class Segments(NamedTuple):
-    """What attends to what in a packed row of T tokens: token t sees the tokens of its own segment up to itself."""
+    """What attends to what in a packed row of T tokens: token t sees the tokens of its own segment up to
+    itself."""
 
     cu_seqlens: Tensor  # (segments + 1,) int32, 0 .. T
     positions: Tensor  # (T,) int32, distance from the start of the segment
     max_seqlen: int  # upper bound on a segment's length
-    previous: Tensor | None = None  # (T,) the token before each in its document, where that is not the left neighbour
+    previous: Tensor | None = None  # (T,) the token before each in its document, if not the left one
 
 
 def attention(heads: Heads, segments: Segments, kernel: str) -> Tensor:
     """Causal attention inside each segment, like q (T, heads, D).
 
-    Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are scaled by
-    1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the reference.
+    Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are
+    scaled by 1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the
+    reference.
     """
-    q, k, v = heads.q, heads.k, heads.v
+    q, k, v, *_ = heads
     if not q.is_cuda or kernel == "reference":
         return reference_attention(q, k, v, segments)
     cu, longest = segments.cu_seqlens, segments.max_seqlen
@@ -825,8 +859,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     """The same, segment by segment."""
     group = q.size(1) // k.size(1)
     lengths = segments.cu_seqlens.diff().tolist()
-    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in
-                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))))  # (1, heads, length, D) each
+    whole = q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in whole))  # (1, heads, length, D)
     outputs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
@@ -836,7 +870,8 @@ FLASH_ATTENTION_4 = "flash_attn.cute.interface"
 
 @functools.cache
 def attention_kernel(wanted: str) -> str:
-    """The kernel that ATTENTION stands for on this machine; KernelError where the one that is asked for is not there."""
+    """The kernel that ATTENTION stands for on this machine; KernelError where the one that is asked for is
+    not there."""
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     if wanted == "fa4" or wanted == "auto" and on_hopper:
         try:
@@ -860,7 +895,8 @@ def try_flash_attention() -> None:
 
 
 class FlashAttention4(torch.autograd.Function):
-    """Dao et al. 2026, over packed segments. Of keys and values that come in copies, the forward pass reads one."""
+    """Dao et al. 2026, over packed segments. Of keys and values that come in copies, the forward pass reads
+    one."""
 
     @staticmethod
     def library():
@@ -883,11 +919,12 @@ class FlashAttention4(torch.autograd.Function):
         return *gradients[:3], None, None, None
 
 
-# --- Exclusive self-attention and the heads' gates --------------------------------------------------------------------
+# --- Exclusive self-attention and the heads' gates ----------------------------------------------------------
 
 
 def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
-    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T, kv_heads, D).
+    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T,
+    kv_heads, D).
 
     With alpha (heads,) only tanh(alpha) of the component is taken.
     """
@@ -899,17 +936,18 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
     return (grouped - component * direction).flatten(1, 2).to(y.dtype)
 
 
-def xsa_gate(y: Tensor, own_value: Tensor | None, gate_input: Tensor | None, gate: Tensor | None, alpha: Tensor | None,
-             scale: float, reader: Matrix | None = None) -> Activation:
-    """Head h of exclude_own_value(y, own_value, alpha), times sigmoid(scale * gate_h . gate_input_t); (T, heads D).
+def xsa_gate(y: Tensor, own_value: Tensor | None, gate_input: Tensor | None, gate: Tensor | None,
+             alpha: Tensor | None, scale: float, reader: Matrix | None = None) -> Activation:
+    """Head h of exclude_own_value(y, own_value, alpha), times sigmoid(scale * gate_h . gate_input_t); (T,
+    heads D).
 
-    y (T, heads, D); own_value (T, kv_heads, D), None: nothing is taken away; alpha (heads,); gate (heads, w), None: no
-    factor; gate_input (T, w); reader: the matrix that reads the result.
+    y (T, heads, D); own_value (T, kv_heads, D), None: nothing is taken away; alpha (heads,); gate (heads, w),
+    None: no factor; gate_input (T, w); reader: the matrix that reads the result.
     """
     if own_value is None or not fusible(y, *y.shape[1:], own_value.size(1)):
         return reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader)
     z, z_fp8 = XSAGate.apply(y, own_value, gate_input, gate, alpha, scale, reader)
-    return Activation(z, None if z_fp8 is None else E4M3(z_fp8, constant(GATED_UNIT, z.device)))
+    return with_fp8(z, z_fp8, GATED_UNIT)
 
 
 def reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader=None):
@@ -919,18 +957,21 @@ def reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader=None
         scores = F.linear(gate_input, gate.to(gate_input.dtype)).float()
         y = (y * torch.sigmoid(scale * scores)[..., None]).to(y.dtype)
     z = y.flatten(1)
-    if not wants_fp8(reader):
-        return Activation(z)
-    return Activation(z, E4M3((z.detach() / GATED_UNIT).clamp(-448, 448).to(FP8), constant(GATED_UNIT, z.device)))
+    z_fp8 = (z.detach() / GATED_UNIT).clamp(-448, 448).to(FP8) if wants_fp8(reader) else None
+    return with_fp8(z, z_fp8, GATED_UNIT)
 
 
 @jit
-def gate_weights(gate, gate_input, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
-                 GROUP: tl.constexpr):
-    """(KV_HEADS, 1, GROUP, PADDED), rounded as the product with gate_input rounds them."""
-    i = tl.arange(0, PADDED)[None, None, None, :]
-    head = tl.arange(0, KV_HEADS)[:, None, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :, None]
-    return rounded(tl.load(gate + head * CHANNELS + i, mask=i < CHANNELS, other=0.0), gate_input)
+def gate_vectors(alpha, gate, gate_input, head, i, ALPHA: tl.constexpr, GATE: tl.constexpr,
+                 CHANNELS: tl.constexpr):
+    """The share of the component that is taken, and the gate's weights, rounded as a product rounds them."""
+    share = 1.0
+    w = 0.0
+    if ALPHA:
+        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
+    if GATE:
+        w = rounded(tl.load(gate + head * CHANNELS + i, mask=i < CHANNELS, other=0.0), gate_input)
+    return share, w
 
 
 @jit
@@ -945,20 +986,16 @@ def unit(v):
 
 
 @row_kernel(rows=1, warps=1, per_multiprocessor=32, strided="v")
-def xsa_gate_forward_kernel(y, v, gate_input, gate, alpha, z, gates, z_fp8, T, v_stride, scale, GATE: tl.constexpr,
-                            ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                            CHANNELS: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+def xsa_gate_forward_kernel(y, v, gate_input, gate, alpha, z, gates, z_fp8, T, v_stride, scale,
+                            GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr,
+                            GROUP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+                            PADDED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
                             STAGES: tl.constexpr):
     kv_head = tl.arange(0, KV_HEADS)[:, None, None, None]
     head = kv_head * GROUP + tl.arange(0, GROUP)[None, None, :, None]
     column = tl.arange(0, D)[None, None, None, :]
     i = tl.arange(0, PADDED)[None, None, None, :]
-    share = 1.0
-    w = 0.0
-    if ALPHA:
-        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    if GATE:
-        w = gate_weights(gate, gate_input, CHANNELS, PADDED, KV_HEADS, GROUP)
+    share, w = gate_vectors(alpha, gate, gate_input, head, i, ALPHA, GATE, CHANNELS)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile_rows(block, T, ROWS)
         token = row[None, :, None, None]
@@ -977,20 +1014,15 @@ def xsa_gate_forward_kernel(y, v, gate_input, gate, alpha, z, gates, z_fp8, T, v
 
 
 @row_kernel(rows=1, warps=1, per_multiprocessor=16, strided="v")
-def xsa_gate_backward_kernel(dz, y, v, gate_input, gate, alpha, gates, dy, dv, dgate_input, dgate, dalpha, T, v_stride, scale,
-                             GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                             D: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-                             STAGES: tl.constexpr):
+def xsa_gate_backward_kernel(dz, y, v, gate_input, gate, alpha, gates, dy, dv, dgate_input, dgate, dalpha, T,
+                             v_stride, scale, GATE: tl.constexpr, ALPHA: tl.constexpr, KV_HEADS: tl.constexpr,
+                             GROUP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+                             PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     kv_head = tl.arange(0, KV_HEADS)[:, None, None, None]
     head = kv_head * GROUP + tl.arange(0, GROUP)[None, None, :, None]
     column = tl.arange(0, D)[None, None, None, :]
     i = tl.arange(0, PADDED)[None, None, None, :]
-    share = 1.0
-    w = 0.0
-    if ALPHA:
-        share = 2.0 * tl.sigmoid(2.0 * tl.load(alpha + head)) - 1.0
-    if GATE:
-        w = gate_weights(gate, gate_input, CHANNELS, PADDED, KV_HEADS, GROUP)
+    share, w = gate_vectors(alpha, gate, gate_input, head, i, ALPHA, GATE, CHANNELS)
     da = tl.zeros([KV_HEADS, ROWS, GROUP, 1], tl.float32)
     dw = tl.zeros([KV_HEADS, ROWS, GROUP, PADDED], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -1038,11 +1070,11 @@ class XSAGate(torch.autograd.Function):
         channels = 1 if gate is None else gate_input.size(1)
         ctx.save_for_backward(y, v, gate_input, gate, alpha, gates)
         ctx.set_materialize_grads(False)
-        ctx.kind = dict(GATE=gate is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), GROUP=y.size(1) // v.size(1),
-                        D=y.size(2), CHANNELS=channels, PADDED=triton.next_power_of_2(channels), v_stride=v.stride(0),
-                        scale=scale)
-        xsa_gate_forward_kernel(rows_of=y, y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha, z=z, gates=gates,
-                                z_fp8=z_fp8, UNIT=GATED_UNIT, **ctx.kind)
+        ctx.kind = dict(GATE=gate is not None, ALPHA=alpha is not None, KV_HEADS=v.size(1), D=y.size(2),
+                        GROUP=y.size(1) // v.size(1), CHANNELS=channels,
+                        PADDED=triton.next_power_of_2(channels), v_stride=v.stride(0), scale=scale)
+        xsa_gate_forward_kernel(rows_of=y, y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha, z=z,
+                                gates=gates, z_fp8=z_fp8, UNIT=GATED_UNIT, **ctx.kind)
         if z_fp8 is None:
             return z.flatten(1), None
         z_fp8 = z_fp8.flatten(1)
@@ -1056,25 +1088,28 @@ class XSAGate(torch.autograd.Function):
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         dgate_input = None if gate is None else torch.empty_like(gate_input)
         partial = xsa_gate_backward_kernel.partial_sums(y, gate, alpha)
-        xsa_gate_backward_kernel(rows_of=y, dz=dz.contiguous(), y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha,
-                                 gates=gates, dy=dy, dv=dv, dgate_input=dgate_input, dgate=partial[0], dalpha=partial[1],
-                                 **ctx.kind)
+        xsa_gate_backward_kernel(
+            rows_of=y, dz=dz.contiguous(), y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha,
+            gates=gates, dy=dy, dv=dv, dgate_input=dgate_input, dgate=partial[0], dalpha=partial[1],
+            **ctx.kind)
         return dy, dv, dgate_input, *summed(partial, ctx.needs_input_grad[3:5]), None, None
 
 
-# --- RMSNorm of a sum -------------------------------------------------------------------------------------------------
+# --- RMSNorm of a sum ---------------------------------------------------------------------------------------
 
 
 def add_norm(x: Tensor, y: Product | Tensor | None, scale: Tensor,
              reader: Matrix | None = None) -> tuple[Tensor, Activation]:
-    """total = x + y; u = scale * RMSNorm(total). x and y (T, d); scale (), without gradient; y None: total is x itself.
+    """total = x + y; u = scale * RMSNorm(total). x and y (T, d); scale (), without gradient; y None: total is
+    x itself.
 
-    reader: the matrix that reads u. The backward pass needs a gradient at u, but not total, which may be written over.
+    reader: the matrix that reads u. The backward pass needs a gradient at u, but not total, which may be
+    written over.
     """
     if not fusible(x, x.size(1)):
         return reference_add_norm(x, y, scale, reader)
     total, u, u_fp8 = AddNorm.apply(x, *for_autograd(y), scale, reader)
-    return total, Activation(u, None if u_fp8 is None else E4M3(u_fp8, constant(norm_unit(x.size(1)), x.device)))
+    return total, with_fp8(u, u_fp8, norm_unit(x.size(1)))
 
 
 def reference_add_norm(x, y, scale, reader=None):
@@ -1103,8 +1138,8 @@ def add_norm_forward_kernel(x, y, scale, total, u, inverse, u_fp8, T, D: tl.cons
 
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=8)
-def add_norm_backward_kernel(dtotal, du, u, scale, inverse, dx, dx_fp8, scales, T, D: tl.constexpr, ROWS: tl.constexpr,
-                             STAGES: tl.constexpr):
+def add_norm_backward_kernel(dtotal, du, u, scale, inverse, dx, dx_fp8, scales, T, D: tl.constexpr,
+                             ROWS: tl.constexpr, STAGES: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     scale = tl.load(scale)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -1135,8 +1170,8 @@ class AddNorm(torch.autograd.Function):
         u = torch.empty_like(x)
         u_fp8 = empty_fp8(u, reader)
         inverse = x.new_empty(len(x), dtype=torch.float32)
-        add_norm_forward_kernel(rows_of=x, x=x, y=y, scale=scale, total=total, u=u, inverse=inverse, u_fp8=u_fp8, D=x.size(1),
-                                UNIT=norm_unit(x.size(1)))
+        add_norm_forward_kernel(rows_of=x, x=x, y=y, scale=scale, total=total, u=u, inverse=inverse,
+                                u_fp8=u_fp8, D=x.size(1), UNIT=norm_unit(x.size(1)))
         ctx.save_for_backward(u, scale, inverse, *operands)
         if u_fp8 is not None:
             ctx.mark_non_differentiable(u_fp8)
@@ -1147,19 +1182,21 @@ class AddNorm(torch.autograd.Function):
         u, scale, inverse, *operands = ctx.saved_tensors
         dx = torch.empty_like(u)
         fp8 = fp8_room(operands, u)
-        add_norm_backward_kernel(rows_of=u, dtotal=None if dtotal is None else dtotal.contiguous(), du=du.contiguous(), u=u,
-                                 scale=scale, inverse=inverse, dx=dx, dx_fp8=fp8.values, scales=fp8.scale, D=u.size(1))
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        add_norm_backward_kernel(rows_of=u, dtotal=dtotal, du=du.contiguous(), u=u, scale=scale,
+                                 inverse=inverse, dx=dx, dx_fp8=fp8.values, scales=fp8.scale, D=u.size(1))
         if operands:
             return dx, *product_gradients(operands, dx, fp8), None, None, None
         return dx, dx if ctx.two else None, None, None, None, None
 
 
-# --- Two-lane update --------------------------------------------------------------------------------------------------
+# --- Two-lane update ----------------------------------------------------------------------------------------
 
 
 def lane_update(lane0: Tensor, lane1: Tensor, from_attention: Tensor, from_mlp: Tensor, resid: Tensor,
                 post: Tensor) -> tuple[Tensor, Tensor]:
-    """Lane k becomes resid_k lane_k + post_0k from_attention + post_1k from_mlp; (T, d) each, resid (2,), post (2, 2)."""
+    """Lane k becomes resid_k lane_k + post_0k from_attention + post_1k from_mlp; (T, d) each, resid (2,),
+    post (2, 2)."""
     if not fusible(lane0, lane0.size(1)):
         return reference_lane_update(lane0, lane1, from_attention, from_mlp, resid, post)
     return LaneUpdate.apply(lane0, lane1, from_attention, from_mlp, resid, post)
@@ -1171,8 +1208,8 @@ def reference_lane_update(lane0, lane1, from_attention, from_mlp, resid, post):
 
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=8)
-def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr, ROWS: tl.constexpr,
-                               STAGES: tl.constexpr):
+def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1, T, D: tl.constexpr,
+                               ROWS: tl.constexpr, STAGES: tl.constexpr):
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1 = tl.load(post), tl.load(post + 1)
     m0, m1 = tl.load(post + 2), tl.load(post + 3)
@@ -1187,13 +1224,18 @@ def lane_update_forward_kernel(lane0, lane1, attn, mlp, resid, post, new0, new1,
 
 
 @row_kernel(rows=4, warps=4, per_multiprocessor=4)
-def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn, dmlp, dresid,
-                                dpost, T, D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+def lane_update_backward_kernel(dnew0, dnew1, lane0, lane1, attn, mlp, resid, post, dlane0, dlane1, dattn,
+                                dmlp, dresid, dpost, T, D: tl.constexpr, ROWS: tl.constexpr,
+                                STAGES: tl.constexpr):
     r0, r1 = tl.load(resid), tl.load(resid + 1)
     a0, a1 = tl.load(post), tl.load(post + 1)
     m0, m1 = tl.load(post + 2), tl.load(post + 3)
     s0 = tl.zeros([ROWS], tl.float32)
-    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    s1 = s0
+    s2 = s0
+    s3 = s0
+    s4 = s0
+    s5 = s0
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile_rows(block, T, ROWS)[:, None]
         at = row * D + tl.arange(0, D)[None, :]
@@ -1228,8 +1270,8 @@ class LaneUpdate(torch.autograd.Function):
         ctx.save_for_backward(lane0, lane1, from_attention, from_mlp, resid, post)
         new0 = torch.empty_like(lane0)
         new1 = torch.empty_like(lane0)
-        lane_update_forward_kernel(rows_of=lane0, lane0=lane0, lane1=lane1, attn=from_attention, mlp=from_mlp, resid=resid,
-                                   post=post, new0=new0, new1=new1, D=lane0.size(1))
+        lane_update_forward_kernel(rows_of=lane0, lane0=lane0, lane1=lane1, attn=from_attention, mlp=from_mlp,
+                                   resid=resid, post=post, new0=new0, new1=new1, D=lane0.size(1))
         return new0, new1
 
     @staticmethod
@@ -1237,18 +1279,19 @@ class LaneUpdate(torch.autograd.Function):
         lane0, lane1, from_attention, from_mlp, resid, post = ctx.saved_tensors
         dlane0, dlane1, dattn, dmlp = (torch.empty_like(lane0) for _ in range(4))
         partial = lane_update_backward_kernel.partial_sums(lane0, resid, post)
-        lane_update_backward_kernel(rows_of=lane0, dnew0=dnew0.contiguous(), dnew1=dnew1.contiguous(), lane0=lane0,
-                                    lane1=lane1, attn=from_attention, mlp=from_mlp, resid=resid, post=post, dlane0=dlane0,
-                                    dlane1=dlane1, dattn=dattn, dmlp=dmlp, dresid=partial[0], dpost=partial[1],
-                                    D=lane0.size(1))
+        lane_update_backward_kernel(
+            rows_of=lane0, dnew0=dnew0.contiguous(), dnew1=dnew1.contiguous(), lane0=lane0, lane1=lane1,
+            attn=from_attention, mlp=from_mlp, resid=resid, post=post, dlane0=dlane0, dlane1=dlane1,
+            dattn=dattn, dmlp=dmlp, dresid=partial[0], dpost=partial[1], D=lane0.size(1))
         return dlane0, dlane1, dattn, dmlp, *summed(partial, ctx.needs_input_grad[4:])
 
 
-# --- MLP --------------------------------------------------------------------------------------------------------------
-# On Hopper both products that meet the activation are one kernel, warp-specialised ping-pong (Shah et al. 2024): one producer
-# warp loads by TMA; two consumer warpgroups alternate, one runs its epilogue while the other issues wgmma.
+# --- MLP ----------------------------------------------------------------------------------------------------
+# On Hopper both products that meet the activation are one kernel, warp-specialised ping-pong (Shah et al.
+# 2024): one producer warp loads by TMA; two consumer warpgroups alternate, one runs its epilogue while the
+# other issues wgmma.
 
-MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns and depth of a tile; blocks of w in shared memory
+MLP_TILE = dict(BM=128, BN=128, BK=64, STAGES=4)  # rows, columns, depth of a tile; blocks of w in the ring
 MLP_FP8_TILE = MLP_TILE | dict(BK=128, STAGES=6)  # with x and w in 8 bits
 
 
@@ -1268,7 +1311,8 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
 
 
 def mlp_fusible(u: Tensor, hidden: int) -> bool:
-    """Whether the kernel runs for u (T, d): in bf16 on Hopper, for whole tiles that fit into 227 KiB of shared memory."""
+    """Whether the kernel runs for u (T, d): in bf16 on Hopper, for whole tiles that fit into 227 KiB of
+    shared memory."""
     if gluon is None or not u.is_cuda or u.dtype != torch.bfloat16:
         return False
     BM, BN, BK, STAGES = MLP_TILE.values()
@@ -1280,10 +1324,11 @@ def mlp_fusible(u: Tensor, hidden: int) -> bool:
 
 
 def mlp_forward(u: Tensor | E4M3, w_up: Tensor | E4M3, slope: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden = leaky_relu_squared(u W_up^T) (M, F), where that product is negative, and hidden in E4M3 if the operands are.
+    """hidden = leaky_relu_squared(u W_up^T) (M, F), where that product is negative, and hidden in E4M3 if the
+    operands are.
 
-    u (M, d), w_up (F, d). negative (F / 32, M) int32: bit j of word (i, m) stands for column 32 i + j of row m. The 8-bit
-    copy is in HIDDEN_UNIT.
+    u (M, d), w_up (F, d). negative (F / 32, M) int32: bit j of word (i, m) stands for column 32 i + j of row
+    m. The 8-bit copy is in HIDDEN_UNIT.
     """
     fp8 = isinstance(u, E4M3)
     like = u.values if fp8 else u
@@ -1299,9 +1344,9 @@ def mlp_backward(dy: Tensor | E4M3, w_down: Tensor | E4M3, hidden: Tensor, negat
                  slope: float) -> tuple[Tensor, Tensor | None]:
     """Gradient (M, F) before the activation, and that in E4M3 if the operands are.
 
-    dy (M, d); w_down (d, F), in E4M3 its transpose (F, d), and dy with a scale for each row. The derivative of the
-    activation is -2 slope sqrt(hidden) where `negative` is set, elsewhere 2 sqrt(hidden). The 8-bit copy is in units of
-    DHIDDEN_UNIT dy.scale w_down.scale.
+    dy (M, d); w_down (d, F), in E4M3 its transpose (F, d), and dy with a scale for each row. The derivative
+    of the activation is -2 slope sqrt(hidden) where `negative` is set, elsewhere 2 sqrt(hidden). The 8-bit
+    copy is in units of DHIDDEN_UNIT dy.scale w_down.scale.
     """
     dp = torch.empty_like(hidden)
     dp_fp8 = torch.empty_like(hidden, dtype=FP8) if isinstance(dy, E4M3) else None
@@ -1321,9 +1366,9 @@ def launch_mlp_product(x, w, hidden, out, out_fp8, negative, slope, unit):
     part = [BM, BN // 4]
     mlp_product_kernel[min(triton.cdiv(M, BM), multiprocessors(x.device)),](
         x=descriptor(x, [BM, BK]), w=descriptor(w, [BK, BN] if backward and not fp8 else [BN, BK]),
-        hidden=descriptor(hidden, part), out=descriptor(out, part), out_fp8=descriptor(out_fp8, part), negative=negative,
-        M=M, slope=slope, x_scale=x_scale, w_scale=w_scale, UNIT=unit if fp8 else None, BACKWARD=backward, N=out.size(1),
-        K=K, **tile, num_warps=4)
+        hidden=descriptor(hidden, part), out=descriptor(out, part), out_fp8=descriptor(out_fp8, part),
+        negative=negative, M=M, slope=slope, x_scale=x_scale, w_scale=w_scale, UNIT=unit if fp8 else None,
+        BACKWARD=backward, N=out.size(1), K=K, **tile, num_warps=4)
 
 
 def descriptor(x: Tensor | None, block: list[int]):
@@ -1336,13 +1381,15 @@ def descriptor(x: Tensor | None, block: list[int]):
 
 gluon_jit = functools.partial(gluon.jit, do_not_specialize=["M"], do_not_specialize_on_alignment=[
     "x_scale", "w_scale"]) if gluon else lambda function: function
-tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)  # the name up to 3.7
+# The second names are those up to Triton 3.7.
+tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)
 tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
 
 
 @gluon_jit
 def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
-    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip, the third, ..."""
+    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip,
+    the third, ..."""
     made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SIZE):
         mbarrier.init(made.index(i), count=COUNT)
@@ -1357,8 +1404,8 @@ def load_block(source, place, full, block):
 
 
 @gluon_jit
-def producer(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-             BK: gl.constexpr, STAGES: gl.constexpr):
+def producer(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+             BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Loads per row of tiles the blocks of x, per tile those of w, each as soon as its place is free."""
     xs, x_full, x_free, ws, w_full, w_free = rings
     step = 0
@@ -1371,15 +1418,17 @@ def producer(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.conste
                     load_block(x, [row, k * BK], x_full.index(k), xs.index(k))
                 stage = step % STAGES
                 mbarrier.wait(w_free.index(stage), step // STAGES & 1 ^ 1)
-                load_block(w, [k * BK, column] if ACROSS else [column, k * BK], w_full.index(stage), ws.index(stage))
+                place = [k * BK, column] if ACROSS else [column, k * BK]
+                load_block(w, place, w_full.index(stage), ws.index(stage))
                 step += 1
         tile_row += 1
 
 
 @gluon_jit
-def multiply(rings, step, tile_row, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-             BK: gl.constexpr, STAGES: gl.constexpr):
-    """A tile (BM, BN) of the product; `step` counts blocks of w, `tile_row` rows of tiles, `last`: x is needed no more.
+def multiply(rings, step, tile_row, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+             BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """A tile (BM, BN) of the product; `step` counts blocks of w, `tile_row` rows of tiles, `last`: x is
+    needed no more.
 
     A block is released once the next product runs. `done` flips when the other group may begin.
     """
@@ -1411,13 +1460,15 @@ def halves(x, R: gl.constexpr, C: gl.constexpr):
 
 
 @gluon_jit
-def consumer_group(GROUP: gl.constexpr, begin, done, parts, parts_full, fp8_parts, rings, hidden, out, out_fp8, negative, M,
-                   slope, x_scale, w_scale, UNIT: gl.constexpr, BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                   BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+def consumer_group(GROUP: gl.constexpr, begin, done, parts, parts_full, fp8_parts, rings, hidden, out,
+                   out_fp8, negative, M, slope, x_scale, w_scale, UNIT: gl.constexpr, BACKWARD: gl.constexpr,
+                   N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+                   STAGES: gl.constexpr):
     """Group 0 or 1 computes every other tile of a row.
 
-    A tile leaves in four parts through the two buffers `parts`, by which `hidden` arrives too (then parts_full flips), and
-    in 8 bits through fp8_parts. The group may multiply once `begin` flips and lets the other one do so by `done`.
+    A tile leaves in four parts through the two buffers `parts`, by which `hidden` arrives too (then
+    parts_full flips), and in 8 bits through fp8_parts. The group may multiply once `begin` flips and lets the
+    other one do so by `done`.
     """
     IN_FP8: gl.constexpr = UNIT is not None
     ACROSS: gl.constexpr = BACKWARD and not IN_FP8
@@ -1443,10 +1494,11 @@ def consumer_group(GROUP: gl.constexpr, begin, done, parts, parts_full, fp8_part
                          gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
                 if IN_FP8:
                     factor = gl.expand_dims(scale * gl.load(x_scale + rows, mask=inside, other=0.0), 1)
-            # Not before the other group has had all its blocks of w: a parity tells one turn of the ring from the next only.
+            # Not before the other group has had all its blocks of w: a parity tells one turn of the ring from
+            # the next only.
             mbarrier.wait(begin, count + 1 - GROUP & 1)
-            acc = multiply(rings, (2 * count + GROUP) * (K // BK), count // (N // BN // 2), column >= N - 2 * BN, done,
-                           ACROSS, K, BM, BN, BK, STAGES)
+            acc = multiply(rings, (2 * count + GROUP) * (K // BK), count // (N // BN // 2),
+                           column >= N - 2 * BN, done, ACROSS, K, BM, BN, BK, STAGES)
             left, right = halves(acc, BM, BN)
             quarters = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
             for i in gl.static_range(4):
@@ -1489,13 +1541,13 @@ def part_buffers(out):
 
 @gluon_jit
 def mlp_product_kernel(x, w, hidden, out, out_fp8, negative, M, slope, x_scale, w_scale, UNIT: gl.constexpr,
-                       BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-                       BK: gl.constexpr, STAGES: gl.constexpr):
-    """See mlp_forward and mlp_backward. While a row of tiles is computed, its rows of x stay in shared memory and w passes
-    through a ring.
+                       BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+                       BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """See mlp_forward and mlp_backward. While a row of tiles is computed, its rows of x stay in shared memory
+    and w passes through a ring.
 
-    A barrier that nothing waits for must not be made: its place would be given to other data, and where a kernel is
-    interrupted, because another process has its turn, the barrier is restored there.
+    A barrier that nothing waits for must not be made: its place would be given to other data, and where a
+    kernel is interrupted, because another process has its turn, the barrier is restored there.
     """
     xs = gl.allocate_shared_memory(x.dtype, [K // BK, BM, BK], x.layout)
     IN_FP8: gl.constexpr = UNIT is not None
@@ -1511,11 +1563,14 @@ def mlp_product_kernel(x, w, hidden, out, out_fp8, negative, M, slope, x_scale, 
     fp8_parts1 = part_buffers(out_fp8) if IN_FP8 else parts1
     hopper.fence_async_shared()
     gl.warp_specialize([
-        (consumer_group, (0, turns.index(0), turns.index(1), parts0, full0, fp8_parts0, rings, hidden, out, out_fp8,
-                          negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (consumer_group, (1, turns.index(1), turns.index(0), parts1, full1, fp8_parts1, rings, hidden, out, out_fp8,
-                          negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN, BK, STAGES)),
-        (producer, (x, w, rings, M, ACROSS, N, K, BM, BN, BK, STAGES))], [4, 1], [232, 40])  # warps, registers
+        (consumer_group, (0, turns.index(0), turns.index(1), parts0, full0, fp8_parts0, rings, hidden,
+                          out, out_fp8, negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN,
+                          BK, STAGES)),
+        (consumer_group, (1, turns.index(1), turns.index(0), parts1, full1, fp8_parts1, rings, hidden,
+                          out, out_fp8, negative, M, slope, x_scale, w_scale, UNIT, BACKWARD, N, K, BM, BN,
+                          BK, STAGES)),
+        (producer, (x, w, rings, M, ACROSS, N, K, BM, BN, BK, STAGES)),
+    ], [4, 1], [232, 40])  # warps and registers of the second group and of the producer
 
 
 class SquaredMLP(torch.autograd.Function):
@@ -1527,8 +1582,10 @@ class SquaredMLP(torch.autograd.Function):
         else:
             hidden, negative, hidden_fp8 = mlp_forward(u.fp8, up.fp8, slope)
             hidden_fp8 = E4M3(hidden_fp8, constant(HIDDEN_UNIT, u_x.device))
-            out = fp8_product(hidden_fp8, down.fp8, torch.empty_like(u_x) if x is None else x, add=x is not None)
-        ctx.save_for_backward(u_x, w_up, w_down, hidden, negative, *(up.fp8_t or NO_FP8), *(down.fp8_t or NO_FP8))
+            room = torch.empty_like(u_x) if x is None else x
+            out = fp8_product(hidden_fp8, down.fp8, room, add=x is not None)
+        fp8_t = *(up.fp8_t or NO_FP8), *(down.fp8_t or NO_FP8)
+        ctx.save_for_backward(u_x, w_up, w_down, hidden, negative, *fp8_t)
         ctx.slope = slope
         ctx.added = x is not None
         if ctx.added:
@@ -1557,16 +1614,17 @@ class SquaredMLP(torch.autograd.Function):
         return du, dw_up, dw_down, dy if ctx.added else None, None, None, None, None
 
 
-# --- Losses of target and hint ----------------------------------------------------------------------------------------
+# --- Losses of target and hint ------------------------------------------------------------------------------
 
 
 def two_value_nll(scores: Product | Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
                   hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided soft cap.
+    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided
+    soft cap.
 
-    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or numbers). Gradients
-    reach scores and caps, through the first result alone. On CUDA the backward pass writes the gradient over `scores`, which
-    nothing else may need then. hints None: the targets.
+    Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or
+    numbers). Gradients reach scores and caps, through the first result alone. On CUDA the backward pass
+    writes the gradient over `scores`, which nothing else may need then. hints None: the targets.
     """
     hints = targets if hints is None else hints
     first, weight, product = for_autograd(scores)
@@ -1577,14 +1635,16 @@ def two_value_nll(scores: Product | Tensor, cap_pos: Tensor | float, cap_neg: Te
 
 def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
     scores = computed(scores)
-    caps = torch.where(scores >= 0, *(torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg)))
+    cap_pos, cap_neg = (torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg))
+    caps = torch.where(scores >= 0, cap_pos, cap_neg)
     logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
     return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
 
 
 @jit
 def soft_cap(x, cap_pos, cap_neg):
-    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any shape."""
+    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any
+    shape."""
     z = x * tl.where(x >= 0, 2.8853900817779268 / cap_pos, 2.8853900817779268 / cap_neg)
     root = tl.rsqrt(1.0 + tl.exp2(z))  # its square takes fewer instructions than a division
     r = root * root
@@ -1614,10 +1674,10 @@ def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, lo
 
 
 @jit
-def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, scores_fp8, scales, M, V: tl.constexpr,
-                        BLOCK: tl.constexpr, CAPS: tl.constexpr):
-    """M is V / 8, but unknown to the compiler: could it store more than 8 numbers of 8 bits at once, threads would hold other
-    numbers than for the store in bf16, and all would be computed twice."""
+def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dcaps, scores_fp8, scales, M,
+                        V: tl.constexpr, BLOCK: tl.constexpr, CAPS: tl.constexpr):
+    """M is V / 8, but unknown to the compiler: could it store more than 8 numbers of 8 bits at once, threads
+    would hold other numbers than for the store in bf16, and all would be computed twice."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     scores += row * stride
@@ -1650,14 +1710,14 @@ class TwoValueNLL(torch.autograd.Function):
             operands = product.operands()
         elif scores.stride(1) != 1:
             scores = scores.contiguous()
-        caps = [cap if isinstance(cap, Tensor) else scores.new_full((), cap, dtype=torch.float32)  # a fill: no wait
-                for cap in (cap_pos, cap_neg)]
+        caps = [cap_pos, cap_neg]
+        caps = [cap if isinstance(cap, Tensor) else constant(cap, scores.device) for cap in caps]
         nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
-        ctx.row = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a program has a row in registers
+        ctx.row = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a row in registers
         ctx.warps = min(16, max(2, ctx.row["BLOCK"] // 4096))
         nll_forward_kernel[len(scores),](
-            scores=scores, stride=scores.stride(0), cap_pos=caps[0], cap_neg=caps[1], targets=targets, hints=hints, nll=nll,
-            log_q=log_q, lse=lse, **ctx.row, num_warps=2 * ctx.warps)
+            scores=scores, stride=scores.stride(0), cap_pos=caps[0], cap_neg=caps[1], targets=targets,
+            hints=hints, nll=nll, log_q=log_q, lse=lse, **ctx.row, num_warps=2 * ctx.warps)
         ctx.save_for_backward(scores, *caps, targets, lse, *operands)
         ctx.mark_non_differentiable(log_q)
         return nll, log_q
@@ -1669,9 +1729,9 @@ class TwoValueNLL(torch.autograd.Function):
         dcaps = lse.new_empty(len(scores), 2) if trained_caps else None
         fp8 = fp8_room(operands, scores)
         nll_backward_kernel[len(scores),](
-            scores=scores, stride=scores.stride(0), cap_pos=cap_pos, cap_neg=cap_neg, targets=targets, lse=lse,
-            dnll=dnll.contiguous(), dcaps=dcaps, scores_fp8=fp8.values, scales=fp8.scale, M=scores.size(1) // 8,
-            CAPS=trained_caps, **ctx.row, num_warps=min(32, 4 * ctx.warps))
+            scores=scores, stride=scores.stride(0), cap_pos=cap_pos, cap_neg=cap_neg, targets=targets,
+            lse=lse, dnll=dnll.contiguous(), dcaps=dcaps, scores_fp8=fp8.values, scales=fp8.scale,
+            M=scores.size(1) // 8, CAPS=trained_caps, **ctx.row, num_warps=min(32, 4 * ctx.warps))
         dcap_pos, dcap_neg = dcaps.sum(0) if trained_caps else (None, None)
         dx, dw = product_gradients(operands, scores, fp8) if operands else (scores, None)
         return dx, dw, None, dcap_pos, dcap_neg, None, None
@@ -1691,18 +1751,19 @@ class FullProduct(torch.autograd.Function):
         return gradient.to(weight.dtype) @ weight, None
 
 
-# --- Attention with a cache -------------------------------------------------------------------------------------------
+# --- Attention with a cache ---------------------------------------------------------------------------------
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, keys: Tensor, values: Tensor,
                      slots: Tensor, begins: Tensor, window: int) -> Tensor:
     """Attention of packed rows to themselves (causal) and to cached keys and values of their documents' past.
 
-    q (T, heads, D), k and v (T, kv_heads, D), result like q. Row s is tokens cu[s] .. cu[s + 1] - 1; cu (S + 1,) int32,
-    longest bounds a row's length. keys, values (slots, room, kv_heads, D) are rings: document position p lies at index
-    p % room of slot slots[s]. begins (S,) int64: document position of the row's first token. A row of n tokens sees the
-    cached positions from begins[s] + n - window on; room >= window. Scores are scaled by 1/sqrt(D), neighbouring query
-    heads share a key/value head. Gradients reach q, k and v.
+    q (T, heads, D), k and v (T, kv_heads, D), result like q. Row s is tokens cu[s] .. cu[s + 1] - 1; cu (S +
+    1,) int32, longest bounds a row's length. keys, values (slots, room, kv_heads, D) are rings: document
+    position p lies at index p % room of slot slots[s]. begins (S,) int64: document position of the row's
+    first token. A row of n tokens sees the cached positions from begins[s] + n - window on; room >= window.
+    Scores are scaled by 1/sqrt(D), neighbouring query heads share a key/value head. Gradients reach q, k and
+    v.
     """
     function = CachedAttention.apply if q.is_cuda else reference_cached_attention
     return function(q, k, v, cu, longest, keys, values, slots, begins, window)
@@ -1716,13 +1777,15 @@ def reference_cached_attention(q, k, v, cu, longest, keys, values, slots, begins
         row_k, row_v = (torch.cat((cache[slot, past], own[a:b])).repeat_interleave(group, 1).transpose(0, 1)
                         for cache, own in ((keys, k), (values, v)))  # (heads, past + n, D) each
         visible = torch.ones(b - a, row_k.size(1), dtype=torch.bool, device=q.device).tril(len(past))
-        outputs.append(F.scaled_dot_product_attention(q[a:b].transpose(0, 1), row_k, row_v, visible).transpose(0, 1))
+        y = F.scaled_dot_product_attention(q[a:b].transpose(0, 1), row_k, row_v, visible)
+        outputs.append(y.transpose(0, 1))
     return torch.cat(outputs)
 
 
 @jit
 def row_bounds(cu, begins, s, window, room):
-    """First token (int64) and length of row s, how many cached positions it sees, ring index of the oldest."""
+    """First token (int64) and length of row s, how many cached positions it sees, ring index of the
+    oldest."""
     start, end = tl.load(cu + s), tl.load(cu + s + 1)
     begin = tl.load(begins + s).to(tl.int32)
     oldest = tl.minimum(tl.maximum(begin + (end - start) - window, 0), begin)
@@ -1732,14 +1795,16 @@ def row_bounds(cu, begins, s, window, room):
 @jit
 def cached_block(keys, values, base, j, first, count, room, TAIL: tl.constexpr, KV_HEADS: tl.constexpr,
                  D: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys and values (BLOCK, D) of the cached positions j .. j + BLOCK - 1 after the oldest, and which are seen."""
+    """Keys and values (BLOCK, D) of the cached positions j .. j + BLOCK - 1 after the oldest, and which are
+    seen."""
     past = j + tl.arange(0, BLOCK)
     seen = (past < count) | (not TAIL)  # constant in full blocks: loads and scores then need no mask
     index = first + past
     index = tl.where(index < room, index, index - room)  # count <= room: it wraps at most once
     at = base + index[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
-    return (tl.load(keys + at, mask=seen[:, None], other=0.0), tl.load(values + at, mask=seen[:, None], other=0.0),
-            seen[None, :])
+    k = tl.load(keys + at, mask=seen[:, None], other=0.0)
+    v = tl.load(values + at, mask=seen[:, None], other=0.0)
+    return k, v, seen[None, :]
 
 
 @jit
@@ -1762,10 +1827,11 @@ def dq_block(q, dout, k, v, visible, scale, lse, delta, dq):
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-# Kernels run per (tile, kv head, row). A tile of queries holds BLOCK_M / GROUP tokens times the GROUP query heads that
-# share the kv head, so that cached keys are read once for all. lse: log-sum-exp of the scores in base 2. A row's own
-# keys come first: every query sees one of them, which makes the running maximum finite. Queries behind the end of a
-# row are zeros that nobody reads. Masked loads of the cache give zeros: what was never written may be NaN.
+# Kernels run per (tile, kv head, row). A tile of queries holds BLOCK_M / GROUP tokens times the GROUP query
+# heads that share the kv head, so that cached keys are read once for all. lse: log-sum-exp of the scores in
+# base 2. A row's own keys come first: every query sees one of them, which makes the running maximum finite.
+# Queries behind the end of a row are zeros that nobody reads. Masked loads of the cache give zeros: what was
+# never written may be NaN.
 
 
 @jit
@@ -1779,7 +1845,7 @@ def attention_forward_kernel(q, k, v, out, lse, cu, keys, values, slots, begins,
         return
     d, m, j_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     token = begin + m // GROUP
-    line = token * (KV_HEADS * GROUP) + m % GROUP  # into (T, heads), from the row's first token and the first head on
+    line = token * (KV_HEADS * GROUP) + m % GROUP  # into (T, heads), from the row's first token on
     base, own, cached = (start * KV_HEADS + head) * GROUP, (start * KV_HEADS + head) * D, head * D
     cached += tl.load(slots + s).to(tl.int64) * room * (KV_HEADS * D)
     q_m = tl.load(q + base * D + (line[:, None] * D + d), mask=(token < n)[:, None], other=0.0)
@@ -1790,11 +1856,13 @@ def attention_forward_kernel(q, k, v, out, lse, cu, keys, values, slots, begins,
         at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
         k_n = tl.load(k + own + at, mask=seen, other=0.0)
         v_n = tl.load(v + own + at, mask=seen, other=0.0)
-        top, total, acc = softmax_block(q_m, k_n, v_n, (j + j_n)[None, :] <= token[:, None], scale, top, total, acc)
+        visible = (j + j_n)[None, :] <= token[:, None]
+        top, total, acc = softmax_block(q_m, k_n, v_n, visible, scale, top, total, acc)
     full = count // BLOCK_N * BLOCK_N
     for tail in tl.static_range(2):
         for j in range(full * tail, count if tail else full, BLOCK_N):
-            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D, BLOCK_N)
+            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D,
+                                          BLOCK_N)
             top, total, acc = softmax_block(q_m, k_n, v_n, seen, scale, top, total, acc)
     tl.store(out + base * D + (line[:, None] * D + d), (acc / total[:, None]).to(out.dtype.element_ty),
              mask=(token < n)[:, None])
@@ -1802,8 +1870,8 @@ def attention_forward_kernel(q, k, v, out, lse, cu, keys, values, slots, begins,
 
 
 @jit
-def attention_dq_kernel(q, k, v, out, dout, lse, delta, dq, cu, keys, values, slots, begins, window, room, scale,
-                        KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+def attention_dq_kernel(q, k, v, out, dout, lse, delta, dq, cu, keys, values, slots, begins, window, room,
+                        scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Also writes delta (T, heads), the products of output and its gradient, for the other kernel."""
     head, s = tl.program_id(1), tl.program_id(2)
@@ -1827,20 +1895,23 @@ def attention_dq_kernel(q, k, v, out, dout, lse, delta, dq, cu, keys, values, sl
         at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
         k_n = tl.load(k + own + at, mask=seen, other=0.0)
         v_n = tl.load(v + own + at, mask=seen, other=0.0)
-        acc = dq_block(q_m, dout_m, k_n, v_n, (j + j_n)[None, :] <= token[:, None], scale, lse_m, delta_m, acc)
+        visible = (j + j_n)[None, :] <= token[:, None]
+        acc = dq_block(q_m, dout_m, k_n, v_n, visible, scale, lse_m, delta_m, acc)
     full = count // BLOCK_N * BLOCK_N
     for tail in tl.static_range(2):
         for j in range(full * tail, count if tail else full, BLOCK_N):
-            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D, BLOCK_N)
+            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D,
+                                          BLOCK_N)
             acc = dq_block(q_m, dout_m, k_n, v_n, seen, scale, lse_m, delta_m, acc)
-    tl.store(dq + at_m, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=inside)  # scale holds log2 e
+    write(dq, at_m, acc * (scale * 0.6931471805599453), inside)  # scale holds log2 e
 
 
 @jit
 def attention_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu, scale,
                          KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Gradients of a row's own keys and values, from its own later queries. Scores are transposed: (keys, queries)."""
+    """Gradients of a row's own keys and values, from its own later queries. Scores are transposed: (keys,
+    queries)."""
     head, s, begin = tl.program_id(1), tl.program_id(2), tl.program_id(0) * BLOCK_N
     start = tl.load(cu + s).to(tl.int64)
     n = tl.load(cu + s + 1) - tl.load(cu + s)
@@ -1848,7 +1919,8 @@ def attention_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu, scale,
         return
     d, m, token_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N)
     base = (start * KV_HEADS + head) * GROUP
-    at_n, inside = (start * KV_HEADS + head) * D + (token_n[:, None] * (KV_HEADS * D) + d), (token_n < n)[:, None]
+    at_n = (start * KV_HEADS + head) * D + (token_n[:, None] * (KV_HEADS * D) + d)
+    inside = (token_n < n)[:, None]
     k_n = tl.load(k + at_n, mask=inside, other=0.0)
     v_n = tl.load(v + at_n, mask=inside, other=0.0)
     dk_n = tl.zeros((BLOCK_N, D), tl.float32)
@@ -1862,7 +1934,8 @@ def attention_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu, scale,
         lse_m = tl.load(lse + base + line, mask=token < n, other=0.0)
         delta_m = tl.load(delta + base + line, mask=token < n, other=0.0)
         scores = tl.dot(k_n, tl.trans(q_m), input_precision="ieee")
-        p = tl.exp2(tl.where(token_n[:, None] <= token[None, :], scores, float("-inf")) * scale - lse_m[None, :])
+        scores = tl.where(token_n[:, None] <= token[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * scale - lse_m[None, :])
         dv_n = tl.dot(p.to(dout_m.dtype), dout_m, dv_n, input_precision="ieee")
         ds = p * (tl.dot(v_n, tl.trans(dout_m), input_precision="ieee") - delta_m[None, :])
         dk_n = tl.dot(ds.to(q_m.dtype), q_m, dk_n, input_precision="ieee")
@@ -1884,7 +1957,8 @@ class CachedAttention(torch.autograd.Function):
         ctx.shape = dict(KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=size)
         ctx.longest = longest
         ctx.scale = size ** -0.5 * 1.4426950408889634  # the kernels use base 2
-        # Not among the saved tensors: the rows may be stored before their backward pass, which overwrites nothing seen.
+        # Not among the saved tensors: the rows may be stored before their backward pass, which overwrites
+        # nothing seen.
         ctx.past = keys, values, slots, begins, window, room
         tiles = triton.cdiv(longest * ctx.shape["GROUP"], FORWARD_TILE["BLOCK_M"])
         attention_forward_kernel[tiles, kv_heads, len(slots)](
@@ -1918,24 +1992,31 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
         cache.view(-1, *cache.shape[2:]).index_copy_(0, index, new.detach())
 
 
-# --- AdamW per slot ---------------------------------------------------------------------------------------------------
+# --- AdamW per slot -----------------------------------------------------------------------------------------
 
 
-def adamw_rows(p: Tensor, work: Tensor, square: Tensor, slots: Tensor, on: Tensor, grad: Tensor, count: Tensor, rate: Tensor,
-               decay: float, beta2: float) -> None:
-    """One AdamW step without a first moment, in place, on the rows slots[s] (S,) int64, all different, of p (N, n) where on[s].
+def adamw_rows(p: Tensor, work: Tensor, square: Tensor, slots: Tensor, on: Tensor, grad: Tensor,
+               count: Tensor, rate: Tensor, decay: float, beta2: float) -> None:
+    """One AdamW step without a first moment, in place, on the rows slots[s] (S,) int64, all different, of p
+    (N, n) where on[s].
 
-    p and square are float32; work receives p in the dtype of the products; grad (S, n); count (S,) float32: the row's steps
-    including this one; rate (S,) float32: its learning rate.
+    p and square are float32; work receives p in the dtype of the products; grad (S, n); count (S,) float32:
+    the row's steps including this one; rate (S,) float32: its learning rate.
     """
     function = triton_adamw_rows if p.is_cuda else reference_adamw_rows
     function(p, work, square, slots, on, grad, count, rate, decay, beta2)
 
 
 def reference_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
-    slots, g, count, rate = slots[on], grad[on].float(), count[on, None], rate[on, None]
-    square[slots] = squares = beta2 * square[slots] + (1 - beta2) * g * g
-    p[slots] = new = p[slots] * (1 - rate * decay) - rate * g / ((squares / (1 - beta2 ** count)).sqrt() + 1e-10)
+    slots = slots[on]
+    count = count[on, None]
+    rate = rate[on, None]
+    g = grad[on].float()
+    squares = beta2 * square[slots] + (1 - beta2) * g * g
+    root = (squares / (1 - beta2 ** count)).sqrt() + 1e-10
+    new = p[slots] * (1 - rate * decay) - rate * g / root
+    square[slots] = squares
+    p[slots] = new
     work[slots] = new.to(work.dtype)
 
 
@@ -1958,15 +2039,16 @@ def adamw_kernel(p, work, square, slots, on, grad, debias, rates, n, decay, beta
 def triton_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
     n = p.size(1)
     adamw_kernel[triton.cdiv(n, 1024), len(slots)](
-        p, work, square, slots, on.float(), grad.contiguous(), 1 - beta2 ** count, rate, n, float(decay), float(beta2), BLOCK=1024,
-        num_warps=4)
+        p, work, square, slots, on.float(), grad.contiguous(), 1 - beta2 ** count, rate, n, float(decay),
+        float(beta2), BLOCK=1024, num_warps=4)
 
 
-# --- A product per slot -----------------------------------------------------------------------------------------------
+# --- A product per slot -------------------------------------------------------------------------------------
 
 
 def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """y (T, N) with y[t] = x[t] @ w[s] where ends[s - 1] <= t < ends[s]; x (T, K), w (S, K, N), ends (S,) int32.
+    """y (T, N) with y[t] = x[t] @ w[s] where ends[s - 1] <= t < ends[s]; x (T, K), w (S, K, N), ends (S,)
+    int32.
 
     On CUDA bf16, K and N multiples of 8, S < 1024.
     """

@@ -982,7 +982,7 @@ class Layer(NamedTuple):
     lane_resid: Tensor | None  # (2,); None where there is one lane
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     exclusive: bool  # whether XSA is on
-    adapter: Callable | None = None  # (site, x, y, u) -> y after each product; u: the block's normalized input
+    adapter: Callable | None = None  # (site, x, y, u) -> y after a product; u: the block's normalized input
     context: Callable | None = None  # (q, k, v) -> y in place of attention over the packed row alone
 
 
@@ -993,18 +993,18 @@ class Hooks:
         """Sees the embedding's rows x (T, d) of `ids`, out of `rows`."""
 
     def block(self, visit: int, layer: int) -> dict:
-        """The fields of Layer that it supplies for this visit, the number `visit` of the pass, of block `layer`."""
+        """The fields of Layer that it supplies for the pass's visit number `visit`, to block `layer`."""
         return {}
 
 
 class GPT(nn.Module):
     """The language model over packed tokens: (T,) ids in, losses or logits per token out.
 
-    Every per-layer tensor is stacked over the layers, so that there are 4 banks of matrices for Muon and a dozen small
-    tensors, instead of hundreds. Parameters are float32 masters; matrix products run in `compute_dtype`.
+    Every per-layer tensor is stacked over the layers: so there are 4 banks of matrices for Muon and a dozen
+    small tensors, instead of hundreds. Parameters are float32 masters; products run in `compute_dtype`.
     """
 
-    COMPILED = ("layers", "embed", "final_norm")  # of the rest torch.compile would read the activations more than once
+    COMPILED = ("layers", "embed", "final_norm")  # compiled, the rest would read activations more than once
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1065,10 +1065,10 @@ class GPT(nn.Module):
         """
         s, n = self.settings, self.settings.num_layers
         draw = torch.Generator().manual_seed(s.seed)
-        constants = dict(mlp_down_bank=0, attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, attn_gate=0, xsa_alpha=0,
-                         skip_weights=1, skip_gates=0, smear_gate=0, smear_lambda=0,
-                         parallel_post_lambdas=1, parallel_resid_lambdas=1.1,
-                         softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
+        constants = dict(
+            mlp_down_bank=0, attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, attn_gate=0, xsa_alpha=0,
+            skip_weights=1, skip_gates=0, smear_gate=0, smear_lambda=0, parallel_post_lambdas=1,
+            parallel_resid_lambdas=1.1, softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
         for name, value in constants.items():
             if getattr(self, name) is not None:
                 getattr(self, name).fill_(value)
@@ -1086,9 +1086,9 @@ class GPT(nn.Module):
              keep_layers: bool = False) -> GPT:
         """The same weights, seen differently.
 
-        compiled: the parts that run on no kernel of ours are compiled; fp8: products run in 8 bits where FP8 chose that.
-        Training has both, other passes neither. trainable=False: without gradients of the weights. keep_layers: the stacks
-        are cut once, now; after a change of the weights take another view.
+        compiled: torch.compile the parts that run on no kernel of ours; fp8: products run in 8 bits where FP8
+        chose that. Training has both, other passes neither. trainable=False: the weights take no gradient.
+        keep_layers: the stacks are cut once, now; after a change of the weights take another view.
         """
         view = copy.copy(self)
         view.fp8 = fp8 and self.fp8
@@ -1103,11 +1103,14 @@ class GPT(nn.Module):
             view.kept_layers = view.layers()
         return view
 
-    # Where to change a block's design. A factor on a matrix's rows or columns: multiply it into the stack in layers(), as
-    # attn_scale is; it then costs nothing per token. A factor on attention's scores, by layer or head: multiply it into
-    # q_gain there. A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer,
-    # a line in layers(); then the operation's formula in gpt_kernels.py, reference first. A matrix: a bank in __init__,
-    # init_weights() and banks(), a field of Layer, a line in layers(), and project() with its name as the site.
+    # Where to change a block's design:
+    # - A factor on a matrix's rows or columns: multiply it into the stack in layers(), as attn_scale is, where
+    #   it costs nothing per token. A factor on attention's scores by layer or head: multiply q_gain by it there.
+    # - A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer
+    #   and its line in layers(); then the operation's formula in gpt_kernels.py, the reference first.
+    # - A matrix: a bank in __init__, init_weights() and banks(), a field of Layer and its line in layers();
+    #   project() multiplies by it, with the field's name as the site.
+    # Optimizer, average and artifact take what is a parameter.
 
     def layers(self) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass."""
@@ -1144,7 +1147,7 @@ class GPT(nn.Module):
     def skips(self, outputs: list[Tensor]) -> list[Skip]:
         """The encoder visits' outputs on their way into the decoder, last in, first out."""
         gates = per_layer(self.skip_gates, len(self.skip_weights))
-        return [Skip(x, weight, gate) for x, weight, gate in zip(reversed(outputs), self.skip_weights.unbind(), gates)]
+        return list(map(Skip, reversed(outputs), self.skip_weights.unbind(), gates))
 
     def forward(self, ids: Tensor, segments: Segments, looping: bool, hooks: Hooks | None = None) -> Tensor:
         """Final normalized hidden states (T, d) of packed ids (T,); looping: visit the looped blocks again.
@@ -1152,8 +1155,8 @@ class GPT(nn.Module):
         encoder visits  0 1 2 | 3 4 5 3 4       each leaves a skip
         decoder visits  5 3 4 5 6 7 | 8 9 10    all but the last take one; from block 8 on in two lanes
 
-        This is the record model with looping; without it they are 0..4 and 5..10. A block returns x as it came and x0 again:
-        what uses these later adds its gradient inside the backward kernel of the block's entry.
+        This is the record model with looping; without it they are 0..4 and 5..10. A block returns x as it
+        came and x0 again: gradients of later uses are added inside the backward kernel of the block's entry.
         """
         s = self.settings
         rope = rotary_tables(segments.positions, s.rotary_dims, s.rope_base)
@@ -1173,8 +1176,9 @@ class GPT(nn.Module):
                 *lanes, x0 = self.two_lane_block(lane0, lane1, x0, skip, w, segments, rope)
         return self.final_norm(*(lanes or [x]))
 
-    def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None, hooks: Hooks | None = None) -> Tensor:
-        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's in the segment."""
+    def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None,
+              hooks: Hooks | None = None) -> Tensor:
+        """Normalized embeddings (T, d); SmearGate adds a gated share of the segment's previous token's."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
         if hooks is not None:
@@ -1185,27 +1189,31 @@ class GPT(nn.Module):
             keep = torch.ones_like(positions[first:]) if leak else positions[first:] > 0
             score = (x[first:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
             before = x[:-1] if previous is None else F.embedding(previous, self.tok_emb)
-            x = torch.cat((x[:first], x[first:] + self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before))
+            smear = self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before
+            x = torch.cat((x[:first], x[first:] + smear))
         return norm(x).to(self.compute_dtype)
 
     def final_norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """RMSNorm of x (T, d), with y of the mean of both."""
         return norm(x if y is None else (x.float() + y.float()) / 2).to(x.dtype)
 
-    def block(self, x, x0, skip: Skip | None, w: Layer, segments: Segments, rope) -> tuple[Tensor, Tensor, Tensor]:
+    def block(self, x, x0, skip: Skip | None, w: Layer, segments: Segments,
+              rope) -> tuple[Tensor, Tensor, Tensor]:
         """x += W_out Attention(norm(mix(x, x0))); x += MLP(norm(x)). Returns x, x as it came, and x0."""
-        x, u, entry, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, reader=w.qkv)
-        x, v = add_norm(x, self.project("out", self.attention(u, w, segments, rope), w, u), w.input_scale, reader=w.up)
+        x, u, entry, x0 = mix_norm(x, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window, w.qkv)
+        y = self.attention(u, w, segments, rope)
+        x, v = add_norm(x, self.project("out", y, w, u), w.input_scale, w.up)
         return self.mlp(v, w, x), entry, x0
 
     def two_lane_block(self, lane0, lane1, x0, skip: Skip | None, w: Layer, segments: Segments,
                        rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention reads lane 0 while the MLP reads lane 1; both outputs go to both lanes. Returns the lanes and x0."""
-        lanes_part = lane1 is lane0
+        """Attention reads lane 0, the MLP lane 1; both outputs go to both. Returns the lanes and x0."""
+        first = lane1 is lane0  # the lanes part here
         lane0, u, entry, x0 = mix_norm(lane0, x0, skip, w.resid_mix, w.input_scale, self.settings.gate_window,
-                                       keep_stream=True, reader=w.qkv)
-        lane1, v = add_norm(entry if lanes_part else lane1, None, w.input_scale, reader=w.up)
-        from_attention = computed(self.project("out", self.attention(u, w, segments, rope), w, u))
+                                       w.qkv, keep_stream=True)
+        lane1, v = add_norm(entry if first else lane1, None, w.input_scale, w.up)
+        y = self.attention(u, w, segments, rope)
+        from_attention = computed(self.project("out", y, w, u))
         return *lane_update(lane0, lane1, from_attention, self.mlp(v, w), w.lane_resid, w.lane_post), x0
 
     def attention(self, u: Activation, w: Layer, segments: Segments, rope) -> Activation:
@@ -1218,7 +1226,7 @@ class GPT(nn.Module):
         else:
             y = w.context(heads.q, heads.k, heads.v)
         own_value = heads.own_value if w.exclusive else None
-        return xsa_gate(y, own_value, u.gate_input, w.head_gate, w.xsa_alpha, s.sparse_attn_gate_scale, reader=w.out)
+        return xsa_gate(y, own_value, u.gate_input, w.head_gate, w.xsa_alpha, s.sparse_attn_gate_scale, w.out)
 
     def mlp(self, u: Activation, w: Layer, x: Tensor | None = None) -> Tensor:
         """W_down leaky_relu(W_up u)^2 (T, d), added to x if given, which may be written over."""
@@ -1230,15 +1238,15 @@ class GPT(nn.Module):
         return y if x is None else x + y
 
     def project(self, site: str, x: Activation, w: Layer, u: Activation) -> Product | Tensor:
-        """x W^T at a site: left to the operation that takes it, unless an adapter wants to see or change it."""
+        """x W^T at a site: left to the operation that takes it, unless an adapter wants to see it first."""
         product = Product(x, getattr(w, site))
         return product if w.adapter is None else w.adapter(site, x.x, computed(product), u.x)
 
     def scores(self, hidden: Tensor) -> Product | Tensor:
-        """Logits (T, vocab) before the soft cap; float32 unless the embedding is trained, then in the compute dtype."""
+        """Logits (T, vocab) before the soft cap: float32, or hidden's dtype where the embedding trains."""
         if torch.is_grad_enabled() and self.tok_emb.requires_grad:
             [head] = self.matrices(self.tok_emb.to(hidden.dtype)[None])
-            return Product(as_activation(hidden, reader=head), head)
+            return Product(as_activation(hidden, head), head)
         weight = self.tok_emb.to(hidden.dtype)
         if hidden.is_cuda and not torch.is_grad_enabled():
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -1258,7 +1266,9 @@ class GPT(nn.Module):
 
     def caps(self) -> list[Tensor | float]:
         """The caps of positive and negative logits."""
-        return [self.settings.logit_softcap if cap is None else cap for cap in (self.softcap_pos, self.softcap_neg)]
+        if self.softcap_pos is None:
+            return [self.settings.logit_softcap] * 2
+        return [self.softcap_pos, self.softcap_neg]
 
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy (T,) in nats of the targets, from the final hidden states (T, d)."""

@@ -209,7 +209,7 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
 
     def mixed(function, gated, lanes):
         return lambda x, x0, left, weight, mix, gate: function(
-            x, x0, g.Skip(left, weight, gate if gated else None) if gated is not None else None, mix, scale, 12, lanes)
+            x, x0, g.Skip(left, weight, gate if gated else None) if gated is not None else None, mix, scale, 12, None, lanes)
 
     def cut(function):
         return lambda y, qkv, window, weight, alpha: function(

@@ -368,7 +368,7 @@ lengths = pytest.mark.parametrize("T, dtype", LENGTHS, ids=[f"{T} {str(dtype)[6:
 def test_mix_norm(T, dtype, skip, lanes, fused, double):
     x, x0, left = (randn(T, 16, seed=i, dtype=dtype) for i in (1, 2, 3))
     inputs = [x, x0, *((left, randn(16, seed=4), randn(16, seed=5) if skip == "gated" else None) if skip else (None,) * 3),
-              randn(2, 16, seed=6), torch.tensor(0.7), 0 if T == 7 else 3, lanes]
+              randn(2, 16, seed=6), torch.tensor(0.7), 0 if T == 7 else 3, None, lanes]
 
     def call(function):
         return lambda x, x0, *left: function(x, x0, kernels.Skip(*left[:3]) if skip else None, *left[3:])
@@ -380,14 +380,14 @@ def test_mix_norm(T, dtype, skip, lanes, fused, double):
 
 def test_a_lane_without_skip_is_not_copied(fused):
     x = randn(5, 16).requires_grad_()
-    assert kernels.mix_norm(x, x, None, randn(2, 16), torch.tensor(0.7), 3, True)[0].data_ptr() == x.data_ptr()
+    assert kernels.mix_norm(x, x, None, randn(2, 16), torch.tensor(0.7), 3, None, True)[0].data_ptr() == x.data_ptr()
     assert kernels.add_norm(x, None, torch.tensor(0.7))[0].data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("used", [(1,), (0, 1), (1, 3), (1, 2, 4)])
 def test_mix_norm_of_which_little_is_used(lanes, used, fused, double):
-    inputs = [*(randn(9, 16, seed=i) for i in (1, 2)), None, randn(2, 16, seed=6), torch.tensor(0.7), 3, lanes]
+    inputs = [*(randn(9, 16, seed=i) for i in (1, 2)), None, randn(2, 16, seed=6), torch.tensor(0.7), 3, None, lanes]
 
     def some(function):
         return lambda *a: tuple(x for i, x in enumerate(tensors(function(*a))) if i in used)
@@ -814,7 +814,7 @@ def test_normalized_rows_in_e4m3(T, name, fused, monkeypatch):
         monkeypatch.setattr(kernels, "FP8", dtype)
         if name.startswith("mix"):
             function, mix = getattr(kernels, prefix + "mix_norm"), randn(2, 64, seed=2)
-            u = function(x, y, None, mix, scale, 3, "lane" in name, reader)[1]
+            u = function(x, y, None, mix, scale, 3, reader, "lane" in name)[1]
         else:
             u = getattr(kernels, prefix + "add_norm")(x, y if name == "add_norm" else None, scale, reader)[1]
         assert u.fp8.values.dtype == dtype and u.fp8.scale == kernels.norm_unit(64) and not u.fp8.values.requires_grad

@@ -14,15 +14,14 @@ from tests.synthetic import ROOT
 
 RULE = dict(tokens_per_line=12.0, columns=110, wide_functions=0, dense=0)
 EXCEPTIONS = {
-    "bench/throughput.py": dict(tokens_per_line=12.7, columns=128, dense=4),
-    "gpt_kernels.py": dict(tokens_per_line=17.5, columns=131, wide_functions=39, dense=28),
+    "gpt_kernels.py": dict(tokens_per_line=15.0, wide_functions=40, dense=10),
     "lossless_caps.py": dict(dense=1),
     "tools/report.py": dict(tokens_per_line=13.4, columns=128, dense=5),
     "tools/submission.py": dict(columns=128, dense=2),
     "train_gpt.py": dict(columns=136, wide_functions=1, dense=6),
     "verify_submission.py": dict(tokens_per_line=12.7, columns=128, dense=25),
 }
-MOST_LINES = {"train_gpt.py": 4450, "gpt_kernels.py": 2000, "verify_submission.py": 1440}
+MOST_LINES = {"train_gpt.py": 4450, "gpt_kernels.py": 2085, "verify_submission.py": 1440}
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
            tokenize.ENDMARKER}
