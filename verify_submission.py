@@ -907,7 +907,7 @@ def check_train_seconds(f: Folder, run: Run) -> Iterator[tuple]:
         yield FAIL, said, [spent]
     yield PASS, text, total <= cap and [spent, after]
     said = f"{text}: the step under way at the cap ended after it; the rule's makers would decide"
-    yield UNKNOWN, said, total - cap <= step.value and not after and not steps and [spent]
+    yield UNKNOWN, said, step and total - cap <= step.value and not after and not steps and [spent]
     yield FAIL, text, [spent, after, *limits]
 
 

@@ -411,7 +411,7 @@ class Described:
             submission["matrix_lr"] = 0.03
         elif self.doctored:
             row = rows[str(self.faulty)]
-            row[self.doctored] = row[self.doctored] + (1 if isinstance(row[self.doctored], int) else 0.01)
+            row[self.doctored] += 0.01 if self.doctored == "val_bpb" else 1  # more than the digits of a log leave open
         (folder / "submission.json").write_text(json.dumps(submission))
         (folder / "train_gpt.py").write_bytes(self.script)
         if self.helper:

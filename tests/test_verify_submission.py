@@ -529,11 +529,11 @@ def test_logs_alone_are_compared_by_the_settings_that_they_list(ours):
     assert "matrix_lr not stated and 0.03" in finding["detail"]
 
 
-def test_logs_of_subfolders_count_only_where_there_are_none_above(ours, tmp_path):
+def test_logs_of_subfolders_count_and_a_copy_counts_once(ours, tmp_path):
     ours.write()
     (ours.folder / "ablations").mkdir()
     (ours.folder / "ablations" / "train_seed42.log").write_text((ours.folder / "train_seed42.log").read_text())
-    assert not failures(v.audit(ours.folder))
+    assert not failures(v.audit(ours.folder)) and len(v.Folder(ours.folder).every_run) == 4
     (tmp_path / "logs").mkdir()
     published(tmp_path / "logs" / "x")
     assert len(v.Folder(tmp_path / "logs").runs) == 3
@@ -823,8 +823,9 @@ def test_zero_boosts_with_open_thresholds_are_not_enough(tmp_path):
     assert verdicts(v.audit(published(tmp_path / "b", edit=no_gates, tau=0.45)), "token hints only") == {v.UNKNOWN}
 
 
-def test_silence_is_unknown(tmp_path):
-    (tmp_path / "log.txt").write_text("stopping_early: wallclock_cap train_time: 599608ms step: 4997/20000\n")
+@pytest.mark.parametrize("step", ["", " step: 4997/20000"])
+def test_silence_is_unknown(tmp_path, step):
+    (tmp_path / "log.txt").write_text(f"stopping_early: wallclock_cap train_time: 599608ms{step}\n")
     found = v.audit(tmp_path)
     assert set(failures(found)) == {"seeds"}
     said = {"seeds", "training seconds"}

@@ -42,8 +42,9 @@ APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_p
          "ttt_eval_only", "train_log_every"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt",
            "requirements-cuda.txt", "run.sh", "recipes", "tokenizers", "docs", "LICENSE",
-           "tools/submission.py", "tools/report.py", "tools/pack_submission.py", "tools/diff_recipes.py", "tools/download_data.py",
-           "tools/check_data.py", "tools/train_tokenizer.py", "tools/demo_corpus.py")
+           "tools/submission.py", "tools/report.py", "tools/pack_submission.py", "tools/diff_recipes.py",
+           "tools/download_data.py", "tools/check_data.py", "tools/train_tokenizer.py",
+           "tools/demo_corpus.py")
 
 
 class InputError(Exception):
