@@ -3,9 +3,10 @@
     DATA_PATH=... [settings] python bench/throughput.py [--steps 8] [--kernels 25] [--record FILE]
 
 Prints, for both states of looping, one table: tokens per second over whole steps, all products as share of
-the rate that an 8192^3 bf16 product reaches in the same process, what the host took to launch a step and waited
-for data, and ms of device time by part of a step beside the part's floor: its FLOP at that rate plus the bytes
-of its activations at the speed of a copy. --kernels lists the longest kernels. --record writes the same as JSON.
+the rate that an 8192^3 bf16 product reaches in the same process, what the host took to launch a step and
+waited for data, and ms of device time by part of a step beside the part's floor: its FLOP at that rate plus
+the bytes of its activations at the speed of a copy. --kernels lists the longest kernels. --record writes the
+same as JSON.
 """
 import argparse
 import json
@@ -91,8 +92,8 @@ def bandwidth() -> float:
 def work(s: g.Settings, looping: bool, keys: float) -> dict[str, tuple[float, float]]:
     """FLOP and bytes, both ways, of one step's parts that have a floor; keys: how many a query sees.
 
-    Bytes are those of the bf16 activations that the fused steps between the products read and write, each once;
-    of the head the logits, written and read forward, read and overwritten backward.
+    Bytes are those of the bf16 activations that the fused steps between the products read and write, each
+    once; of the head the logits, written and read forward, read and overwritten backward.
     """
     d, kv = s.model_dim, s.kv_dim
     tokens = s.train_batch_tokens

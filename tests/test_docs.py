@@ -287,7 +287,7 @@ def is_rounding_of(word: str, value: float) -> bool:
 
 
 def rows_with_records() -> Iterator[tuple[Table, str, list[Path]]]:
-    """Each row with what must hold its numbers: the records that it names, else those named around the table."""
+    """Each row with the records that must hold its numbers: its own, else those named around the table."""
     for page in PAGES:
         for table in tables(page):
             around = sources(table.around)
