@@ -1,6 +1,6 @@
 """Where the time of a training step goes on one GPU, and tokens per second before and after looping starts.
 
-    DATA_PATH=... [settings] python bench/throughput.py [--steps 8] [--kernels 25] [--record FILE]
+DATA_PATH=... [settings] python bench/throughput.py [--steps 8] [--kernels 25] [--record FILE]
 
 Prints, for both states of looping, one table: tokens per second over whole steps, all products as share of
 the rate that an 8192^3 bf16 product reaches in the same process, what the host took to launch a step and
