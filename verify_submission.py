@@ -815,7 +815,8 @@ def record_fault(run: Run) -> tuple | None:
             said = f"the log says {logged[-60:]}, the record {recorded[-60:]}"
             return FAIL, said, run, f"{run.name}:{number}", f"{run.record_name}: events[{index}]"
     for kind, fields in run.record["results"].items():
-        if dict(event=kind, **fields) != (events[last[kind]] if kind in last else None):
+        event = events[last[kind]] if kind in last else {}
+        if {key: value for key, value in event.items() if key != "event"} != fields:
             line = f"{run.name}:{found[last[kind]]}" if kind in last else run.name
             where = f"{run.record_name}: results.{kind}"
             return FAIL, f"results.{kind} is not what was logged", run, where, line
