@@ -83,7 +83,7 @@ class RowKernel:
 
     def tile(self, x: Tensor) -> dict[str, int]:
         """Rows of a tile and stages, as fit in shared memory for rows as wide as x's."""
-        fitting = max(1, 4096 // x[0].numel())
+        fitting = max(1, 4096 * len(x) // x.numel())
         fitting = 1 << fitting.bit_length() - 1  # a power of two
         stages = self.stages if shared_memory(x.device) > 160_000 else 1
         return dict(ROWS=min(self.rows, fitting), STAGES=stages)

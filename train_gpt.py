@@ -1108,9 +1108,9 @@ class GPT(nn.Module):
     #   it costs nothing per token. A factor on attention's scores by layer or head: multiply q_gain by it there.
     # - A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer
     #   and its line in layers(); then the operation's formula in gpt_kernels.py, the reference first.
-    # - A matrix: a bank in __init__, init_weights() and banks(), a field of Layer and its line in layers();
-    #   project() multiplies by it, with the field's name as the site.
-    # Optimizer, average and artifact take what is a parameter.
+    # - A matrix: a bank in __init__, init_weights() and banks(), a field of Layer and its line in layers(),
+    #   a Role for quantization; project() multiplies by it, with the field's name as the site.
+    # Optimizer, average and checkpoint take whatever is a parameter.
 
     def layers(self) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass."""

@@ -21,7 +21,7 @@ EXCEPTIONS = {
     "train_gpt.py": dict(columns=136, wide_functions=1, dense=6),
     "verify_submission.py": dict(tokens_per_line=12.7, columns=128, dense=25),
 }
-MOST_LINES = {"train_gpt.py": 4450, "gpt_kernels.py": 2085, "verify_submission.py": 1440}
+MOST_LINES = {"train_gpt.py": 4450, "gpt_kernels.py": 2080, "verify_submission.py": 1440}
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
            tokenize.ENDMARKER}
