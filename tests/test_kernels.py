@@ -1,4 +1,5 @@
 """The kernels of test-time training: references against naive formulas, the Triton versions, interpreted, against them."""
+import ast
 import base64
 import json
 import math
@@ -978,3 +979,13 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
         f"{low}|cp.async.bulk.tensor|{fits}"] * 2
     every = set(re.findall(r"^def (\w+)_kernel\(", (root / "gpt_kernels.py").read_text(), flags=re.M)) - {"attention", "row"}
     assert every == {line.split()[0] for line in lines}
+
+
+def test_kernels_leave_the_launchers_own_names_alone(root):
+    """Launches pass arguments by keyword, and Triton takes some of them for its own; its interpreter does not."""
+    own = {"stream", "device", "device_type", "grid", "warmup", "num_warps", "num_stages", "num_ctas", "maxnreg"}
+    functions = [node for node in ast.walk(ast.parse((root / "gpt_kernels.py").read_text()))
+                 if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    assert len(functions) > 40
+    for function in functions:
+        assert not own & {argument.arg for argument in function.args.args}, function.name
