@@ -1,5 +1,5 @@
-"""Parameter Golf in one file: train a 36M-parameter language model for ten minutes, save it under 16,000,000 bytes,
-score it in bits per byte.
+"""Parameter Golf in one file: train a 36M-parameter language model for ten minutes, save it under 16,000,000
+bytes, score it in bits per byte.
 
 What is notable about the model (every part can be switched by a setting, see `python train_gpt.py --help`):
 
@@ -7,12 +7,12 @@ What is notable about the model (every part can be switched by a setting, see `p
 - U-Net skips from the first half of the visits to the second, blended by learned gates
 - the last three layers run on two lanes: attention reads one, the MLP the other, learned scalars mix both
 - exclusive self-attention (XSA): each head's output loses its component along the token's own value vector
-- per-head output gates, RMSNorm on queries and keys, learned query gain, rotary embedding on 16 of 64 dimensions
+- per-head output gates, RMSNorm on queries and keys, learned query gain, partial rotary embedding
 - leaky ReLU squared MLP, tied embedding, tanh softcap on the logits, SmearGate on the embeddings
 - Muon with Polar Express coefficients on weight banks dealt out to the ranks, AdamW on everything else
 - documents packed without padding: attention never crosses a document border
 
-Launch: SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py (or plain `python train_gpt.py` on one device).
+Launch: SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py (on one device `python train_gpt.py`).
 """
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ from env_settings import (
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, adamw_rows, add_norm,
     as_activation, as_matrices, attention, attention_kernel, cached_attention, computed, fp8_products_fit,
-    grouped_product, lane_update, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index, rotary_tables,
-    squared_mlp, store, two_value_nll, xsa_gate)
+    grouped_product, lane_update, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index,
+    rotary_tables, squared_mlp, store, two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -1104,8 +1104,8 @@ class GPT(nn.Module):
         return view
 
     # Where to change a block's design:
-    # - A factor on a matrix's rows or columns: multiply it into the stack in layers(), as attn_scale is, where
-    #   it costs nothing per token. A factor on attention's scores by layer or head: multiply q_gain by it there.
+    # - A factor on a matrix's rows or columns: multiply it into the stack in layers(), as attn_scale is.
+    #   So it costs nothing per token. A factor on attention's scores by layer or head: multiply q_gain by it.
     # - A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer
     #   and its line in layers(); then the operation's formula in gpt_kernels.py, the reference first.
     # - A matrix: a bank in __init__, init_weights() and banks(), a field of Layer and its line in layers(),
@@ -1875,10 +1875,10 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
           runtime: Runtime, log: RunLog) -> tuple[bool, object]:
     """Train until the cap or the last iteration, calibrate on the averaged weights, score those and the last.
 
-    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what quantization
-    will need. One round of calibration is timed before the clock starts, so that training stops early enough for
-    all of it. Returns whether looping was on at the end, from then on a property of the model, and what
-    calibration found.
+    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what
+    quantization will need. One round of calibration is timed before the clock starts, so that training stops
+    early enough for all of it. Returns whether looping was on at the end, from then on a property of the
+    model, and what calibration found.
     """
     s = settings
     if s.fp8 == "1" and not fp8_runs(s, runtime.compute_dtype):
@@ -2383,9 +2383,9 @@ class LowRank(NamedTuple):
 class Quantized(NamedTuple):
     """One role's matrices as stored: row scale x column scale x (code + offset) + low-rank correction.
 
-    By loss, scales are whole numbers k for 2^(k / SCALES_PER_OCTAVE) and 2^(k / COLUMN_SCALES_PER_OCTAVE), and
-    the trellis gives the offsets. Published, scales are stored themselves (1 for columns, less with AWQ-lite), and
-    there are no offsets.
+    By loss, scales are whole numbers k for 2^(k / SCALES_PER_OCTAVE) and 2^(k / COLUMN_SCALES_PER_OCTAVE),
+    and the trellis gives the offsets. Published, scales are stored themselves (1 for columns, less with
+    AWQ-lite), and there are no offsets.
     """
 
     codes: Tensor  # (layers, rows, columns) int8
