@@ -71,7 +71,7 @@ def measure(variant: str, model: g.GPT, documents: Documents, looping: bool, run
     if runtime.on_cuda:
         memory = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     return dict(variant=variant, loss=figures["val_loss"], untilted=untilted, seconds=figures["seconds"],
-                tokens_per_second=figures["tokens_per_second"], memory_gib=memory)
+                tokens_per_second=round(figures["targets"] / figures["seconds"]), memory_gib=memory)
 
 
 def main() -> None:

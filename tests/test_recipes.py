@@ -607,7 +607,7 @@ def off(**changes) -> Callable[[g.Settings], list[dict]]:
 
 
 def sites(s: g.Settings) -> list[str]:
-    return [site for site in g.ADAPTER_SITES if getattr(s, f"ttt_{site}_lora")]
+    return [site for sites in g.ADAPTER_SITES.values() for site in sites if getattr(s, f"ttt_{site}_lora")]
 
 
 def stored(cell, evidence) -> Feature:

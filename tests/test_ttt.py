@@ -35,6 +35,7 @@ FROZEN = dict(TTT_LORA_LR=0, PHASED_TTT_PREFIX_DOCS=0)
 ONE_LAYER = dict(NUM_LAYERS=1, XSA_LAST_N=1, NUM_LOOPS=0, PARALLEL_START_LAYER=0, SMEAR_GATE_ENABLED=0)
 contexts = pytest.mark.parametrize("context", ["cache", "recompute"])
 orders = pytest.mark.parametrize("order", ["stream", "length"])
+ADAPTERS = [name for sites in g.ADAPTER_SITES.values() for name in sites]
 boosts = pytest.mark.parametrize("boost", BOOSTS)
 
 
@@ -557,7 +558,7 @@ def test_progress_is_the_score_so_far():
         n = seen[np.abs(seen / seen[-1] - event["share"]).argmin()]
         bits = float(run.nll[:n].double().sum()) / math.log(2)
         assert event["val_bpb"] == pytest.approx(bits / bytes_of(run.tokens)[1:][run.order[:n]].sum(), rel=1e-5)
-        assert event["eta_seconds"] >= 0 < event["tokens_per_second"]
+        assert event["eta_seconds"] >= 0
 
 
 # --- The schedule
@@ -573,13 +574,13 @@ def test_schedule_scores_every_target_once(order, count, batch, chunk, growth):
               TTT_EVAL_SEQ_LEN=2048)
     at, slot_of, ends, started = np.zeros(count, int), {}, {}, []
     for step in g.ttt_schedule(lengths, s):
-        for slot, (document, begin, end, fresh) in enumerate(zip(*(field.tolist() for field in step))):
+        for slot, (document, begin, end) in enumerate(zip(*(field.tolist() for field in step))):
             if document < 0:
-                assert begin == end == 0 and not fresh
+                assert begin == end == 0
                 continue
             assert begin == at[document] < lengths[document] and ends.setdefault(begin, end) == end
-            assert fresh == (begin == 0) and slot_of.setdefault(document, slot) == slot
-            started += [document] * fresh
+            assert slot_of.setdefault(document, slot) == slot
+            started += [document] * (begin == 0)
             at[document] = min(end, lengths[document])
         assert len(started) == count or (step.document >= 0).all()
     assert (at == lengths).all()
@@ -606,7 +607,7 @@ def test_in_length_order_chunks_may_follow_from_the_length():
     s = small(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="30:4,10=2")
     seen = {}
     for step in g.ttt_schedule(lengths, s):
-        for document, begin, end, _ in zip(*step):
+        for document, begin, end in zip(*step):
             if document >= 0:
                 assert seen.setdefault(document, end - begin) == end - begin
     assert [seen[i] for i in range(6)] == [2, 2, 4, 4, 8, 8]
@@ -676,7 +677,7 @@ def dictionary_hints(tokens, s: g.Settings) -> tuple[np.ndarray, np.ndarray, np.
     hints, gate, experts = (np.zeros(last, dtype) for dtype in (np.uint16, bool, np.uint8))
     threshold = np.float32(0 if s.ngram_boost == "learned" else s.token_threshold)
     for step in g.ttt_schedule(np.diff(starts, append=last), s):
-        for document, begin, end, _ in zip(*step):
+        for document, begin, end in zip(*step):
             for at in range(begin, end):
                 a = starts[document] + at
                 if a >= last or at and tokens[a] == BOS:  # past the document's end
@@ -845,7 +846,7 @@ def scores_by_hand(s: g.Settings, tokens) -> np.ndarray:
     text, model = text_of(s, tokens), model_of(s)
     adapters, result, kept = learner_of(s, text).adapters, np.zeros(len(tokens) - 1, np.float32), {}
     for step in g.ttt_schedule(text.lengths, s):
-        for slot in np.flatnonzero(step.fresh).tolist():
+        for slot in np.flatnonzero((step.document >= 0) & (step.begin == 0)).tolist():
             document = int(step.document[slot])
             pairs = pairs_of(adapters, slot)
             if s.ttt_warm_start_a:
@@ -945,10 +946,10 @@ def test_the_optimizer_is_that_of_torch_with_a_clock_for_each_slot(changes):
     assert torch.equal(adapters.value[others], before[others])
 
 
-@pytest.mark.parametrize("site", [*g.ADAPTER_SITES, "none"])
+@pytest.mark.parametrize("site", [*ADAPTERS, "none"])
 @contexts
 def test_each_adapter_learns_where_it_is_switched_on(context, site):
-    switches = {f"TTT_{name.upper()}_LORA": int(name == site) for name in g.ADAPTER_SITES}
+    switches = {f"TTT_{name.upper()}_LORA": int(name == site) for name in ADAPTERS}
     s = small(TTT_CONTEXT=context, PHASED_TTT_PREFIX_DOCS=0, **switches)
     text, learner = parts_of(s, np.tile(np.array([BOS, 5, 9, 7, 8, 11, 5, 6, 7, 9, 30, 31], np.uint16), 4)[:48])
     first = pairs_of(learner.adapters, 0)
@@ -962,14 +963,11 @@ def test_each_adapter_learns_where_it_is_switched_on(context, site):
         assert first[site_of][0].abs().max() <= 1 / math.sqrt(s.model_dim) < 1.2 * first[site_of][0].abs().max()
 
 
-def test_an_unknown_adapter_site_is_refused(monkeypatch):
+def test_an_unknown_adapter_site_is_refused():
     s = small()
     add = adapters_of(s, 8).at_visit(0, 0)
     with pytest.raises(KeyError, match="gate"):
         add("gate", *torch.zeros(3, 4, s.model_dim))
-    monkeypatch.setitem(g.ADAPTER_SITES, "q", g.AdapterSite("gate", "model_dim"))
-    with pytest.raises(KeyError, match="gate"):
-        adapters_of(s, 8)
 
 
 @pytest.mark.parametrize("warm", [0, 1])
@@ -1158,10 +1156,9 @@ def test_a_run_adapts_and_reports(finished):
     assert adapted["val_bpb"] < adapted["untilted_bpb"] < plain["val_bpb"]  # so few steps leave much to learn
     assert adapted["process_seconds"] >= adapted["seconds"] > 0
     assert adapted["decodable"] is True and adapted["hints_inside_timer"] is True
-    assert adapted["tokens_per_second"] == pytest.approx(adapted["targets"] / adapted["seconds"], rel=0.01)
     assert 0 < adapted["hints"] < adapted["targets"]
     [phase] = adapted["phases"]
-    assert 6 <= phase["documents"] <= 12 and 0 < phase["tokens"] < adapted["targets"] and phase["seconds"] > 0
+    assert 6 <= phase["documents"] <= 12 and 0 < phase["tokens"] < adapted["targets"]
     assert phase["steps"] == -(-phase["tokens"] // 128)
     shares = [event["share"] for event in events(run, "progress")]
     assert len(shares) > 3 and shares == sorted(shares) and shares[-1] <= 1
