@@ -259,6 +259,8 @@ def fixed_variables(table: str) -> dict[str, tuple[str | None, str]]:
 # Variables of the published systems that are no settings here: NAME=VALUE if that value is accepted, NAME if
 # none is, and in the next line the reason why no other.
 PUBLISHED = """
+CASEOPS_ENABLED=1 TOKENIZER_PATH
+    bytes per token always come from the sidecar that prepare_caseops_data.py writes, not from a tokenizer
 TIE_EMBEDDINGS=1
     the output head is always the embedding; the untied head of earlier systems was never trained
 EMBED_LR

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one door: sets up .venv, finds or builds data, trains and scores, tests.
 set -euo pipefail
-for name in DATA_PATH DATA_DIR ARTIFACT_DIR TOKENIZER_PATH; do  # relative to where the caller stands
+for name in DATA_PATH DATA_DIR ARTIFACT_DIR; do  # relative to where the caller stands
   if [[ -n ${!name:-} && ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
 done
 caller=$PWD

@@ -45,6 +45,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+STARTED = time.perf_counter()  # before the imports that take seconds
+
 import brotli
 import constriction
 import numpy as np
@@ -67,8 +69,9 @@ from gpt_kernels import (
 # 1. Settings
 # ============================================================================================================
 
-CASEOPS_NAME = "lossless_caps_caseops_v1_reserved"
-PUBLISHED_SET = "datasets/fineweb10B_sp8192_caseops/datasets"  # where its download puts it
+# Where the download of the published set puts its shards.
+PUBLISHED_SET = ("datasets/fineweb10B_sp8192_caseops/datasets/datasets/"
+                 "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved")
 BOS_ID = 1  # first token of every document, in every shard format this project knows
 SIGMA = "STEP_RULE=sigma"  # the quantizer of the published systems
 
@@ -83,11 +86,9 @@ class Settings(FromEnvironment):
     fixed = fixed_variables(PUBLISHED)
 
     # Data
-    data_dir: str = setting("./data", "folder of the default DATA_PATH and TOKENIZER_PATH", group="Data")
+    data_dir: str = setting("./data", "folder of the default DATA_PATH", group="Data")
     data_path: str = setting(
         "", "folder of the fineweb_{train,val,val_bytes}_*.bin shards; empty: the published CaseOps set")
-    tokenizer_path: str = setting("", "SentencePiece model for CASEOPS_ENABLED=0; empty: the published one")
-    caseops_enabled: bool = setting(True, "bytes per token from 1: the sidecar; 0: the tokenizer's pieces")
     vocab_size: int = setting(8192, "rows of the embedding", unit="tokens", low=2, high=65536)
     train_batch_tokens: int = setting(786432, "one optimizer step over all ranks", unit="tokens", low=1)
     grad_accum_steps: int = setting(
@@ -106,8 +107,10 @@ class Settings(FromEnvironment):
     train_log_every: int = setting(500, "steps between log lines after the first five; 0: none", low=0)
     val_loss_every: int = setting(0, "steps between validations, off the clock; 0: none", low=0)
     ttt_eval_only: bool = setting(False, "1: no training; load the saved artifact and score it")
-    quantize_only: bool = setting(False, "1: no training; quantize the checkpoint that an earlier run saved")
-    prequant_only: bool = setting(False, "1: stop after the evaluation of the averaged weights")
+    quantize_only: bool = setting(False, "1: no training; quantize the checkpoint that an earlier run saved",
+                                  only_with="TTT_EVAL_ONLY=0")
+    prequant_only: bool = setting(False, "1: stop after the evaluation of the averaged weights",
+                                  only_with="TTT_EVAL_ONLY=0")
     attention: str = setting(
         "auto", "on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: the first that there is",
         choices=("auto", "fa4", "torch", "reference"))
@@ -304,10 +307,9 @@ class Settings(FromEnvironment):
         """Settings that do not go together, a line each."""
         s = self
         # The lanes begin after every block that the encoder or a loop visits.
-        single_lane = visit_order(s, False)[0] + visit_order(s, s.num_loops > 0)[0]
+        first_lane = s.num_layers // 2
         if s.num_loops:
-            single_lane.append(s.loop_end)
-        first_lane = max(single_lane, default=-1) + 1
+            first_lane = max(first_lane, s.loop_end + 1)
         lengths, ends = zip(*s.context_stages)
         orders = [s.token_order, *s.backoff_orders]
         falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
@@ -316,16 +318,13 @@ class Settings(FromEnvironment):
             chunks.append(s.ttt_chunk_max)
         if s.ttt_short_score_first_enabled:
             chunks += s.short_chunks.values()
-        micro_batches = s.grad_accum_steps or "any number up to 64 of"
         lqer_values = s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim)
 
         must_hold = [
             (s.world_size == 1 or s.rank >= 0, "WORLD_SIZE", "needs RANK; launch with torchrun"),
             (s.rank < s.world_size, "RANK", f"is not below WORLD_SIZE={s.world_size}; launch with torchrun"),
-            (not s.prequant_only or not s.ttt_eval_only, "PREQUANT_ONLY", "contradicts TTT_EVAL_ONLY=1"),
-            (not s.quantize_only or not s.ttt_eval_only, "QUANTIZE_ONLY", "contradicts TTT_EVAL_ONLY=1"),
-            (s.accumulation, "TRAIN_BATCH_TOKENS", f"does not split evenly over WORLD_SIZE={s.world_size} "
-             f"ranks x {micro_batches} micro-batches (GRAD_ACCUM_STEPS)"),
+            (s.accumulation, "TRAIN_BATCH_TOKENS",
+             f"does not split evenly over WORLD_SIZE={s.world_size} ranks; choose another GRAD_ACCUM_STEPS"),
             (s.model_dim % s.num_heads == 0, "NUM_HEADS", f"does not divide MODEL_DIM={s.model_dim}"),
             (s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"does not divide NUM_HEADS={s.num_heads}"),
             (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
@@ -446,13 +445,7 @@ class Settings(FromEnvironment):
 
     @property
     def shards_dir(self) -> str:
-        return self.data_path or os.path.join(self.data_dir, PUBLISHED_SET, "datasets",
-                                              f"fineweb10B_sp8192_{CASEOPS_NAME}")
-
-    @property
-    def tokenizer_file(self) -> str:
-        return self.tokenizer_path or os.path.join(self.data_dir, PUBLISHED_SET, "tokenizers",
-                                                   f"fineweb_8192_bpe_{CASEOPS_NAME}.model")
+        return self.data_path or os.path.join(self.data_dir, PUBLISHED_SET)
 
     @property
     def uses_curvature(self) -> bool:
@@ -489,8 +482,6 @@ def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
 # ============================================================================================================
 # 2. Runtime
 # ============================================================================================================
-
-IMPORTED = time.perf_counter()
 
 # torch 2.13 wants reduce_scatter_tensor and all_gather_into_tensor under new names, which 2.11 does not have.
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
@@ -584,20 +575,13 @@ class Runtime:
     def describe(self) -> dict:
         """The machine, for the run record."""
         name = torch.cuda.get_device_name(self.device) if self.on_cuda else f"{platform.machine()} CPU"
-        return dict(device=name, devices=self.world_size, host_cores=os.cpu_count(),
-                    python=platform.python_version(), torch=torch.__version__,
-                    cuda=torch.version.cuda or "none")
+        return dict(device=name, devices=self.world_size, python=platform.python_version(),
+                    torch=torch.__version__, cuda=torch.version.cuda or "none")
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started; since this file's import if the system does not say."""
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()  # the name before the bracket may have spaces
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError):
-        return time.perf_counter() - IMPORTED
+    """Seconds since Python came to this file."""
+    return time.perf_counter() - STARTED
 
 
 def write_atomically(path: str, data: bytes) -> None:
@@ -615,12 +599,6 @@ def write_atomically(path: str, data: bytes) -> None:
         if isinstance(error, OSError) and not error.filename:
             error.filename = path  # the user knows no temporary file
         raise
-    # A rename survives a power cut only once the folder is synced too.
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def ahead(items, depth: int):
@@ -641,11 +619,6 @@ def ahead(items, depth: int):
                 yield item
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
-
-
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 class RunLog:
@@ -676,8 +649,6 @@ class RunLog:
 
     def lock_folder(self, folder: str, reads_only: bool) -> int:
         """Lock the artifact's folder until the process ends; runs that only read it share the lock."""
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"ARTIFACT_DIR: no permission to write in {folder}; choose another folder")
         handle = os.open(folder, os.O_RDONLY)
         kind = fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX
         try:
@@ -885,12 +856,6 @@ class TrainingData:
             for batch in batches:
                 yield batch.to(self.runtime)
 
-    def unigram_bits(self, tokens: np.ndarray, limit: int = 20_000_000) -> float:
-        """Bits of `tokens` under a unigram model: add-one counts of the first `limit` training tokens."""
-        sample = self.read(0, min(limit, self.total))
-        counts = np.bincount(sample, minlength=self.settings.vocab_size) + 1.0
-        return float(-np.log2(counts / counts.sum())[tokens].sum())
-
 
 class ValidationData:
     """The validation stream: `tokens` (N,) and `bytes` (N,), the bytes each stands for; both uint16."""
@@ -901,8 +866,7 @@ class ValidationData:
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
         check_tokens(files[0], self.tokens, settings)
-        count_bytes = sidecar_bytes if settings.caseops_enabled else token_bytes
-        self.bytes = count_bytes(self.tokens, settings)
+        self.bytes = sidecar_bytes(self.tokens, settings)
         if not settings.eval_include_tail:
             self.cut_tail(settings.eval_seq_len)
 
@@ -935,32 +899,6 @@ def sidecar_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
         raise InputError(f"{files[0]}: the byte sidecar has {len(counts)} values for {len(tokens)} "
                          "validation tokens; prepare both again")
     return counts
-
-
-def token_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
-    """Bytes per token from the tokenizer's pieces, for data without a sidecar.
-
-    SentencePiece's word mark stands for a space, one byte, unless it follows a control token such as BOS.
-    """
-    import sentencepiece  # needed for such data alone
-
-    path = settings.tokenizer_file
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError):
-        raise InputError(f"TOKENIZER_PATH: cannot read a SentencePiece model from {path}; CASEOPS_ENABLED=0 "
-                         "needs it") from None
-    if model.vocab_size() != settings.vocab_size:
-        raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} has {model.vocab_size()} pieces")
-    pieces = [model.id_to_piece(i) for i in range(len(model))]
-    silent = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-                       for i in range(len(model))])
-    marked = np.array([piece.startswith("\u2581") for piece in pieces]) & ~silent
-    widths = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
-    widths[[model.is_byte(i) for i in range(len(model))]] = 1  # written <0xE9>
-    widths[silent] = 0
-    follows_text = np.concatenate(([False], ~silent[tokens[:-1]]))
-    return (widths[tokens] + (marked[tokens] & follows_text)).astype(np.uint16)
 
 
 # ============================================================================================================
@@ -1011,7 +949,8 @@ class GPT(nn.Module):
         s = self.settings = settings
         self.compute_dtype = compute_dtype
         self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
-        self.fp8 = s.fp8 == "1" or s.fp8 == "auto" and fp8_runs(s, compute_dtype)  # in passes with gradients
+        self.fp8 = s.fp8 != "0" and fp8_products_fit(  # in passes with gradients
+            s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, compute_dtype)
         self.kept_layers: list[Layer] | None = None
         n, d, heads = s.num_layers, s.model_dim, s.num_heads
 
@@ -1286,11 +1225,6 @@ def per_layer(stack: Tensor | None, count: int, first: int = 0) -> Sequence[Tens
     return [*[None] * first, *stack[first:].unbind()]
 
 
-def fp8_runs(s: Settings, dtype: torch.dtype) -> bool:
-    """Whether training's products can run in 8-bit floats on this machine."""
-    return fp8_products_fit(s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, dtype)
-
-
 # ============================================================================================================
 # 5. Optimizers
 # ============================================================================================================
@@ -1311,23 +1245,15 @@ POLAR_EXPRESS = (
 )
 
 
-def nesterov(gradient: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
-    """M <- mu M + G in place; returns the look-ahead G + mu M."""
-    momentum.mul_(mu).add_(gradient)
-    return gradient + mu * momentum
-
-
-def normalize_rows(update: Tensor) -> Tensor:
-    """Every row over its norm: no output channel dominates what follows."""
-    return update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
-
-
 def momentum_step(gradient: Tensor, momentum: Tensor, clip: Tensor, hyper: Tensor,
                   row_normalize: bool) -> Tensor:
     """What enters the iterations, in their dtype: one kernel when compiled. Optimizer.step makes `hyper`."""
-    update = nesterov(gradient.float() * clip, momentum, hyper[1])
-    if row_normalize:
-        update = normalize_rows(update)
+    gradient = gradient.float() * clip
+    mu = hyper[1]
+    momentum.mul_(mu).add_(gradient)
+    update = gradient + mu * momentum  # Nesterov's look-ahead
+    if row_normalize:  # so that no output channel dominates what follows
+        update = update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
     return update.to(torch.bfloat16 if update.is_cuda else torch.float32)
 
 
@@ -1484,7 +1410,7 @@ class Optimizer:
         self.shards = [ShardedBanks(list(alike), runtime)
                        for _, alike in itertools.groupby(banks, key=lambda bank: bank[0].numel())]
         trained = [p for p in model.parameters() if p.requires_grad]
-        caps = [p for p in (model.softcap_pos, model.softcap_neg) if p is not None and p.requires_grad]
+        caps = [p for p in trained if p is model.softcap_pos or p is model.softcap_neg]
         elsewhere = {id(p) for p in [model.tok_emb, *banks, *caps]}
         scalars = [p for p in trained if id(p) not in elsewhere]
         self.build_flat([
@@ -1492,9 +1418,6 @@ class Optimizer:
             (scalars, s.scalar_lr, s.adam_wd, s.adam_wd_mode == "active"),
             (caps, s.softcap_lr, 0.0, False),
         ])
-        placed = [id(p) for p in [*banks, *self.flat_parameters]]
-        if sorted(placed) != sorted(map(id, trained)):
-            raise AssertionError("every trained parameter must belong to exactly one optimizer group")
         self.weights = [self.flat, *banks]
         self.momentum_step = runtime.compile(momentum_step)
         self.even_out_rows = runtime.compile(even_out_rows)
@@ -1508,8 +1431,7 @@ class Optimizer:
         def room(p: Tensor) -> int:
             return -(-p.numel() // 16) * 16  # so that each begins at a multiple of 64 bytes
 
-        self.flat_parameters = [p for parameters, *_ in plan for p in parameters]
-        size = sum(map(room, self.flat_parameters))
+        size = sum(room(p) for parameters, *_ in plan for p in parameters)
         self.flat = torch.zeros(size, device=self.runtime.device)
         self.flat_grad = torch.zeros(size + 1, device=self.runtime.device)
         mean, mean_square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
@@ -1549,8 +1471,8 @@ class Optimizer:
     def muon_update(self, own: OwnMatrices, clip: Tensor, hyper: Tensor) -> Tensor:
         """Muon for a stack of matrices W with gradients G and momentum M:
 
-            M <- mu M + G,  U = G + mu M          nesterov
-            U <- rows of U over their norms       normalize_rows    MUON_ROW_NORMALIZE
+            M <- mu M + G,  U = G + mu M          momentum_step
+            U <- rows of U over their norms       momentum_step     MUON_ROW_NORMALIZE
             U <- nearest semi-orthogonal matrix   polar_express     MUON_BACKEND_STEPS
             U <- rows of U over their mean size   even_out_rows     SKYLIGHT_NORM_EMA
             U <- max(1, ratio |W| / |U|) U        raise_to_floor    SKYLIGHT_UW_FLOOR
@@ -1764,22 +1686,17 @@ class TrainingClock:
             self.marks[step] = torch.cuda.Event()
             self.marks[step].record()
 
-    def observe(self, step: int) -> None:
-        """Wait until `step` is complete and note the time."""
-        if step >= 0 and step == len(self.completed):
+    def observe(self, last: int) -> None:
+        """Wait until every step up to this one is complete, and note the times."""
+        for step in range(len(self.completed), last + 1):
             if self.runtime.on_cuda:
                 self.marks.pop(step).synchronize()
             self.completed.append(self.elapsed())
 
-    def observe_before(self, step: int) -> None:
-        """Wait for every step before this one."""
-        for earlier in range(len(self.completed), step):
-            self.observe(earlier)
-
     @contextmanager
     def paused(self, step: int):
         """Time inside does not count: for validation in the middle of training, before `step`."""
-        self.observe_before(step)
+        self.observe(step - 1)
         self.runtime.synchronize()
         began = time.perf_counter()
         yield
@@ -1820,15 +1737,13 @@ class MicroBatches:
 
     def accumulate(self, batch: Batch, looping: bool) -> None:
         """Add one micro-batch's gradients and loss, by a graph where there is one that it fits."""
-        buffered = self.copy_to_buffers(batch)
-        graph = None
-        if buffered is not None:
-            batch = buffered
-            graph = self.graphs.get((batch.segments.max_seqlen, looping))
-        if graph is not None:
-            graph.replay()
-            return
         if self.buffers is not None:
+            context = batch.segments.max_seqlen
+            if len(batch.segments.cu_seqlens) <= self.max_segments(context) + 1:
+                batch = self.copy_to_buffers(batch)
+                if (context, looping) in self.graphs:
+                    self.graphs[context, looping].replay()
+                    return
             self.unrecorded += 1
         self.forward_backward(batch, looping)
 
@@ -1843,14 +1758,10 @@ class MicroBatches:
         cu_seqlens = segments.cu_seqlens[:self.max_segments(context) + 1]
         return self.buffers._replace(segments=segments._replace(cu_seqlens=cu_seqlens, max_seqlen=context))
 
-    def copy_to_buffers(self, batch: Batch) -> Batch | None:
-        """The micro-batch in the buffers, None if it does not fit or there are none."""
-        if self.buffers is None:
-            return None
+    def copy_to_buffers(self, batch: Batch) -> Batch:
+        """The micro-batch in the buffers."""
         buffers = self.buffers_of(batch.segments.max_seqlen)
         bounds, bounds_buffer = batch.segments.cu_seqlens, buffers.segments.cu_seqlens
-        if len(bounds) > len(bounds_buffer):
-            return None
         buffers.inputs.copy_(batch.inputs)
         buffers.targets.copy_(batch.targets)
         buffers.segments.positions.copy_(batch.segments.positions)
@@ -1881,10 +1792,6 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
     model, and what calibration found.
     """
     s = settings
-    if s.fp8 == "1" and not fp8_runs(s, runtime.compute_dtype):
-        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, "
-                         "the MLP's width a multiple of 256, and the keys' width and VOCAB_SIZE multiples of "
-                         "16; set FP8=0")
     optimizer = Optimizer(model, s, runtime)
     micro_batches = MicroBatches(model, optimizer, s, runtime)
 
@@ -1901,7 +1808,6 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
     looping_from = None
     figures_of: dict[int, Tensor] = {}  # of steps: (mean loss, gradient norm) on their way to the host
     compiled_before = compiled_graphs()
-    compiled_while_paused = 0
     clock = TrainingClock(s, runtime, reserve)
     for step in itertools.count():
         progress, stop = clock.begin_step(step)
@@ -1910,9 +1816,7 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
             break
         if s.val_loss_every and step and step % s.val_loss_every == 0:
             with clock.paused(step):
-                compiled = compiled_graphs()
                 log.event("val", step=step, **score(model, now.looping))
-                compiled_while_paused += compiled_graphs() - compiled
 
         context = context_length(progress, s)
         if context != now.context:
@@ -1930,17 +1834,16 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
         figures_of[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
         clock.end_step(step)
     batches.close()
-    clock.observe_before(step)
+    clock.observe(step - 1)
     log_steps(log, clock, figures_of, s)
 
-    recompilations = compiled_graphs() - compiled_before - compiled_while_paused
+    recompilations = compiled_graphs() - compiled_before  # 0 but for validations in between
     micro_batches.graphs.clear()  # and their memory
     average.swap()
     found = calibration(now.looping, rehearsal=False)
     runtime.synchronize()
-    unrecorded = runtime.sum(torch.tensor(micro_batches.unrecorded, device=runtime.device)).item()
     report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations,
-                    unrecorded_passes=unrecorded)
+                    unrecorded_passes=micro_batches.unrecorded)
     average.swap()
     log.result("raw", **score(model, now.looping))
     average.swap()
@@ -1992,12 +1895,6 @@ def calibration_pass(s: Settings, runtime: Runtime) -> int:
     return max(1, (32768 if runtime.on_cuda else 4096) // s.eval_seq_len)
 
 
-def calibration_rounds(s: Settings, runtime: Runtime) -> int:
-    """How many passes every rank makes."""
-    per_round = calibration_pass(s, runtime) * runtime.world_size
-    return math.ceil(calibration_count(s) / per_round)
-
-
 def calibration_reserve(calibration: Callable, s: Settings, runtime: Runtime) -> float:
     """Seconds: GPTQ_RESERVE_SECONDS, or under a cap what one timed round lets expect where that is longer."""
     estimate = 0.0
@@ -2007,7 +1904,8 @@ def calibration_reserve(calibration: Callable, s: Settings, runtime: Runtime) ->
             calibration(s.loops_at_end, rehearsal=True)
             runtime.synchronize()
             seconds = time.perf_counter() - started
-        estimate = 1.25 * seconds * calibration_rounds(s, runtime)
+        rounds = math.ceil(calibration_count(s) / (calibration_pass(s, runtime) * runtime.world_size))
+        estimate = 1.25 * seconds * rounds
     return runtime.from_rank0([max(s.gptq_reserve_seconds, estimate)])[0]
 
 
@@ -4103,10 +4001,14 @@ def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
 
 def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
     model = GPT(s, runtime.compute_dtype).to(runtime.device).view(compiled=runtime, fp8=True)
+    if s.fp8 == "1" and not model.fp8:
+        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, "
+                         "the MLP's width a multiple of 256, and the keys' width and VOCAB_SIZE multiples of "
+                         "16; set FP8=0")
     runtime.broadcast(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()),
               micro_batch_tokens=s.micro_batch_tokens, micro_batches=s.accumulation,
-              attention=model.attention_kernel if runtime.on_cuda else "reference", fp8=model.fp8)
+              attention=model.attention_kernel, fp8=model.fp8)
     return model
 
 
@@ -4157,9 +4059,10 @@ def calibrate_checkpoint(model: GPT, validation: Evaluator, calibration: Callabl
 
 
 def log_size(code_bytes: int, s: Settings, log: RunLog) -> None:
-    artifact_bytes = os.path.getsize(s.artifact_path)
-    total = artifact_bytes + code_bytes
-    log.result("size", artifact_sha256=file_sha256(s.artifact_path), artifact_bytes=artifact_bytes,
+    with open(s.artifact_path, "rb") as file:
+        artifact = file.read()
+    total = len(artifact) + code_bytes
+    log.result("size", artifact_sha256=hashlib.sha256(artifact).hexdigest(), artifact_bytes=len(artifact),
                code_bytes=code_bytes, total_bytes=total, cap=SIZE_CAP, within_cap=total < SIZE_CAP)
 
 
@@ -4174,9 +4077,6 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     model = build_model(s, runtime, log)
 
     if not s.ttt_eval_only:
-        if runtime.rank == 0:
-            bits = data.unigram_bits(validation.data.tokens[1:])
-            log.result("unigram", val_bpb=round(bits / validation.bytes, 8))
         calibration = functools.partial(collect_statistics, model, data, s, runtime)
         if s.quantize_only:
             looping, statistics = calibrate_checkpoint(model, validation, calibration, s, runtime, log)
@@ -4206,8 +4106,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
                            "no valid record")
 
 
-STAGES = {"unigram": "unigram model", "raw": "raw weights", "averaged": "averaged weights",
-          "quantized": "from the artifact", "ttt": "test-time training"}
+STAGES = {"raw": "raw weights", "averaged": "averaged weights", "quantized": "from the artifact",
+          "ttt": "test-time training"}
 
 
 def summary(record: dict) -> str:

@@ -84,6 +84,14 @@ def write_corpus(folder: Path, train_docs: int = 600, val_docs: int = 60) -> Pat
     return write_data(folder, np.concatenate(train), np.concatenate(val))
 
 
+def unigram_bpb(folder: Path) -> float:
+    """Bits per byte of the validation stream under add-one counts of the training stream."""
+    train = np.concatenate([g.open_shard(str(path)) for path in folder.glob("fineweb_train_*.bin")])
+    targets = g.open_shard(str(folder / "fineweb_val_000000.bin"))[1:]
+    counts = np.bincount(train, minlength=VOCAB) + 1.0
+    return float(-np.log2(counts / counts.sum())[targets].sum() / bytes_of(targets).sum())
+
+
 def start(env: dict, *arguments, ranks=1, script=ROOT / "train_gpt.py", **options) -> subprocess.Popen:
     """Start the program in a clean environment plus `env`; more than one rank through torchrun."""
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}

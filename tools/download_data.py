@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--train-shards", type=prep.positive, metavar="N", help="so many training shards")
     options = parser.parse_args(arguments)
     folder = download(options.out, options.train_shards)
-    print(f"DATA_PATH={folder} TOKENIZER_PATH={folder / TOKENIZER}")
+    print(f"DATA_PATH={folder}")
 
 
 def main(arguments: list[str]) -> int:

@@ -728,7 +728,7 @@ def time_section(runs: list[Run]):
     text = "Seconds of each run by what they went into. " + "; ".join(
         f"{name}: {behind}, of which " + ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
         for name, parts, behind in bars)
-    note = ("Rest: start, data, counting of the unigrams, compilation of evaluation and test-time training, files. Evaluation: "
+    note = ("Rest: start, data, compilation of evaluation and test-time training, files. Evaluation: "
             "of the raw, averaged and quantized weights.")
     if partial:
         note += (f" The total of runs that did not finish ({', '.join(partial)}) is from the start of the process to the end "
