@@ -3277,9 +3277,9 @@ def evaluation_windows(tokens: np.ndarray, s: Settings) -> np.ndarray:
     Together they score every target once. None crosses a document border. With EVAL_STRIDE=0 the windows of a
     long document are disjoint.
     """
-    starts = document_starts(tokens[:-1]).tolist()
+    borders = [*document_starts(tokens[:-1]).tolist(), len(tokens) - 1]
     windows = []
-    for start, document_end in zip(starts, starts[1:] + [len(tokens) - 1]):
+    for start, document_end in itertools.pairwise(borders):
         later = range(start + s.eval_seq_len, document_end, s.eval_stride or s.eval_seq_len)
         for first_scored, end in itertools.pairwise([start, *later, document_end]):
             begin = max(start, end - s.eval_seq_len) if s.eval_stride else first_scored
@@ -3323,15 +3323,12 @@ class Evaluator:
     def batch(self, index: int) -> tuple[Batch, Tensor]:
         """Batch `index`, padded to its fixed length, and the mask (T,) of the targets that it scores."""
         s = self.settings
-        inputs = np.full(s.eval_batch_tokens, BOS_ID, dtype=np.int64)
-        targets = np.zeros_like(inputs)
-        scored = np.zeros(len(inputs), dtype=bool)
         begin, end, first_scored = self.windows[self.batches[index]].T
         place, window = ranges(begin, end - begin)  # of each input
-        n = len(place)
-        inputs[:n] = self.data.tokens[place]
-        targets[:n] = self.data.tokens[place + 1]
-        scored[:n] = place >= first_scored[window]
+        padding = 0, s.eval_batch_tokens - len(place)
+        inputs = np.pad(self.data.tokens[place].astype(np.int64), padding, constant_values=BOS_ID)
+        targets = np.pad(self.data.tokens[place + 1].astype(np.int64), padding)
+        scored = np.pad(place >= first_scored[window], padding)
         bounds = segment_bounds(np.cumsum(end - begin), len(inputs), s.eval_seq_len)
         segments = make_segments(bounds, s.eval_seq_len)
         batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments)
@@ -3357,10 +3354,7 @@ class Evaluator:
 
 
 def loss_and_bpb(nats: float, targets: int, size: int, cause: str) -> dict:
-    """The figures of a score: nats summed over these targets, which stand for `size` bytes.
-
-    Raises FloatingPointError, with this cause, if the nats are not finite.
-    """
+    """Figures of nats summed over these targets, `size` bytes. FloatingPointError if they are not finite."""
     if not math.isfinite(nats):
         raise FloatingPointError(f"the validation loss is not finite: {cause}")
     return dict(val_loss=round(nats / targets, 8), val_bpb=round(nats / math.log(2) / size, 8),
@@ -3497,11 +3491,10 @@ class Text:
             found = [state.feed(self.tokens[:-1]) for state in self.ngrams]
             self.ngrams = []  # nothing is left to count
         else:
-            active = step.document >= 0
-            document = step.document[active]
+            document, begin, end = [field[step.document >= 0] for field in step]
             first = self.starts[document]
-            begin = first + step.begin[active]
-            end = first + np.minimum(step.end[active], self.lengths[document])
+            begin += first
+            end = first + np.minimum(end, self.lengths[document])
             targets, _ = ranges(begin, end - begin)
             found = [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams]
         for index, hints in reversed(list(enumerate(found))):  # the longest context has the last word
@@ -3613,11 +3606,10 @@ class Adapters:
         self.model = model
         self.settings = s
         self.runtime = runtime
-        sites = {name: site for of_product in ADAPTER_SITES.values() for name, site in of_product.items()
-                 if getattr(s, f"ttt_{name}_lora")}
         # The outputs of each adapter, by name and block visit.
-        self.sites = {(name, visit): getattr(s, site.outputs)
-                      for visit in range(visits) for name, site in sites.items()}
+        self.sites = {(name, visit): getattr(s, site.outputs) for visit in range(visits)
+                      for sites in ADAPTER_SITES.values() for name, site in sites.items()
+                      if getattr(s, f"ttt_{name}_lora")}
         self.sites["head", 0] = s.vocab_size
         rank = s.ttt_lora_rank
         self.shapes = [(rank, s.model_dim)] * len(self.sites)  # of A, then of B
@@ -3655,8 +3647,8 @@ class Adapters:
     def take(self, rows: Rows) -> None:
         """The next forward passes are those of these rows: their A and B become leaves of the graph."""
         parts = self.work[rows.slots].split(self.sizes, dim=1)
-        matrices = [part.detach().unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
-        self.leaves = [matrix.requires_grad_() for matrix in matrices]
+        self.leaves = [part.detach().unflatten(1, shape).requires_grad_()
+                       for part, shape in zip(parts, self.shapes)]
         self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
         self.row_ends = rows.cu_seqlens[1:]
 
@@ -3785,8 +3777,7 @@ class Learner(Hooks):
         hidden = self.view(rows.ids, segments, self.looping, self)
         if not self.cache:
             hidden = hidden[rows.scored]
-        scores = self.view.scores(hidden)
-        scores = scores + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
+        scores = self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
         return two_value_nll(scores, *self.view.caps(), rows.targets, rows.hints)
 
     def tilted(self, nll: Tensor, rows: Rows) -> Tensor:
@@ -3832,12 +3823,11 @@ def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bo
     """
     inputs, _ = ranges(text.starts[documents], text.lengths[documents])
     size = s.global_ttt_chunk_tokens
-    steps = -(-len(inputs) // size)
+    chunks = np.split(inputs, range(size, len(inputs), size))
     weights = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in weights]
     momentum = torch.zeros(sum(sizes), device=runtime.device)
-    for step in range(steps):
-        chunk = inputs[step * size:(step + 1) * size]
+    for step, chunk in enumerate(chunks):
         starts = np.flatnonzero(text.tokens[chunk] == BOS_ID)
         bounds = segment_bounds(starts, len(chunk), s.eval_seq_len)
         share = len(chunk) * np.arange(runtime.rank, runtime.rank + 2) // runtime.world_size
@@ -3846,14 +3836,14 @@ def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bo
         if high > low:
             gradient = weight_gradient(model, text.batch(chunk[low:high]), looping) / len(chunk)
         runtime.sum(gradient)
-        rate = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / len(chunks)))
         with torch.no_grad():
             if s.global_ttt_grad_clip:
                 gradient *= (s.global_ttt_grad_clip / (gradient.norm() + 1e-6)).clamp(max=1)
             momentum.mul_(s.global_ttt_momentum).add_(gradient)
             for p, update in zip(weights, momentum.split(sizes)):
                 p.sub_(rate * update.view_as(p))
-    return dict(documents=len(documents), tokens=len(inputs), steps=steps)
+    return dict(documents=len(documents), tokens=len(inputs), steps=len(chunks))
 
 
 class Score:
@@ -3879,9 +3869,8 @@ class Score:
         yield
         self.runtime.sum(self.nats)
         times = self.runtime.sum(torch.from_numpy(self.times).to(self.runtime.device))
-        wrong = int((times != 1).sum())
-        if wrong:  # C4
-            raise AssertionError(f"{wrong} of {self.targets} validation targets were scored twice or never")
+        if (times != 1).any():
+            raise AssertionError("C4: some validation targets were scored twice or never")
         self.seconds = time.perf_counter() - self.began
 
     def add(self, rows: Rows, tilted: Tensor, plain: Tensor) -> None:

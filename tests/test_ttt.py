@@ -545,7 +545,7 @@ def test_c4_scoring_a_target_never_or_twice_is_an_error(fault):
             self.passes, self.before = self.passes + 1, at
 
     assert run_of(small(**FROZEN)).result["targets"] == len(stream()) - 1
-    with pytest.raises(AssertionError, match="were scored"):
+    with pytest.raises(AssertionError, match="C4: .*were scored"):
         run_of(small(**FROZEN), score=Faulty)
 
 
