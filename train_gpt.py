@@ -346,7 +346,7 @@ class Settings(FromEnvironment):
              "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset"),
             (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
              "GPTQ_RESERVE_SECONDS", f"leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
-            (s.gptq_calibration_batches or not s.uses_curvature, "GPTQ_CALIBRATION_BATCHES",
+            (s.gptq_calibration_batches or s.step_rule == "sigma", "GPTQ_CALIBRATION_BATCHES",
              "is too few for STEP_RULE=loss, which needs calibration"),
             (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
              "is above neither MATRIX_BITS nor EMBED_BITS; raise it"),
@@ -446,11 +446,6 @@ class Settings(FromEnvironment):
     @property
     def shards_dir(self) -> str:
         return self.data_path or os.path.join(self.data_dir, PUBLISHED_SET)
-
-    @property
-    def uses_curvature(self) -> bool:
-        """Whether calibration takes the gradients of outputs too, not inputs alone."""
-        return self.step_rule == "loss"
 
     @property
     def log_dir(self) -> str:
@@ -927,8 +922,8 @@ class Layer(NamedTuple):
 class Hooks:
     """Called during a forward pass: may observe activations, or supply a visit's adapter and context."""
 
-    def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
-        """Sees the embedding's rows x (T, d) of `ids`, out of `rows`."""
+    def embedding(self, ids: Tensor, x: Tensor) -> None:
+        """Sees the embedding's rows x (T, d) of `ids`."""
 
     def block(self, visit: int, layer: int) -> dict:
         """The fields of Layer that it supplies for the pass's visit number `visit`, to block `layer`."""
@@ -1121,7 +1116,7 @@ class GPT(nn.Module):
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
         if hooks is not None:
-            hooks.embedding(ids, x, s.vocab_size)
+            hooks.embedding(ids, x)
         if s.smear_gate_enabled:
             first = int(previous is None)  # a packed row's first token has no left neighbour
             leak = previous is None and not s.smear_gate_bos_fix
@@ -1972,11 +1967,9 @@ SPARE_BYTES = 6000  # the size search ends when less than this is left
 
 # Trellis-coded quantization with 8 states (Marcellin & Fischer 1990; the trellis of JPEG 2000 part 2). In
 # state t a code k stands for step (k + TRELLIS_OFFSET[t]); its parity chooses the next state
-# TRELLIS_NEXT[t][k & 1].
-TRELLIS_NEXT = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
+# TRELLIS_NEXT[2 t + (k & 1)].
+TRELLIS_NEXT = (0, 1, 2, 3, 5, 4, 7, 6, 1, 0, 3, 2, 4, 5, 6, 7)
 TRELLIS_OFFSET = (-0.25, 0.25) * 4
-# The two transitions 2 t + parity that lead into each state.
-TRELLIS_ARRIVALS = ((0, 9), (1, 8), (2, 11), (3, 10), (5, 12), (4, 13), (7, 14), (6, 15))
 
 
 class Role(NamedTuple):
@@ -1998,7 +1991,9 @@ class Role(NamedTuple):
 
 def matrix_roles(s: Settings) -> dict[str, Role]:
     """Every matrix that is stored as integers, by the name of its role."""
-    n, q, kv = s.num_layers, s.model_dim, s.kv_dim
+    n = s.num_layers
+    q = s.model_dim
+    kv = s.kv_dim
     everything = slice(None)
     attn = (s.matrix_bits, s.attn_clip_sigmas)
     mlp = (s.matrix_bits, s.mlp_clip_sigmas)
@@ -2025,50 +2020,58 @@ class Statistics(NamedTuple):
     """
 
     hessian: dict[str, Tensor]  # (layers, columns, columns): sum of x x^T over the inputs x of all visits
-    curvature: dict[str, Tensor]  # (layers, rows): mean square of the loss gradient at the outputs, or ones
+    curvature: dict[str, Tensor]  # (layers, rows): mean square of the loss gradient at the outputs, or zeros
     visits: Tensor  # (layers,): how often a token passes each layer
 
 
 class Observer(Hooks):
     """Accumulates sums for Statistics inside the forward pass and, through hooks, in the backward pass."""
 
-    def __init__(self, gradients: bool):
+    def __init__(self, model: GPT, gradients: bool):
         self.gradients = gradients
-        self.sums: dict[tuple, Tensor] = {}
-
-    def add(self, kind: str, site: str, layer: int, value: Tensor) -> None:
-        key = (kind, site, layer)
-        if key in self.sums:
-            self.sums[key] += value
-        else:
-            self.sums[key] = value
+        n = model.settings.num_layers
+        d = model.settings.model_dim
+        shapes = dict(  # layers, rows, columns of each site's matrices
+            head=(1, *model.tok_emb.shape),
+            embed=(1, *model.tok_emb.shape),
+            qkv=(n, d + 2 * model.settings.kv_dim, d),
+            out=(n, d, d),
+            up=model.mlp_up_bank.shape,
+            down=model.mlp_down_bank.shape)
+        zeros = model.tok_emb.detach().new_zeros
+        self.hessian = {site: zeros(n, columns, columns) for site, (n, _, columns) in shapes.items()}
+        self.curvature = {site: zeros(n, rows) for site, (n, rows, _) in shapes.items()}
 
     def block(self, visit: int, layer: int) -> dict:
-        def see(site: str, x: Tensor, y: Tensor, u: Tensor) -> Tensor:  # x (T, columns), y (T, rows)
-            self.add("hessian", site, layer, second_moment(x.detach()))
+        def see(site, x, y, u):  # x (T, columns), y (T, rows)
+            def see_gradient(g):
+                self.curvature[site][layer] += g.float().square().sum(0)
+
+            self.hessian[site][layer] += second_moment(x.detach())
             if self.gradients:
-                y.register_hook(lambda g: self.add("squares", site, layer, g.float().square().sum(0)))
+                y.register_hook(see_gradient)
             return y
         return dict(adapter=see)
 
-    def embedding(self, ids: Tensor, x: Tensor, rows: int) -> None:
+    def embedding(self, ids: Tensor, x: Tensor) -> None:
         """The backward pass ends at the embedding's rows x (T, d) of `ids`."""
-        def see(g):
-            self.add("hessian", "embed", 0, second_moment(g))
-            squares = torch.zeros(rows, device=g.device)
-            squares.index_add_(0, ids, g.square().sum(1))
-            self.add("squares", "embed", 0, squares)
-        if self.gradients:
-            x.requires_grad_().register_hook(see)
+        def see_gradient(g):
+            self.hessian["embed"][0] += second_moment(g)
+            self.curvature["embed"][0].index_add_(0, ids, g.square().sum(1))
 
-    def head(self, hidden: Tensor, logits: Tensor, caps: Tensor | float) -> None:
-        """The head's curvature is known in closed form: p (1 - p), times the soft cap's slope squared."""
-        self.add("hessian", "head", 0, second_moment(hidden))
         if self.gradients:
+            x.requires_grad_().register_hook(see_gradient)
+
+    @torch.no_grad()
+    def head(self, model: GPT, hidden: Tensor) -> None:
+        """The head's curvature is known in closed form: p (1 - p), times the soft cap's slope squared."""
+        self.hessian["head"][0] += second_moment(hidden)
+        if self.gradients:
+            logits = model.logits(hidden)
             p = logits.softmax(-1)
-            slope = 1 - (logits / caps).square()
+            slope = 1 - (logits / model.softcaps(logits)).square()
             curvature = (p - p * p) * slope.square()
-            self.add("squares", "head", 0, curvature.sum(0))
+            self.curvature["head"][0] += curvature.sum(0)
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -2080,85 +2083,59 @@ def second_moment(x: Tensor) -> Tensor:
 
 def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
     """Windows of EVAL_SEQ_LEN + 1 tokens from anywhere in the training text, whatever the number of ranks."""
-    draw, windows = np.random.default_rng(0), []
-    for _ in range(min(calibration_count(s), max_windows or calibration_count(s))):
-        start = int(draw.integers(data.total))
-        windows.append(data.read(start, s.eval_seq_len + 1))
-    return windows
+    draw = np.random.default_rng(0)
+    starts = [int(draw.integers(data.total)) for _ in range(calibration_count(s))]
+    return [data.read(start, s.eval_seq_len + 1) for start in starts[:max_windows]]
 
 
 def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
     """The windows as one packed batch; attention stays inside documents."""
-    ids = np.concatenate([window[:-1] for window in windows])
-    targets = np.concatenate([window[1:] for window in windows])
-    window_starts = np.arange(len(windows)) * s.eval_seq_len
-    starts = np.concatenate((window_starts, np.flatnonzero(ids == BOS_ID)))
-    bounds = segment_bounds(starts, len(ids), s.eval_seq_len)
+    text = np.stack(windows)
+    ids = text[:, :-1]
+    targets = text[:, 1:].flatten()
+    begins = ids == BOS_ID
+    begins[:, 0] = True
+    bounds = segment_bounds(np.flatnonzero(begins), ids.size, s.eval_seq_len)
     segments = make_segments(bounds, s.eval_seq_len)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), segments)
+    return Batch(torch.from_numpy(ids.flatten()), torch.from_numpy(targets), segments)
 
 
 def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
               runtime: Runtime) -> Statistics:
     """Send the windows, dealt out to the ranks, through the model forward and backward; sum what is seen.
 
-    The weights take no gradient: the backward pass ends at the embedding.
+    The weights take no gradient: the backward pass ends at the embedding. STEP_RULE=sigma needs no backward
+    pass.
     """
-    plain, observer = model.view(trainable=False), Observer(s.uses_curvature)
+    gradients = s.step_rule == "loss"
+    plain = model.view(trainable=False)
+    observer = Observer(model, gradients)
     per_pass = calibration_pass(s, runtime)
     passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
     for some in passes[runtime.rank::runtime.world_size]:
         batch = calibration_batch(some, s).to(runtime)
-        with torch.set_grad_enabled(s.uses_curvature):
+        with torch.set_grad_enabled(gradients):
             hidden = plain(batch.inputs, batch.segments, looping, observer)
-            if s.uses_curvature:
+            if gradients:
                 plain.head_losses(hidden, batch.targets).sum().backward()
-        with torch.no_grad():
-            hidden = hidden.detach()
-            logits = plain.logits(hidden)
-            observer.head(hidden, logits, plain.softcaps(logits))
-    return summarize(observer, model, len(windows) * s.eval_seq_len, looping, runtime)
-
-
-@torch.no_grad()
-def summarize(observer: Observer, model: GPT, tokens: int, looping: bool, runtime: Runtime) -> Statistics:
-    """Statistics from what all ranks have seen in `tokens` tokens."""
-    s, d = model.settings, model.settings.model_dim
-    sites = dict(  # rows, columns of each site's matrix
-        head=(s.vocab_size, d),
-        embed=(s.vocab_size, d),
-        qkv=(d + 2 * s.kv_dim, d),
-        out=(d, d),
-        up=(s.mlp_dim, d),
-        down=(d, s.mlp_dim))
-    if not observer.gradients:
-        del sites["embed"]
-
-    def mean(kind: str, site: str, *shape: int) -> Tensor:
-        layers = 1 if site in ("head", "embed") else s.num_layers
-        nothing = torch.zeros(shape, device=runtime.device)  # what a rank without windows has seen
-        seen = [observer.sums.get((kind, site, i), nothing) for i in range(layers)]
-        return runtime.sum(torch.stack(seen)) / tokens
-
-    hessian, curvature = {}, {}
-    for site, (rows, columns) in sites.items():
-        hessian[site] = mean("hessian", site, columns, columns)
-    for site, (rows, columns) in sites.items():
-        ones = torch.ones(len(hessian[site]), rows, device=runtime.device)
-        curvature[site] = mean("squares", site, rows) if observer.gradients else ones
+        observer.head(plain, hidden.detach())
+    tokens = len(windows) * s.eval_seq_len
+    hessian = observer.hessian
+    curvature = observer.curvature
+    for sums in (hessian, curvature):
+        for site, total in sums.items():
+            sums[site] = runtime.sum(total) / tokens
     order = sum(model.orders[looping], [])
-    counts = [float(order.count(i)) for i in range(s.num_layers)]
-    visits = torch.tensor(counts, device=runtime.device)
-    if observer.gradients:
-        for site in ("qkv", "out", "up", "down"):
-            # A layer's visits feel the same change of its weights: if their gradients were independent, their
-            # mean square would count (sum / visits), if they were equal, visits times that. The geometric
-            # mean of both fits measurement.
-            curvature[site] /= visits[:, None].sqrt()
-        # The products were seen with the residual scales multiplied in.
-        curvature["out"] *= model.attn_scale ** 2
-        curvature["down"] *= model.mlp_scale ** 2
-        join_embedding(hessian, curvature)
+    visits = torch.tensor(order).bincount().float().to(runtime.device)
+    for site in ("qkv", "out", "up", "down"):
+        # A layer's visits feel the same change of its weights: if their gradients were independent, their
+        # mean square would count (sum / visits), if they were equal, visits times that. The geometric mean
+        # of both fits measurement.
+        curvature[site] /= visits[:, None].sqrt()
+    # The products were seen with the residual scales multiplied in.
+    curvature["out"] *= plain.attn_scale ** 2
+    curvature["down"] *= plain.mlp_scale ** 2
+    join_embedding(hessian, curvature)
     return Statistics(hessian, curvature, visits)
 
 
@@ -2168,15 +2145,16 @@ def join_embedding(hessian: dict[str, Tensor], curvature: dict[str, Tensor]) -> 
     The embedding works twice: as the head, and as the input, whose rows feel their own tokens' gradients
     alone. The sum of the two Kronecker products becomes one product that keeps each one's trace.
     """
-    as_head, as_input = hessian["head"], hessian.pop("embed")
+    as_input = hessian.pop("embed")
     rows = curvature.pop("embed")  # (1, vocabulary): squared gradients, summed over the columns
+    if not rows.any():  # no backward pass
+        return
+    as_head = hessian["head"]
     head_trace = as_head.diagonal(dim1=1, dim2=2).sum()
-    input_trace = as_input.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-30)
-    head_weight = curvature["head"].sum() * head_trace
-    input_weight = head_trace * rows.sum() / input_trace
-    both = as_head * head_weight + as_input * input_weight
-    hessian["head"] = both / (head_weight + rows.sum()).clamp(min=1e-30)
-    curvature["head"] += rows / head_trace.clamp(min=1e-30)
+    input_trace = as_input.diagonal(dim1=1, dim2=2).sum()
+    share = rows.sum() / (rows.sum() + curvature["head"].sum() * head_trace)
+    hessian["head"] = as_head.lerp(as_input * (head_trace / input_trace), share)
+    curvature["head"] += rows / head_trace
 
 
 def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
@@ -2184,14 +2162,15 @@ def sort_hidden_units(model: GPT, statistics: Statistics | None) -> None:
 
     The function stays the same, and the row scales become cheap to code.
     """
-    up, down = model.mlp_up_bank.detach(), model.mlp_down_bank.detach()
-    by_curvature = statistics is not None and model.settings.step_rule == "loss"
-    key = statistics.curvature["up"] if by_curvature else up.std(2)
+    up = model.mlp_up_bank.detach()
+    down = model.mlp_down_bank.detach()
+    key = statistics.curvature["up"] if model.settings.step_rule == "loss" else up.std(2)
     for i, order in enumerate(key.argsort(dim=1)):
         up[i] = up[i, order]
         down[i] = down[i][:, order]
         if statistics:
-            curvature, hessian = statistics.curvature["up"], statistics.hessian["down"]
+            curvature = statistics.curvature["up"]
+            hessian = statistics.hessian["down"]
             curvature[i] = curvature[i, order]
             hessian[i] = hessian[i][order][:, order]
 
@@ -2203,7 +2182,7 @@ class Problem(NamedTuple):
     """What is known about one role before it is quantized."""
 
     role: Role
-    weight: Tensor  # (layers, rows, columns); zero in columns that never had an input
+    weight: Tensor  # (layers, rows, columns)
     hessian: Tensor  # (layers, columns, columns)
     curvature: Tensor  # (layers, rows)
     visits: Tensor  # (layers,): how often a token passes
@@ -2214,25 +2193,9 @@ class Problem(NamedTuple):
         return self.hessian.diagonal(dim1=1, dim2=2)
 
     @property
-    def has_input(self) -> Tensor:
-        """Whether a column ever had an input, (layers, 1, columns)."""
-        return self.inputs[:, None] > 0
-
-    @property
     def by_input(self) -> Tensor:
         """The columns' order (layers, columns), those with the largest inputs first."""
         return self.inputs.argsort(dim=1, descending=True, stable=True)
-
-    def no_codes(self) -> Tensor:
-        return torch.zeros_like(self.weight, dtype=torch.int8)
-
-    def row_deviation(self) -> Tensor:
-        """Standard deviation of each row over the columns with an input, (layers, rows)."""
-        count = self.has_input.sum(2, keepdim=True)
-        mean = self.weight.sum(2, keepdim=True) / count.clamp(min=1)
-        squares = ((self.weight - mean) * self.has_input).square()
-        variance = squares.sum(2, keepdim=True) / (count - 1).clamp(min=1)
-        return variance.sqrt()[..., 0]
 
     def predicted_loss(self, error: Tensor) -> Tensor:
         """Rise of the loss for a change `error` of the weights, in nats per token, (layers,)."""
@@ -2249,17 +2212,16 @@ def build_problems(model: GPT, statistics: Statistics | None) -> Problems:
     for name, role in matrix_roles(model.settings).items():
         weight = role.weights(model).float()
         layers, rows, columns = weight.shape
-        visits = torch.ones(layers, device=weight.device)
+        visits = weight.new_ones(layers)
         if statistics is None:
             hessian = torch.eye(columns, device=weight.device).repeat(layers, 1, 1)
-            curvature = torch.ones(layers, rows, device=weight.device)
+            curvature = weight.new_ones(layers, rows)
         else:
             hessian = statistics.hessian[role.site]
             curvature = statistics.curvature[role.site][:, role.rows]
             if role.site != "head":
                 visits = statistics.visits
-        p = Problem(role, weight, hessian, curvature, visits)
-        problems[name] = p._replace(weight=weight * p.has_input)
+        problems[name] = Problem(role, weight, hessian, curvature, visits)
     return problems
 
 
@@ -2286,7 +2248,7 @@ class Quantized(NamedTuple):
     AWQ-lite), and there are no offsets.
     """
 
-    codes: Tensor  # (layers, rows, columns) int8
+    codes: Tensor | None  # (layers, rows, columns) int8; gptq fills them in
     row_scale: Tensor  # (layers, rows) int16, or float16
     column_scale: Tensor  # (layers, columns) int8, or float32
     low_rank: dict[int, LowRank]  # by layer
@@ -2309,7 +2271,8 @@ def float16_scale(value: Tensor) -> Tensor:
 
 def step_sizes(q: Quantized) -> Tensor:
     """The quantization step of every weight, (layers, rows, columns) float32."""
-    row, column = q.row_scale.float(), q.column_scale.float()
+    row = q.row_scale.float()
+    column = q.column_scale
     if q.by_loss:
         row = grid_value(q.row_scale, SCALES_PER_OCTAVE)
         column = grid_value(q.column_scale, COLUMN_SCALES_PER_OCTAVE)
@@ -2328,15 +2291,15 @@ def trellis_order(column_scale: Tensor) -> Tensor:
 
 def trellis_offsets(codes: Tensor, order: Tensor) -> Tensor:
     """What the trellis adds to each of the codes (layers, rows, columns), float32."""
-    following = torch.tensor(TRELLIS_NEXT, device=codes.device).flatten()
+    following = torch.tensor(TRELLIS_NEXT, device=codes.device)
     offset = torch.tensor(TRELLIS_OFFSET, device=codes.device)
-    codes = take_columns(codes, order).permute(2, 0, 1).contiguous()  # (columns, layers, rows)
+    codes = take_columns(codes, order)
     offsets = torch.empty_like(codes, dtype=torch.float32)
-    state = torch.zeros_like(codes[0], dtype=torch.long)
-    for j, code in enumerate(codes):
-        offsets[j] = offset[state]
-        state = following[2 * state + (code & 1)]
-    return take_columns(offsets.permute(1, 2, 0), order.argsort(1))
+    state = torch.zeros_like(codes[..., 0], dtype=torch.long)
+    for j in range(codes.size(2)):
+        offsets[..., j] = offset[state]
+        state = following[2 * state + (codes[..., j] & 1)]
+    return take_columns(offsets, order.argsort(1))
 
 
 def dequantize(q: Quantized) -> Tensor:
@@ -2362,15 +2325,9 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
         raise FloatingPointError("a Hessian is not finite: training diverged")
     h = take_columns(take_columns(hessian.mT, order).mT, order)  # its rows, then its columns
     diagonal = h.diagonal(dim1=1, dim2=2)
-    no_input = diagonal == 0
-    count = (~no_input).sum(1)
-    mean = diagonal.sum(1) / count.clamp(min=1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    h = h + torch.diag_embed(torch.where(no_input, mean[:, None], 0.0))
-    identity = torch.eye(h.size(1), device=h.device)
-    damping = HESSIAN_DAMPING * mean
+    damping = HESSIAN_DAMPING * diagonal.mean(1).clamp(min=1e-30)
     while True:
-        damped = h + damping[:, None, None] * identity
+        damped = h + torch.diag_embed(damping[:, None].expand_as(diagonal))
         # The factor of the reversed matrix is lower triangular: reversed back, upper.
         factor, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
@@ -2384,13 +2341,15 @@ def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, quantize_blo
     max_code: (layers, 1, columns); order: that in which columns are taken, (layers, columns); quantize_block:
     round_block or trellis_block.
     """
-    layers, rows, columns = p.weight.shape
-    weight, step, max_code = (take_columns(x, order) for x in (p.weight, step_sizes(q), max_code))
+    weight = take_columns(p.weight, order)
+    step = take_columns(step_sizes(q), order)
+    max_code = take_columns(max_code, order)
+    columns = weight.size(2)
     factor = hessian_factor(p.hessian, order)
-    identity = torch.eye(columns, device=factor.device).expand_as(factor)
+    identity = torch.eye(columns, device=factor.device)
     upper = torch.linalg.solve_triangular(factor, identity, upper=True)  # of the inverse Hessian
     codes = torch.empty_like(weight, dtype=torch.int8)
-    state = torch.zeros(layers, rows, dtype=torch.long, device=weight.device)
+    state = torch.zeros_like(codes[..., 0], dtype=torch.long)  # (layers, rows)
     for start in range(0, columns, GPTQ_BLOCK):
         block = slice(start, start + GPTQ_BLOCK)
         later = slice(start + GPTQ_BLOCK, None)
@@ -2403,9 +2362,11 @@ def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, quantize_blo
 def round_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor, state: Tensor):
     """Codes of a block of columns, rounded in turn; errors over the diagonal of `upper`; `state`."""
     weight = weight.clone()
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    codes = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
     for j in range(weight.size(2)):
-        x, scale = weight[..., j], step[..., j]
+        x = weight[..., j]
+        scale = step[..., j]
         bound = max_code[..., j]
         code = (x / scale).round().clamp(-bound, bound)
         error = (x - scale * code) / upper[:, j, j, None]
@@ -2421,12 +2382,15 @@ def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor,
     The best code sequences into each of the 8 states compete within the block, every one with its own errors.
     """
     layers, rows, columns = weight.shape
-    device, states = weight.device, len(TRELLIS_NEXT)
+    device = weight.device
+    states = len(TRELLIS_OFFSET)
     every_state = torch.arange(states, device=device)
-    arrivals = torch.tensor(TRELLIS_ARRIVALS, device=device)
+    following = torch.tensor(TRELLIS_NEXT, device=device)
+    # The two transitions 2 t + parity that lead into each state.
+    arrivals = following.argsort(stable=True).view(states, 2)
     offset = torch.tensor(TRELLIS_OFFSET, device=device)[:, None]
     parity = torch.arange(2, device=device)
-    cost = torch.full((layers, rows, states), math.inf, device=device)
+    cost = weight.new_full((layers, rows, states), math.inf)
     cost.scatter_(2, state[..., None], 0.0)
     paths = weight[:, :, None].repeat(1, 1, states, 1)  # weights less the errors on the way into each state
     history = []
@@ -2449,7 +2413,8 @@ def trellis_block(weight: Tensor, upper: Tensor, step: Tensor, max_code: Tensor,
         paths -= error[..., None] * upper[:, j, None, None, j + 1:]
 
     final = at = cost.argmin(2, keepdim=True)
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    codes = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
     for j in reversed(range(columns)):
         code, error, parent = history[j]
         codes[..., j] = code.gather(2, at)[..., 0]
@@ -2473,8 +2438,8 @@ def quantize_published(problems: Problems, s: Settings) -> QuantizedRoles:
         largest = 2 ** (p.role.bits - 1) - 1
         max_code = torch.full_like(p.inputs, largest)  # (layers, columns)
         max_code[spared[name]] = 2 ** (s.awq_lite_bits - 1) - 1
-        row_scale = float16_scale(p.role.clip_sigmas * p.row_deviation() / largest)
-        q = Quantized(p.no_codes(), row_scale, largest / max_code, {})
+        row_scale = float16_scale(p.role.clip_sigmas * p.weight.std(2) / largest)
+        q = Quantized(None, row_scale, largest / max_code, {})
         quantized[name] = gptq(p, q, max_code[:, None], p.by_input, round_block)
     if s.lqer_enabled:
         correct_largest_errors(problems, quantized, s)
@@ -2487,16 +2452,17 @@ def choose_awq_columns(problems: Problems, s: Settings) -> dict[str, Tensor]:
     Like AWQ (Lin et al. 2023) it spares columns by their activations, here by the input's root mean square
     times the weights' mean magnitude, and with more bits instead of a scale.
     """
-    size, candidates = s.awq_lite_group_size, []
+    size = s.awq_lite_group_size
+    candidates = []
     for name, p in problems.items():
         if not s.awq_lite_enabled or s.awq_lite_bits <= p.role.bits:
             continue
         input_rms = (p.inputs / p.visits[:, None]).sqrt()
         saliency = input_rms * p.weight.abs().mean(1)  # (layers, columns)
-        groups = saliency.size(1) // size
-        totals = saliency[:, :groups * size].unflatten(1, (groups, size)).sum(2)
+        totals = saliency.unfold(1, size, size).sum(2)  # (layers, groups)
         for layer, row in enumerate(totals.tolist()):
-            candidates += [(total, name, layer, i * size) for i, total in enumerate(row) if total > 0]
+            for i, total in enumerate(row):
+                candidates.append((total, name, layer, i * size))
     candidates.sort(key=lambda candidate: -candidate[0])
     spared = {name: torch.zeros_like(p.inputs, dtype=torch.bool) for name, p in problems.items()}
     for _, name, layer, first in candidates[:s.awq_lite_group_top_k]:
@@ -2508,12 +2474,12 @@ def correct_largest_errors(problems: Problems, quantized: QuantizedRoles, s: Set
     """LQER: give the LQER_TOP_K matrices with the largest errors, by their norm, a correction, in place."""
     candidates = []
     for name, p in problems.items():
-        errors = (p.weight - dequantize(quantized[name])) * p.has_input
-        candidates += [(float(error.norm()), name, layer, error) for layer, error in enumerate(errors)]
+        errors = p.weight - dequantize(quantized[name])
+        for layer, error in enumerate(errors):
+            candidates.append((float(error.norm()), name, layer, error))
     candidates.sort(key=lambda candidate: -candidate[0])
-    for norm, name, layer, error in candidates[:s.lqer_top_k]:
-        if norm > 0:
-            quantized[name].low_rank[layer] = fit_low_rank(error, s)
+    for _, name, layer, error in candidates[:s.lqer_top_k]:
+        quantized[name].low_rank[layer] = fit_low_rank(error, s)
 
 
 def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
@@ -2522,14 +2488,17 @@ def fit_low_rank(error: Tensor, s: Settings) -> LowRank:
     The left one holds -2 .. 1 with one scale, the right one -8 .. 7 with a scale per LQER_ASYM_GROUP values.
     """
     left, right = top_singular(error, s.lqer_rank)
-    left_codes, left_scale = round_rows(left.reshape(1, -1), -2, 1, 1.5)
-    right_codes, right_scale = round_rows(right.reshape(-1, s.lqer_asym_group), -8, 7, 7.5)
+    left_codes, left_scale = round_rows(left.reshape(1, -1), -2, 1)
+    right_codes, right_scale = round_rows(right.reshape(-1, s.lqer_asym_group), -8, 7)
     return LowRank(left_codes.view_as(left), left_scale, right_codes.view_as(right), right_scale)
 
 
-def round_rows(values: Tensor, low: int, high: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Codes low .. high of `values` (..., columns), and scales: each row's largest magnitude over `reach`."""
-    scale = float16_scale(values.abs().amax(-1) / reach)
+def round_rows(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Codes low .. high of `values` (..., columns), and a scale for each row, (...,).
+
+    A row's largest magnitude lies half of low .. high away from 0.
+    """
+    scale = float16_scale(values.abs().amax(-1) / ((high - low) / 2))
     codes = (values / scale.float()[..., None]).round()
     return codes.clamp(low, high).to(torch.int8), scale
 
@@ -2576,7 +2545,7 @@ def steps_by_loss(p: Problem) -> LossSteps:
     return LossSteps(
         row_octaves=-0.5 * p.curvature.clamp(min=1e-30).log2() - level,
         min_octaves=(largest / 120).clamp(min=SMALLEST_SCALE).log2(),
-        max_octaves=p.row_deviation().clamp(min=SMALLEST_SCALE).log2() + 1,
+        max_octaves=p.weight.std(2).clamp(min=SMALLEST_SCALE).log2() + 1,
         column_scale=column_scale)
 
 
@@ -2587,7 +2556,7 @@ def quantize_by_loss(problems: Problems, steps: dict[str, LossSteps], octaves: f
         row_octaves, min_octaves, max_octaves, column_scale = steps[name]
         row_octaves = (row_octaves + octaves).minimum(max_octaves).maximum(min_octaves)
         row_scale = (row_octaves * SCALES_PER_OCTAVE).round().to(torch.int16)
-        q = Quantized(p.no_codes(), row_scale, column_scale, {})
+        q = Quantized(None, row_scale, column_scale, {})
         max_code = torch.full_like(p.inputs[:, None], 127)
         quantized[name] = gptq(p, q, max_code, trellis_order(column_scale), trellis_block)
     return quantized
@@ -2597,17 +2566,17 @@ def octaves_for(bits: float, steps: dict[str, LossSteps]) -> float:
     """log2 of the common factor at which codes take about so many bits, were their rows normal."""
     total, count = 0.0, 0
     for row_octaves, _, max_octaves, column_scale in steps.values():
-        columns, deviation = column_scale.size(1), max_octaves - 1
+        columns = column_scale.size(1)
+        deviation = max_octaves - 1
         total += columns * float((deviation - row_octaves).sum())
         count += columns * deviation.numel()
     return total / count + GAUSSIAN_BITS - bits
 
 
-def quantize_to_size(problems: Problems, pack: Callable[[QuantizedRoles], bytes],
-                     max_bytes: int) -> tuple[QuantizedRoles, bytes]:
-    """quantize_by_loss with the steps at which the packed result ends just below `max_bytes`.
+def quantize_to_size(problems: Problems, pack: Callable, max_bytes: int) -> tuple[QuantizedRoles, bytes]:
+    """quantize_by_loss with the steps at which the bytes that `pack` makes end just below `max_bytes`.
 
-    A secant search on the packed size, until less than SPARE_BYTES are left. Returns the largest result that
+    A secant search on the packed size, until less than SPARE_BYTES are left. Returns the last result that
     fits, with its bytes; if none does, the last one.
     """
     steps = {name: steps_by_loss(p) for name, p in problems.items()}
@@ -2621,11 +2590,10 @@ def quantize_to_size(problems: Problems, pack: Callable[[QuantizedRoles], bytes]
         packed = pack(quantized)
         bytes_left = max_bytes - len(packed)
         if bytes_left >= 0:
-            if best is None or len(packed) > len(best[1]):
-                best = quantized, packed
+            best = quantized, packed
             if bytes_left < SPARE_BYTES or octaves == finest:
                 break
-        if before and octaves != before[0]:
+        if before:
             slope = (before[1] - len(packed)) / (octaves - before[0])
             bytes_per_octave = max(bytes_per_octave / 8, slope)
         before = octaves, len(packed)
@@ -2663,18 +2631,15 @@ class OverCapError(Exception):
     """The finished artifact is too large for a record."""
 
 
-class DamagedError(Exception):
-    """The bytes are no artifact that this program wrote."""
+# What reading a damaged or forged file can raise on the way: RuntimeError by lrzip and for deep nesting.
+UNREADABLE = (brotli.error, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError,
+              RuntimeError)
 
 
 def require(condition: bool) -> None:
+    """Raise one of UNREADABLE unless what was read is what this program writes."""
     if not condition:
-        raise DamagedError
-
-
-# What reading a damaged or forged file can raise on the way.
-UNREADABLE = (DamagedError, brotli.error, struct.error, ValueError, KeyError, TypeError, AttributeError,
-              IndexError, RecursionError)
+        raise ValueError
 
 
 # --- Layout: which arrays an artifact holds
@@ -2720,7 +2685,7 @@ def artifact_arrays(model: GPT, quantized: QuantizedRoles, s: Settings) -> tuple
     """What the table says of the quantization, and every array of the artifact."""
     tensors = {name: parameter.half() for name, parameter in model.named_parameters()}
     if s.gated_attn_quant_gate:
-        codes, scale = round_rows(model.attn_gate, -127, 127, 127)
+        codes, scale = round_rows(model.attn_gate, -127, 127)
         tensors |= {"attn_gate.codes_by_row": codes, "attn_gate.row_scale": scale}
     corrected = []
     for name, q in quantized.items():
@@ -2736,9 +2701,8 @@ def artifact_arrays(model: GPT, quantized: QuantizedRoles, s: Settings) -> tuple
         corrected=corrected,
         int8_gates=s.gated_attn_quant_gate)
     arrays = {}
-    for name, spec in layout(model, quantization).items():
+    for name in layout(model, quantization):
         arrays[name] = tensors[name].detach().cpu().contiguous().numpy()
-        assert spec == (arrays[name].dtype.name, arrays[name].shape)
     return quantization, arrays
 
 
@@ -2767,14 +2731,10 @@ def install(model: GPT, table: dict, arrays: Arrays, s: Settings) -> bool:
 # --- Codecs: arrays to byte streams and back
 
 
-def is_codes(name: str) -> bool:
-    return name.endswith(".codes")
-
-
 def split_codes(named: dict) -> tuple[dict, dict]:
     """Arrays or specs by name: those of all roles' codes, and the others."""
-    codes = {name: value for name, value in named.items() if is_codes(name)}
-    rest = {name: value for name, value in named.items() if not is_codes(name)}
+    codes = {name: value for name, value in named.items() if name.endswith(".codes")}
+    rest = {name: value for name, value in named.items() if name not in codes}
     return codes, rest
 
 
@@ -2829,7 +2789,7 @@ class OneStreamCodec(NamedTuple):
 
 
 def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes of rows (layers, rows) and columns (layers, columns), int16; a code's class is the sum of both.
+    """Classes of rows (layers, rows) and columns (layers, columns), int8; a code's class is the sum of both.
 
     Their factors are fitted to the codes' second moments by alternation.
     """
@@ -2842,40 +2802,27 @@ def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
         by_column = 1 / column
         row = (squares @ by_column[..., None])[..., 0] / codes.size(2)
     classes = [0.5 * factor.log2() * SPREADS_PER_OCTAVE for factor in (row, column)]  # of a square's root
-    row, column = (exponent.round().to(torch.int16) for exponent in classes)
+    row, column = (exponent.round().to(torch.int8) for exponent in classes)
     return row, column
-
-
-def code_classes(row: Tensor, column: Tensor) -> Tensor:
-    """The class (layers, rows, columns) of every code, uint8 below SPREADS, by its row's and its column's."""
-    classes = row[:, :, None] + column[:, None] + SPREAD_OFFSET
-    return classes.clamp(0, SPREADS - 1).to(torch.uint8)
-
-
-def class_histogram(symbols: Tensor, classes: Tensor) -> Tensor:
-    """Counts (SPREADS, 256) of the symbols -128 .. 127 in each class."""
-    cells = classes.int() * 256 + symbols.int() + 128
-    return torch.bincount(cells.flatten(), minlength=SPREADS * 256).view(SPREADS, 256)
 
 
 class EntropyCodec:
     """Asymmetric numeral systems (Duda 2009) over the codes, brotli over the rest.
 
     A code's spread is modelled as row factor x column factor; the codes of each class of spread share a table
-    of symbol frequencies. Stored of the factors is only what the scales do not tell already.
+    of symbol frequencies.
     """
 
     def pack(self, arrays: Arrays) -> list[bytes]:
         codes, stored = split_codes(arrays)
         for name, stack in codes.items():
-            fitted_row, fitted_column = spread_classes(torch.from_numpy(stack))
-            row, column = self.classes_of_scales(name, stored)
-            stored[name + ".row_class"] = (fitted_row.numpy() - row).astype(np.int8)
-            stored[name + ".column_class"] = (fitted_column.numpy() - column).astype(np.int8)
-        # The classes as a decoder will see them: what is stored has wrapped around if it did not fit.
-        classes = np.concatenate([self.classes_of(name, stored).ravel() for name in codes])
+            row, column = spread_classes(torch.from_numpy(stack))
+            stored[name + ".row_class"] = row.numpy()
+            stored[name + ".column_class"] = column.numpy()
+        classes = self.classes_of(codes, stored)
         symbols = np.concatenate([stack.ravel() for stack in codes.values()])
-        counts = class_histogram(torch.from_numpy(symbols), torch.from_numpy(classes)).numpy()
+        cells = classes.astype(np.int32) * 256 + symbols + 128
+        counts = np.bincount(cells, minlength=SPREADS * 256).reshape(SPREADS, 256)
         totals = counts.sum(1, keepdims=True)
         shares = counts / totals.clip(min=1)
         stored["table"] = np.ceil(shares * 65535).astype(np.uint16)  # not 0 where a symbol occurs
@@ -2897,10 +2844,9 @@ class EntropyCodec:
             stored[name + ".column_class"] = "int8", (layers, columns)
         stored["table"] = "uint16", (SPREADS, 256)
         arrays = decompress(packed, stored)
-        classes = np.concatenate([self.classes_of(name, arrays).ravel() for name in codes])
+        classes = self.classes_of(codes, arrays)
         totals = np.bincount(classes, minlength=SPREADS)
         models = self.models_of(arrays["table"])
-        require(len(coded) % 4 == 0)
         require(set(np.flatnonzero(totals)) == set(models))
 
         words = np.frombuffer(coded, "<u4").astype(np.uint32)
@@ -2910,31 +2856,22 @@ class EntropyCodec:
             symbols = coder.decode(model, int(totals[spread])) + lowest
             decoded.append(symbols.astype(np.int8))
         require(coder.is_empty())
-        ordered = np.concatenate(decoded)
-        symbols = np.empty_like(ordered)
-        symbols[np.argsort(classes, kind="stable")] = ordered  # back to where `pack` took them from
-        start = 0
+        symbols = np.empty(len(classes), np.int8)
+        # Back to where `pack` took them from.
+        symbols[np.argsort(classes, kind="stable")] = np.concatenate(decoded)
         for name, (_, shape) in codes.items():
-            stop = start + math.prod(shape)
-            arrays[name] = symbols[start:stop].reshape(shape)
-            start = stop
+            stack, symbols = np.split(symbols, [math.prod(shape)])
+            arrays[name] = stack.reshape(shape)
         return {name: arrays[name] for name in specs}
 
-    def classes_of(self, name: str, stored: Arrays) -> np.ndarray:
-        """The class (layers, rows, columns) of every code of the stack `name`, uint8 below SPREADS."""
-        row, column = self.classes_of_scales(name, stored)
-        row = row + stored[name + ".row_class"].astype(np.int16)
-        column = column + stored[name + ".column_class"].astype(np.int16)
-        return code_classes(torch.from_numpy(row), torch.from_numpy(column)).numpy()
-
-    def classes_of_scales(self, name: str, stored: Arrays) -> tuple[np.ndarray, np.ndarray]:
-        """What the scales beside the codes `name` say of the classes of rows and columns, int16."""
-        scales = name.removesuffix(".codes")
-        row, column = stored.get(scales + ".row_scale"), stored.get(scales + ".column_scale")
-        if column is None or column.dtype != np.int8:
-            return np.int16(0), np.int16(0)  # steps by deviation: the spread of the codes is smooth itself
-        halvings = SCALES_PER_OCTAVE // SPREADS_PER_OCTAVE - 1
-        return -(row >> halvings), -column.astype(np.int16)  # a code is a weight over its step
+    def classes_of(self, codes: dict, stored: Arrays) -> np.ndarray:
+        """The class, uint8 below SPREADS, of every code of the stacks named in `codes`, one after another."""
+        classes = []
+        for name in codes:
+            row, column = stored[name + ".row_class"], stored[name + ".column_class"]
+            sums = row[:, :, None].astype(np.int16) + column[:, None] + SPREAD_OFFSET
+            classes.append(sums.clip(0, SPREADS - 1).astype(np.uint8).ravel())
+        return np.concatenate(classes)
 
     def models_of(self, table: np.ndarray) -> dict[int, tuple]:
         """For each class in use its lowest symbol and constriction's model of the symbols from there on."""
@@ -2950,30 +2887,11 @@ class EntropyCodec:
         return models
 
 
-def code_bits(codes: list[Tensor]) -> list[Tensor]:
-    """What each matrix costs with COMPRESSOR=entropy, in bits: a tensor (layers,) for each stack of codes."""
-    histograms = []
-    for stack in codes:
-        classes = code_classes(*spread_classes(stack))
-        layers = [class_histogram(*layer) for layer in zip(stack, classes)]
-        histograms.append(torch.stack(layers))  # (layers, SPREADS, 256)
-    counts = sum(stack.sum(0) for stack in histograms).double()
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    length = -shares.clamp(min=1e-30).log2()
-    return [(stack * length).sum((1, 2)) for stack in histograms]
-
-
 def order0_bytes(integers: Tensor) -> float:
     """What integers cost where their frequencies are known."""
     _, counts = integers.unique(return_counts=True)
     shares = counts / counts.sum()
     return float(-(counts * shares.log2()).sum() / 8)
-
-
-def correction_bytes(correction: LowRank) -> float:
-    """What a correction costs, its float16 scales uncompressed."""
-    scales = correction.left_scale.numel() + correction.right_scale.numel()
-    return order0_bytes(correction.left) + order0_bytes(correction.right) + 2 * scales
 
 
 def similarity_order(codes: Tensor) -> np.ndarray:
@@ -3036,12 +2954,8 @@ class PergroupCodec:
         arrays = decompress(packed, rest)
         for (name, (_, shape)), stream in zip(codes.items(), coded, strict=True):
             layers, rows, columns = shape
-            try:
-                raw = lrzip(stream, "-d", max_bytes=layers * rows * columns)
-            except RuntimeError:
-                raise DamagedError from None
-            stack = np.frombuffer(raw, np.int8).reshape(layers, columns, rows)
-            stack = stack.transpose(0, 2, 1)
+            raw = lrzip(stream, "-d", max_bytes=math.prod(shape))
+            stack = np.frombuffer(raw, np.int8).reshape(layers, columns, rows).transpose(0, 2, 1)
             if name in PERGROUP_SORTED:
                 order = arrays[name + ".order"].astype(np.int64)
                 require((np.sort(order, 1) == np.arange(rows)).all())  # a permutation
@@ -3163,7 +3077,6 @@ def check_table(table: dict, model: GPT) -> Specs:
     """The layout that the table describes; raises one of UNREADABLE if this program writes no such table."""
     s, looping, quantization = model.settings, table["looping"], table["quantization"]
     require(type(looping) is bool and (s.num_loops > 0 or not looping))
-    require(all(type(length) is int and length >= 0 for length in table["streams"]))
     if quantization is None:
         require(table["compressor"] == "none")
     else:
@@ -3178,7 +3091,7 @@ def check_table(table: dict, model: GPT) -> Specs:
 
 
 def check_values(arrays: Arrays) -> None:
-    """Raise DamagedError where a weight would be infinite or reach 2^30."""
+    """Raise one of UNREADABLE where a weight would be infinite or reach 2^30."""
     for name, array in arrays.items():
         if array.dtype.kind == "f":
             require(np.isfinite(array).all())
@@ -3195,18 +3108,14 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
 
     With STEP_RULE=loss the steps are chosen so that artifact and `code` bytes end just below TARGET_BYTES.
     """
-    began, packing = time.perf_counter(), 0.0
+    began = time.perf_counter()
     sort_hidden_units(model, statistics)
     problems = build_problems(model, statistics)
 
     def pack(quantized: QuantizedRoles) -> bytes:
-        nonlocal packing
-        started = time.perf_counter()
         quantization, arrays = artifact_arrays(model, quantized, s)
         table = dict(function=s.function_settings(), looping=looping, quantization=quantization)
-        data = container(table, arrays, s.compressor)
-        packing += time.perf_counter() - started
-        return data
+        return container(table, arrays, s.compressor)
 
     if s.step_rule == "sigma":
         quantized = quantize_published(problems, s)
@@ -3216,54 +3125,40 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
         total_bytes = len(data) + code
         if total_bytes > s.target_bytes:
             log.event("target_missed", target_bytes=s.target_bytes, total_bytes=total_bytes)
-    started = time.perf_counter()
+    packed = time.perf_counter()
     _, decoded = open_container(data, s.artifact_path, model, s)
     finished = time.perf_counter()
-    # The search may have gone on after the best result, so its arrays are made once more.
+    # The search may have gone on after this result, so its arrays are made once more.
     _, arrays = artifact_arrays(model, quantized, s)
-    exact = all(decoded[name].tobytes() == array.tobytes() for name, array in arrays.items())
-    if not exact:
+    if any(decoded[name].tobytes() != array.tobytes() for name, array in arrays.items()):
         raise AssertionError(f"COMPRESSOR={s.compressor} does not give back what it got; nothing was written")
     write_atomically(s.artifact_path, data)
     predicted_loss = log_matrices(problems, quantized, s, log)
-    log.result("artifact", file=s.artifact_path, compressor=s.compressor,
-               quantization_seconds=round(started - began - packing, 1), packing_seconds=round(packing, 1),
-               unpacking_seconds=round(finished - started, 1), predicted_loss=predicted_loss,
+    log.result("artifact", file=s.artifact_path, compressor=s.compressor, seconds=round(packed - began, 1),
+               unpacking_seconds=round(finished - packed, 1), predicted_loss=predicted_loss,
                round_trip="exact")
 
 
-def log_matrices(problems: Problems, quantized: QuantizedRoles, s: Settings,
-                 log: RunLog) -> float | None:
+def log_matrices(problems: Problems, quantized: QuantizedRoles, s: Settings, log: RunLog) -> float | None:
     """Log what became of every matrix; returns the predicted loss in nats per token, or None."""
-    all_bits = code_bits([q.codes for q in quantized.values()])
     total_loss = 0.0
-    for (name, q), bits in zip(quantized.items(), all_bits):
+    for name, q in quantized.items():
         p = problems[name]
-        layers, rows, columns = p.weight.shape
-        error = p.weight - dequantize(q)
-        losses = p.predicted_loss(error)
+        losses = p.predicted_loss(p.weight - dequantize(q))
         total_loss += float(losses.sum())
-        error_energy = (error @ p.hessian * error).sum((1, 2))
-        energy = (p.weight @ p.hessian * p.weight).sum((1, 2))
-        if q.by_loss:
-            spared = torch.zeros(layers)
-        else:
-            spared = (q.column_scale < 1).sum(1)
-        for i in range(layers):
-            spent = float(bits[i])
-            extra = correction_bytes(q.low_rank[i]) if i in q.low_rank else 0.0
+        for i, codes in enumerate(q.codes):
+            rows, columns = codes.shape
+            code_bytes = order0_bytes(codes)
             log.event(
                 "matrix",
                 name=name if name == "tok_emb" else f"blocks.{i}.{name}",
                 rows=rows,
                 columns=columns,
-                weighted_error=float(f"{error_energy[i] / energy[i]:.4g}"),
-                predicted_loss=float(f"{losses[i]:.4g}") if s.uses_curvature else None,
-                bits_per_weight=round(spent / (rows * columns), 4),
-                bytes=round(spent / 8 + extra),
-                awq_columns=int(spared[i]),
+                predicted_loss=float(f"{losses[i]:.4g}") if q.by_loss else None,
+                bits_per_weight=round(8 * code_bytes / codes.numel(), 4),
+                bytes=round(code_bytes),
                 lqer=i in q.low_rank)
-    return round(total_loss, 6) if s.uses_curvature else None
+    return round(total_loss, 6) if s.step_rule == "loss" else None
 
 
 # ============================================================================================================

@@ -78,25 +78,25 @@ def main() -> None:
         statistics, seconds = {}, {}
         for name in ("GPTQ", "by loss, on a trellis"):  # without and with gradients
             s = dataclasses.replace(settings, **METHODS[name])
-            kind = s.uses_curvature
+            kind = s.step_rule
             statistics[kind], seconds[kind] = timed_calibration(model, windows, looping, s, runtime)
         print(f"{runtime.describe()['device']}; before: val_bpb {before:.5f}; calibration on {len(windows)} "
-              f"windows of {settings.eval_seq_len}: {seconds[False]} s, with gradients {seconds[True]} s")
+              f"windows of {settings.eval_seq_len}: {seconds['sigma']} s, with gradients {seconds['loss']} s")
         print(f"{'':24}{'val_bpb':>9}{'change':>10}{'bytes':>12}{'bits/w':>8}"
-              f"{'quantize s':>12}{'pack s':>8}{'unpack s':>10}")
+              f"{'quantize, pack s':>18}{'unpack s':>10}")
         rows = []
         for name in options.only:
             s = dataclasses.replace(settings, **METHODS[name], artifact_dir=folder)
             g.install(model, *checkpoint, s)
             model.settings = s
-            seen = statistics[s.uses_curvature] if s.gptq_calibration_batches else None
+            seen = statistics[s.step_rule] if s.gptq_calibration_batches else None
             row = dict(method=name, **measure(model, looping, seen, code, s))
             row["val_bpb"] = validation.score(model, looping)["val_bpb"]
             row["change"] = round(row["val_bpb"] - before, 8)
             rows.append(row)
             print(f"{name:24}{row['val_bpb']:>9.5f}{row['change']:>+10.5f}{row['total_bytes']:>12,}"
-                  f"{row['bits_per_weight']:>8.3f}{row['quantization_seconds']:>12.1f}"
-                  f"{row['packing_seconds']:>8.1f}{row['unpacking_seconds']:>10.1f}", flush=True)
+                  f"{row['bits_per_weight']:>8.3f}{row['seconds']:>18.1f}{row['unpacking_seconds']:>10.1f}",
+                  flush=True)
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(dict(machine=runtime.describe(), before=before, code_bytes=code,

@@ -260,14 +260,6 @@ def test_columns_of_their_own_spread_are_coded_below_the_order_0_bound():
     assert sum(map(len, g.EntropyCodec().pack({"mlp.fc.codes": codes}))) < 0.975 * order0_bytes(codes)
 
 
-def test_the_ideal_length_is_what_is_written():
-    codes = {f"{role}.codes": gaussian_codes(i, deviation=3.0 * (i + 1)) for i, role in enumerate(("attn.proj", "mlp.fc"))}
-    ideal = sum(float(bits.sum()) for bits in g.code_bits([torch.from_numpy(a) for a in codes.values()])) / 8
-    streams = g.EntropyCodec().pack(codes)
-    assert ideal == pytest.approx(len(streams[0]), rel=0.002)
-    assert ideal == pytest.approx(sum(map(len, streams)), rel=0.01)
-
-
 def naive_walk(rows: list[list[int]]) -> list[int]:
     order, unused = [0], set(range(1, len(rows)))
     while unused:
@@ -1214,7 +1206,7 @@ def test_the_record_tells_of_every_quantized_matrix(finished):
     expected = {"tok_emb"} | {f"blocks.{i}.{role}" for role in roles if role != "tok_emb" for i in range(5)}
     assert {event["name"] for event in found} == expected and len(found) == len(expected)
     for event in found:
-        assert 0 < event["weighted_error"] < 0.1 and 0 < event["bits_per_weight"] <= 8 and event["predicted_loss"] > 0
+        assert 0 < event["bits_per_weight"] <= 8 and event["predicted_loss"] > 0
         assert event["bytes"] == pytest.approx(event["bits_per_weight"] * event["rows"] * event["columns"] / 8, abs=1)
     table, _ = taken_apart((finished.out / "final_model.int6.ptz").read_bytes())
     assert sum(event["bytes"] for event in found) == pytest.approx(table["streams"][0], rel=0.03)

@@ -195,7 +195,7 @@ def times(run: Run) -> tuple[dict[str, float], float | None, bool]:
     parts = {"warm-up, compilation": spent("warmup"), "training": total(f("training", "seconds")),
              "calibration": total(f("training", "calibration_seconds"), spent("calibration")),
              "quantization": total(f("artifact", "quantization_seconds")),
-             "quantization, packing": total(f("artifact", "seconds")),  # one figure in the first records
+             "quantization, packing": total(f("artifact", "seconds")),  # two figures in some records
              "packing, check": total(f("artifact", "packing_seconds"), f("artifact", "unpacking_seconds")),
              "evaluation": total(f("raw", "seconds"), f("averaged", "seconds"), f("quantized", "seconds"), spent("val")),
              "test-time training": total(f("ttt", "seconds"))}
