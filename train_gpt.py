@@ -750,8 +750,7 @@ def check_manifest(settings: Settings) -> dict:
         disjoint = manifest["splits_disjoint"]
         prepared_here = manifest["source"]["sha256"] is not None
         facts = dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"],
-                     val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint,
-                     tokenizer_lossless=manifest["tokenizer"]["lossless"])
+                     val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: no manifest of prepare_caseops_data.py; prepare the data again") from None
     if pieces != settings.vocab_size:
@@ -861,7 +860,12 @@ class ValidationData:
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
         check_tokens(files[0], self.tokens, settings)
-        self.bytes = sidecar_bytes(self.tokens, settings)
+        # Counted by prepare_caseops_data.py in the original text.
+        sidecar = shard_files(settings.shards_dir, "val_bytes")
+        self.bytes = np.concatenate([open_shard(path) for path in sidecar])
+        if len(self.bytes) != len(self.tokens):
+            raise InputError(f"{sidecar[0]}: the byte sidecar has {len(self.bytes)} values for "
+                             f"{len(self.tokens)} validation tokens; prepare both again")
         if not settings.eval_include_tail:
             self.cut_tail(settings.eval_seq_len)
 
@@ -884,16 +888,6 @@ class ValidationData:
         sampled = copy.copy(self)
         sampled.tokens, sampled.bytes = self.tokens[kept], self.bytes[kept]
         return sampled
-
-
-def sidecar_bytes(tokens: np.ndarray, settings: Settings) -> np.ndarray:
-    """Bytes per token as prepare_caseops_data.py has counted them in the original text."""
-    files = shard_files(settings.shards_dir, "val_bytes")
-    counts = np.concatenate([open_shard(path) for path in files])
-    if len(counts) != len(tokens):
-        raise InputError(f"{files[0]}: the byte sidecar has {len(counts)} values for {len(tokens)} "
-                         "validation tokens; prepare both again")
-    return counts
 
 
 # ============================================================================================================
@@ -1398,9 +1392,9 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, settings: Settings, runtime: Runtime):
-        self.settings, self.runtime = settings, runtime
+        s = self.settings = settings
+        self.runtime = runtime
         self.steps = 0
-        s = settings
         banks = model.banks()
         self.shards = [ShardedBanks(list(alike), runtime)
                        for _, alike in itertools.groupby(banks, key=lambda bank: bank[0].numel())]
@@ -1494,10 +1488,8 @@ class Optimizer:
         s = self.settings
         self.steps += 1
         gradient_norm = self.average_gradients()
-        if s.grad_clip_norm:
-            clip = (s.grad_clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
-        else:
-            clip = torch.ones_like(gradient_norm)
+        bound = s.grad_clip_norm or math.inf
+        clip = (bound / (gradient_norm + 1e-6)).clamp(max=1.0)
 
         # learning rate, mu, bias correction of NorMuon's mean
         muon = self.runtime.upload([s.matrix_lr * lr_factor, momentum, 1 - s.skylight_norm_beta2**self.steps])
@@ -3846,12 +3838,12 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
 # ============================================================================================================
 
 
-def log_setup(s: Settings, runtime: Runtime, log: RunLog) -> None:
+def log_setup(log: RunLog) -> None:
     """Log which settings differ from their defaults, and the machine."""
-    values = dataclasses.asdict(s)
-    changed = {name.upper(): value for name, value in values.items() if value != getattr(Settings, name)}
+    values = log.record["settings"].items()
+    changed = {name.upper(): value for name, value in values if value != getattr(Settings, name)}
     log.event("settings", **changed)
-    log.event("machine", **runtime.describe())
+    log.event("machine", **log.record["machine"])
 
 
 def check_tools(s: Settings, runtime: Runtime) -> None:
@@ -3954,7 +3946,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     """The stages of a run. All ranks compute; rank 0 alone writes files."""
     s = settings
     # What can be wrong with the machine or the data shows here, before the first step.
-    log_setup(s, runtime, log)
+    log_setup(log)
     check_tools(s, runtime)
     data, validation = load_data(s, runtime, log)
     code_bytes = measure_code(s, runtime, log)
