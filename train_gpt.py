@@ -3417,7 +3417,7 @@ class Text:
         # (T,) of each input: its position in the document, its row, its place in the stream
         position, row = ranges(first, end - first)
         inside = position < length[row]
-        place = np.where(inside, start[row] + position, 0)  # the first target has no hint
+        place = np.where(inside, start[row] + position, 0)  # 0, the first target, has no hint
         scored = np.flatnonzero(position >= begin[row])  # (C,)
         target, visible = place[scored], np.flatnonzero(inside[scored])  # (C,), (n,)
         ids = np.where(inside, self.tokens[place], BOS_ID)
