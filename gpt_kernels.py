@@ -264,9 +264,9 @@ def wants_fp8(reader: Matrix | None) -> bool:
 
 @functools.cache
 def constant(number: float, device: torch.device) -> Tensor:
-    """The number as a tensor (), since 8-bit products read their scales from memory; made before any graph is
-    recorded."""
-    return torch.full((), number, device=device)
+    """The number as a float32 tensor (), since kernels read scales and caps from memory; made before any
+    graph is recorded."""
+    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def norm_unit(width: int) -> float:

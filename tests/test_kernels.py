@@ -1,6 +1,7 @@
 """The kernels of test-time training: references against naive formulas, the Triton versions, interpreted, against them."""
 import ast
 import base64
+import functools
 import json
 import math
 import os
@@ -170,6 +171,16 @@ def test_two_value_nll(T, V, caps, dtype, expanded):
     for ours, theirs in zip(*results):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-5)
+
+
+def test_whole_caps_are_float32_too(monkeypatch):
+    """Kernels take what lies behind a pointer by its type, and the next 30.0 is the same constant."""
+    monkeypatch.setattr(kernels, "constant", functools.cache(kernels.constant.__wrapped__))
+    scores, ids = 12 * torch.randn(3, 20, generator=generator()), torch.tensor([1, 2, 3])
+    for cap in (30, 30.0):
+        torch.testing.assert_close(fused_nll(scores, cap, cap, ids, ids)[0],
+                                   kernels.reference_two_value_nll(scores, 30.0, 30.0, ids, ids)[0])
+        assert kernels.constant(cap, scores.device).dtype == torch.float32
 
 
 def test_hints_carry_no_gradient():
@@ -985,7 +996,8 @@ def test_kernels_leave_the_launchers_own_names_alone(root):
     """Launches pass arguments by keyword, and Triton takes some of them for its own; its interpreter does not."""
     own = {"stream", "device", "device_type", "grid", "warmup", "num_warps", "num_stages", "num_ctas", "maxnreg"}
     functions = [node for node in ast.walk(ast.parse((root / "gpt_kernels.py").read_text()))
-                 if isinstance(node, ast.FunctionDef) and node.decorator_list]
+                 if isinstance(node, ast.FunctionDef)
+                 and any(re.match("jit|gluon_jit|row_kernel", ast.unparse(decorator)) for decorator in node.decorator_list)]
     assert len(functions) > 40
     for function in functions:
         assert not own & {argument.arg for argument in function.args.args}, function.name
