@@ -75,6 +75,14 @@ def defined() -> set[str]:
     return names
 
 
+@functools.cache
+def constants() -> set[str]:
+    """Names in capitals that train_gpt.py defines."""
+    statements = ast.parse((ROOT / "train_gpt.py").read_text()).body
+    targets = [statement.targets[0] for statement in statements if isinstance(statement, ast.Assign)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
 def figures() -> set[str]:
     """Names of figures in run records."""
     record = json.loads((RECORDS / "mini_record_fp8_seed42.json").read_text())
@@ -105,7 +113,7 @@ def test_names_in_backticks_exist(page):
     known = defined() | figures() | tests_of_features | {path.stem for path in RECORDS.rglob("*")}
     for span in code_spans(page):
         if match := re.fullmatch(VARIABLE, span):
-            assert fnmatch.filter(variables(), match[1]), f"{page.name}: no variable {span}"
+            assert fnmatch.filter(variables() | constants(), match[1]), f"{page.name}: no variable {span}"
         elif re.fullmatch(NAME, span):
             assert span.removesuffix("()") in known, f"{page.name}: no function or class {span}"
 
