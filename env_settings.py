@@ -157,7 +157,9 @@ def refusals(environ: Mapping[str, str], fixed: dict[str, tuple[str | None, str]
 
 
 def is_value(text: str, accepted: str) -> bool:
-    """Whether a variable's text means the accepted value: a number, a bound like >1, or a word."""
+    """Whether a variable's text means the accepted value: a number, a bound like >1, a word, or * for any."""
+    if accepted == "*":
+        return True
     if accepted.startswith(">"):
         return number(text) > float(accepted[1:])
     return text == accepted or number(text) == number(accepted)
@@ -259,7 +261,7 @@ def fixed_variables(table: str) -> dict[str, tuple[str | None, str]]:
 # Variables of the published systems that are no settings here: NAME=VALUE if that value is accepted, NAME if
 # none is, and in the next line the reason why no other.
 PUBLISHED = """
-CASEOPS_ENABLED=1 TOKENIZER_PATH
+CASEOPS_ENABLED=1 TOKENIZER_PATH=*
     bytes per token always come from the sidecar that prepare_caseops_data.py writes, not from a tokenizer
 TIE_EMBEDDINGS=1
     the output head is always the embedding; the untied head of earlier systems was never trained

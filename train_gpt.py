@@ -1033,12 +1033,14 @@ class GPT(nn.Module):
 
     # Where to change a block's design:
     # - A factor on a matrix's rows or columns: multiply it into the stack in layers(), as attn_scale is.
-    #   So it costs nothing per token. A factor on attention's scores by layer or head: multiply q_gain by it.
+    #   So it costs nothing per token. A factor on attention's scores: multiply q_gain (layers, heads), which
+    #   already is a learned factor by head, by it there; a temperature divides. No kernel changes.
     # - A vector or gate that an operation reads: a parameter in __init__ and init_weights(), a field of Layer
     #   and its line in layers(); then the operation's formula in gpt_kernels.py, the reference first.
     # - A matrix: a bank in __init__, init_weights() and banks(), a field of Layer and its line in layers(),
     #   a Role for quantization; project() multiplies by it, with the field's name as the site.
-    # Optimizer, average and checkpoint take whatever is a parameter.
+    # What is a parameter is trained (no bank: AdamW, SCALAR_LR, decay ADAM_WD toward 0), averaged and saved.
+    # Settings of the groups Model and Gates travel in the artifact; a file without one has its default.
 
     def layers(self) -> list[Layer]:
         """Cut the stacks into layers, once per forward pass."""
@@ -1570,13 +1572,15 @@ class Moment(NamedTuple):
 def schedule(progress: float, step: int, context_start: int, s: Settings) -> Moment:
     """Every schedule of training, a function of these four alone.
 
-    progress: 0 to 1, as the step begins: training time over its cap, or steps over ITERATIONS without a cap.
+    progress: 0 to 1, never beyond, as the step begins: training time over its cap, or steps over ITERATIONS
+    without a cap.
     context_start: the step in which the present context length began.
 
-    For another shape of the learning rate write a function beside `warmdown`, call it here, and declare its
-    settings in the group "Schedule" of Settings: no other place has to know.
+    For another shape of the learning rate write a function beside `linear_warmdown`, call it here, and
+    declare its settings in the group "Schedule" of Settings: no other place has to know (tools/report.py
+    calls this function).
     """
-    lr_factor = warmdown(progress, s) * warmup_after_change(step, context_start, s)
+    lr_factor = linear_warmdown(progress, s) * warmup_after_change(step, context_start, s)
     looping = s.num_loops > 0 and progress >= s.enable_looping_at
     return Moment(context_length(progress, s), looping, lr_factor, muon_momentum(step, s))
 
@@ -1589,7 +1593,7 @@ def context_length(progress: float, s: Settings) -> int:
     return length
 
 
-def warmdown(progress: float, s: Settings) -> float:
+def linear_warmdown(progress: float, s: Settings) -> float:
     """1, then a linear fall toward 0 over the last WARMDOWN_FRAC of progress, but not below MIN_LR."""
     if not s.warmdown_frac:
         return 1.0
