@@ -72,6 +72,8 @@ total_bytes     bytes_total submission_bytes total_submission_bytes total_size_b
 FIGURES = {name: row.split()[0] for row in ALIASES.strip().split("\n") for name in row.split()}
 STATISTICS = {"mean": "mean", "avg": "mean", "average": "mean", "std": "std", "stdev": "std", "stddev": "std",
               "max": "max", "largest": "max", "min": "min"}
+WAYS = {"mean": ("mean", statistics.fmean), "std": ("sample standard deviation", statistics.stdev),
+        "max": ("largest", max), "min": ("smallest", min)}
 ALSO = {"artifact_bytes": "total_bytes", "train_seconds": "step_seconds", "eval_seconds": "all_eval_seconds",
         "total_bytes": "shipped_bytes", "code_bytes": "shipped_code_bytes"}  # what else a figure may mean
 SEED_TABLES = {"seed_results", "seeds", "per_seed", "per_seed_results", "results", "runs"}
@@ -112,6 +114,7 @@ OURS = tuple(text[1:] for text, _ in LINES if text[0] == "^")
 OUR_KINDS = {text.split(" ")[0] for text in OURS} | {"settings", "step"}
 WORDS = set("device code_sha256 artifact_sha256 manifest splits_disjoint whole_text hints_inside_timer "
             "decodable folder failed".split())  # facts that are no numbers
+LITERALS = {"True": True, "False": False, "None": None}
 # A name begins only where a word does, so that a line of any length is read in linear time.
 PAIR = re.compile(r"(?<![\w.+'\"-])([a-z_][\w.+-]*)\s?[:=]\s{0,9}(?!\w+[:=]\d)([^\s;|)\]]+)")
 NUMBER = re.compile(r"([-+]?\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(ms|s)?(?!\w|\.\d)")
@@ -157,6 +160,9 @@ class Fact(NamedTuple):
         return "quantized" if re.search(r"quant|int\d|roundtrip", self.label) and not after else "final"
 
 
+NOT_STATED = Fact(None, "not stated", "")
+
+
 def is_figure(value) -> bool:
     """Whether the value is a number to reckon with."""
     return type(value) in (int, float) and abs(value) < 1e18
@@ -164,12 +170,21 @@ def is_figure(value) -> bool:
 
 def typed(text: str):
     """The value that a text stands for."""
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False}.get(text)
+    if text in LITERALS:
+        return LITERALS[text]
     try:
         return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else float(text)
     except ValueError:
         return text
+
+
+def plain(text: str) -> str:
+    """A number without its separators, a time in seconds; any other text as it is."""
+    match = NUMBER.match(text)
+    digits = re.sub("[_,]", "", match[1]) if match else text
+    if match and match[2] == "ms" and is_figure(typed(digits)):
+        digits = str(Decimal(digits).scaleb(-3))
+    return digits
 
 
 def decode(data: bytes) -> str:
@@ -221,9 +236,10 @@ class Run:
 
     def finals(self, name: str = "val_bpb") -> list[Fact]:
         """The scores of what is submitted; of the unquantized weights only if there is nothing else."""
-        kinds = {score.kind for score in self.facts.get(name, [])}
+        scores = self.facts.get(name, [])
+        kinds = {score.kind for score in scores}
         wanted = kinds & {"final", "quantized"} or kinds & {"before"}
-        return [score for score in self.facts.get(name, []) if score.kind in wanted]
+        return [score for score in scores if score.kind in wanted]
 
     @property
     def named_seed(self) -> int | None:
@@ -244,27 +260,29 @@ class Run:
     def take(self, line: str, where: str, number: int) -> None:
         """Enter a line of a log, or ignore it. Times become seconds."""
         lower = line.lower()
-        size, calibration, lengths = (pattern.search(lower) for pattern in (SIZE, CALIBRATION, LENGTHS))
         pairs = self.pairs(line if line.startswith(OURS) else lower, where)
         for text, names in LINES:
             there = line.startswith(text[1:]) if text[0] == "^" else text in lower
             for name, fact in names if there else ():
-                if name in pairs and fact in WORDS:
-                    value = {"True": True, "False": False}.get(pairs[name].text, pairs[name].text)
-                    self.facts.setdefault(fact, []).append(pairs[name]._replace(value=value))
-                elif name in pairs and type(pairs[name].value) in (int, float):
-                    self.facts.setdefault(fact, []).append(pairs[name])
+                stated = pairs.get(name)
+                if stated and fact in WORDS:
+                    self.add(fact, LITERALS.get(stated.text, stated.text), where, stated.text)
+                elif stated and type(stated.value) in (int, float):
+                    self.facts.setdefault(fact, []).append(stated)
         head = HEAD.match(line)
         if head and head[1]:
             self.add("own_seed", int(head[1]), where)
         elif head:
             self.settings.update(pairs)
+        size = SIZE.search(lower)
         if size:
             raw = "raw_" if size[2] in ("", "raw", "uncompressed") else ""
             self.add(raw + SIZES[size[1][0]], int(re.sub("[_,]", "", size[3])), where)
+        calibration = CALIBRATION.search(lower)
         if calibration:  # only after the end of training has it to be added to its time
             after = "calibration_after" if "train_seconds" in self.facts else "calibration_inside"
             self.add(after, typed(calibration[1]), where, calibration[1])
+        lengths = LENGTHS.search(lower)
         if lengths:
             self.add("longest", int(lengths[1]), where)
         if "timer" in lower and ("begin" in lower or "start" in lower):
@@ -272,36 +290,43 @@ class Run:
         about_hints = "hints" in lower or "precompute" in lower and ("ngram" in lower or "hint" in lower)
         if about_hints and pairs.keys() & WORK and not lower.startswith("ttt "):
             done = "elapsed" in pairs or "done" in lower
-            self.add("hints_done" if done else "hints_shown", number, where, lower)
+            name = "hints_done" if done else "hints_shown"
+            self.add(name, number, where, lower)
 
     @staticmethod
     def pairs(line: str, where: str) -> dict[str, Fact]:
         """Name and value of everything that a line states."""
+        found = {}
+        label = ""
         counted = STEP.match(line)
-        before = re.split(r"\bval_(?:loss|bpb)\b", line, maxsplit=1)[0][-80:] if "val_bpb" in line else ""
-        label = "step" if counted else " ".join(re.findall(r"[a-z][\w+.-]*", before))
-        found = {"step": Fact(int(counted[1]), counted[1], where)} if counted else {}
-        found |= {"device": Fact(line, line[:80], where)} if line.startswith("machine ") else {}
+        if counted:
+            label = "step"
+            found["step"] = Fact(int(counted[1]), counted[1], where)
+        elif "val_bpb" in line:
+            before = re.split(r"\bval_(?:loss|bpb)\b", line, maxsplit=1)[0]
+            label = " ".join(re.findall(r"[a-z][\w+.-]*", before[-80:]))
+        if line.startswith("machine "):
+            found["device"] = Fact(line, line[:80], where)
         for name, text in PAIR.findall(line):
-            match = NUMBER.match(text)
-            digits = re.sub("[_,]", "", match[1]) if match else text
-            if match and match[2] == "ms" and is_figure(typed(digits)):
-                digits = str(Decimal(digits).scaleb(-3))
-            found.setdefault(name, Fact(typed(digits), digits, where, label))
+            text = plain(text)
+            found.setdefault(name, Fact(typed(text), text, where, label))
         return found
 
     def complete(self, record: dict | None = None, record_name: str = "") -> None:
         """Name what follows: a record's settings, the end of a run by its steps, sizes without a codec."""
         self.record, self.record_name = record, record_name
         for name, value in record["settings"].items() if record else ():
-            self.settings[name] = Fact(typed(str(value)), str(value), f"{record_name}: settings.{name}")
+            text = str(value)
+            self.settings[name] = Fact(typed(text), text, f"{record_name}: settings.{name}")
         self.stated = self.stated or self.settings
         for name, other in INSTEAD.items():
             if other in self.facts:
                 self.facts.setdefault(name, self.facts[other])
-        for steps, seconds in zip(self.all("steps")[-1:], self.all("train_seconds")[-1:]):
+        steps = self.get("steps")
+        seconds = self.get("train_seconds")
+        if steps and seconds and "step_avg" not in self.facts:
             average = seconds.value / max(1, steps.value)
-            self.facts.setdefault("step_avg", [Fact(average, f"{average:.5f}", seconds.where)])
+            self.add("step_avg", average, seconds.where, f"{average:.5f}")
 
 
 def read_log(text: str, name: str, place: str = ":{}", first: int = 1) -> list[Run]:
@@ -362,12 +387,18 @@ def leaves(value, path: tuple = ()) -> Iterator[tuple[tuple[str, ...], object]]:
         yield path, value
 
 
+def seed_of(key: str) -> int | None:
+    """The seed that a key names: 42, seed42 or seed_42."""
+    match = SEED_KEY.fullmatch(key)
+    return int(match[1]) if match else None
+
+
 def seed_rows(table) -> list[int]:
     """The seeds of a table by seed, of a list of objects that name theirs, or of a list of seeds."""
     keys = table if isinstance(table, dict) else []
     if isinstance(table, list):
         keys = [str(lookup(row, "seed") if isinstance(row, dict) else row) for row in table]
-    return [int(SEED_KEY.fullmatch(key)[1]) for key in keys if SEED_KEY.fullmatch(key)]
+    return [seed_of(key) for key in keys if seed_of(key) is not None]
 
 
 def half_unit(text: str) -> float:
@@ -408,14 +439,16 @@ class Claim(NamedTuple):
         """Whether one fact for each seed gives what is claimed, and what it gives in words."""
         values = [fact.value for fact in sources]
         digits = max((fact.text for fact in sources), key=half_unit)
-        ways = {"mean": ("mean", statistics.fmean), "std": ("sample standard deviation", statistics.stdev),
-                "max": ("largest", max), "min": ("smallest", min)}
-        word, reckon = ways[self.statistic or ("max" if self.name.endswith("_bytes") else "mean")]
-        value = reckon(values) if self.seed is None else values[0]
-        said = f"the {word} of the logs is {value:.10g}" if self.seed is None else f"its log says {digits}"
-        if self.statistic == "std" and agree(self.fact, statistics.pstdev(values), digits):
-            said += " (it is the population's, divided by n, not by n - 1)"
-        said = ": ".join([said, *(fact.text for fact in sources if " " in fact.text and self.seed is None)])
+        value = values[0]
+        said = f"its log says {digits}"
+        if self.seed is None:
+            word, reckon = WAYS[self.statistic or ("max" if self.name.endswith("_bytes") else "mean")]
+            value = reckon(values)
+            said = f"the {word} of the logs is {value:.10g}"
+            if self.statistic == "std" and agree(self.fact, statistics.pstdev(values), digits):
+                said += " (it is the population's, divided by n, not by n - 1)"
+            notes = [fact.text for fact in sources if " " in fact.text]
+            said = ": ".join([said, *notes])
         # Over which steps a log averages, it does not say.
         average = self.name == "step_avg" and abs(self.fact.value - value) <= 0.01 * value
         return average or agree(self.fact, value, digits), said
@@ -424,30 +457,37 @@ class Claim(NamedTuple):
 def named_figure(key: str) -> tuple[str, str, int]:
     """What a key names: a figure or the key itself, a statistic or none, and the power of ten to seconds."""
     words = re.sub(r"_(?:by|per)_seed$", "", key).split("_")
-    found = [STATISTICS[word] for word in words if word in STATISTICS and words[:2] != ["step", "avg"]]
-    short = "_".join([word for word in words if word not in STATISTICS] if found else words)
-    match = re.fullmatch(r"(.*)_(ms|s|sec|secs|seconds)", short)
-    figure = FIGURES.get(short) or FIGURES.get(match[1] if match else "")
+    found = [word for word in words if word in STATISTICS]
+    if words[:2] == ["step", "avg"]:
+        found = []
+    short = "_".join(word for word in words if word not in found)
+    timed = re.fullmatch(r"(.*)_(ms|s|sec|secs|seconds)", short)
+    figure = FIGURES.get(short)
+    if timed and not figure:
+        figure = FIGURES.get(timed[1])
     if not figure or LIMIT.search(key):
         return key, "", 0
-    return figure, found[0] if found else "", -3 if match and match[2] == "ms" else 0
+    power = -3 if timed and timed[2] == "ms" else 0
+    return figure, STATISTICS[found[0]] if found else "", power
 
 
 def read_claims(submission: dict) -> Iterator[Claim]:
     """What submission.json says of the runs beside it; in objects of other names it speaks of other runs."""
     order = seed_rows(submission.get("seeds"))
     for path, value in leaves(submission):
-        seeds = [int(SEED_KEY.fullmatch(key)[1]) for key in path if SEED_KEY.fullmatch(key)]
-        keys = [key.lower() for key in path if not SEED_KEY.fullmatch(key) and key[0] != "#"] or ["seed"]
+        place = ".".join(path)
+        seeds = [seed_of(key) for key in path if seed_of(key) is not None]
+        keys = [key.lower() for key in path if seed_of(key) is None and key[0] != "#"] or ["seed"]
         if keys[-1] in NO_FIGURES or not TABLES.issuperset(keys[:-1]) or value in (None, ""):
             continue
-        if re.fullmatch(r"#\d{1,3}", path[-1]) and int(path[-1][1:]) < len(order):
-            seeds = [order[int(path[-1][1:])]]  # a list in the order of the seeds
+        entry = re.fullmatch(r"#(\d{1,3})", path[-1])
+        if entry and int(entry[1]) < len(order):
+            seeds = [order[int(entry[1])]]  # a list in the order of the seeds
         name, statistic, power = named_figure(keys[-1])
         statistic = next((STATISTICS[key] for key in keys if key in STATISTICS), statistic)
-        fact = as_number(value, power, f"submission.json: {'.'.join(path)}")
+        fact = as_number(value, power, f"submission.json: {place}")
         if fact or name in FIGURES:
-            yield Claim(".".join(path), name, statistic, seeds[0] if seeds else None, fact)
+            yield Claim(place, name, statistic, seeds[0] if seeds else None, fact)
 
 
 # --- Facts: the folder
@@ -476,7 +516,8 @@ class Folder:
         if not path.is_dir():
             raise VerifyError(f"{path}: no such folder")
         self.path = path
-        names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+        files = [file for file in path.rglob("*") if file.is_file()]
+        names = [str(file.relative_to(path)) for file in files]
         names = [name for name in names if not re.search(r"(^|/)(\.|__)", name)]
         self.names = sorted(names, key=lambda name: (name.count("/"), name))
         self.broken: list[tuple[str, str]] = []  # JSON files beside a log, and what is wrong with them
@@ -487,7 +528,8 @@ class Folder:
         self.manifest, self.manifest_wrong = read_json(path / "data_manifest.json")
         self.submission, self.wrong = read_json(path / "submission.json", str)
         if not isinstance(self.submission, dict):
-            self.submission, self.wrong = {}, self.wrong or "submission.json is no JSON object"
+            self.submission = {}
+            self.wrong = self.wrong or "submission.json is no JSON object"
         self.code = read_code(path, set(self.names)) if "train_gpt.py" in self.names else None
         for run in self.every_run if self.code else ():  # what lies here is a fact of every run
             run.add("shipped_code_bytes", self.code.total, "train_gpt.py")
@@ -531,8 +573,8 @@ class Folder:
         """Of the groups with all claimed seeds, or seeds enough, the one that submission.json fits best."""
         groups: dict[frozenset, list[Run]] = {}
         for run in self.every_run:
-            tag = run.settings["run_id"].text if "run_id" in run.settings else "\0"
-            key = {(name, str(fact.value).replace(tag, "")) for name, fact in self.listed(run).items()
+            run_id = run.settings.get("run_id", NOT_STATED).text  # is part of some paths
+            key = {(name, str(fact.value).replace(run_id, "")) for name, fact in self.listed(run).items()
                    if fact.text and name not in OWN_TO_A_RUN}
             groups.setdefault(frozenset(key), []).append(run)
         bare = groups.pop(frozenset(), []) if len(groups) > 1 else []  # may belong to every group
@@ -544,21 +586,23 @@ class Folder:
             if set(self.claimed) <= set(seeds) and len(seeds) >= least:
                 whole.append((runs + bare, seeds))
         self.mixed = not whole
-        ranked = []
-        for self.group, seeds in whole or [(self.every_run, every_seed)]:
-            for self.chosen in [self.claimed] if self.claimed else [seeds, *([seed] for seed in seeds)]:
-                verdicts = [self.judge(claim)[0] for claim in self.claims]
-                faults = verdicts.count(False), verdicts.count(None), len(ranked)
-                ranked.append((*faults, self.group, self.chosen))
-        self.group, self.chosen = min(ranked)[-2:]
+        choices = []
+        for runs, seeds in whole or [(self.every_run, every_seed)]:
+            wanted = [self.claimed] if self.claimed else [seeds, *([seed] for seed in seeds)]
+            choices += [(runs, chosen) for chosen in wanted]
+        faults = []
+        for self.group, self.chosen in choices:
+            verdicts = [self.judge(claim)[0] for claim in self.claims]
+            faults.append((verdicts.count(False), verdicts.count(None)))
+        self.group, self.chosen = choices[faults.index(min(faults))]
 
     @property
     def runs(self) -> list[Run]:
         """The runs of the group, and those that trained what it only evaluates."""
         inside = set(map(id, self.group))
         lacking = set(self.chosen) - {run.seed for run in self.group if run.trains}
-        others = [run for run in self.every_run if id(run) not in inside]
-        return self.group + [run for run in others if run.trains and run.seed in lacking]
+        others = [run for run in self.every_run if run.trains and id(run) not in inside]
+        return self.group + [run for run in others if run.seed in lacking]
 
     def of(self, seed: int | None) -> list[Run]:
         """The runs of a seed, the one that trained first."""
@@ -573,26 +617,32 @@ class Folder:
             if kind:
                 stated = [score for score in run.all("val_bpb") if score.kind == kind][-1:]
             elif name in ("val_bpb", "val_loss", "eval_seconds"):
-                stated = list({score.label: score for score in run.finals(name)}.values())[::-1]
+                by_label = {score.label: score for score in run.finals(name)}
+                stated = list(by_label.values())[::-1]
             found += stated + run.facts.get(ALSO.get(name), [])[-1:]
         return [fact for fact in found if is_figure(fact.value)]
 
     def counted(self, seed: int, name: str) -> list[Fact]:
         """The same; of scores of one artifact that disagree only the worse, which then names the better."""
-        runs = [run for run in self.of(seed) if "artifact_sha256" in run.facts and run.finals(name)]
-        scores = [run.finals()[-1].value for run in runs]
-        one = len({run.get("artifact_sha256").value for run in runs}) == 1 and name in ("val_bpb", "val_loss")
-        if not one or not max(scores) - min(scores) > SCORES_DIFFER * (1 + 1e-9):
+        if name not in ("val_bpb", "val_loss"):
             return self.facts(seed, name)
-        better, *_, worse = sorted((run.finals(name)[-1] for run in runs), key=lambda fact: fact.value)
+        runs = [run for run in self.of(seed) if "artifact_sha256" in run.facts and run.finals(name)]
+        artifacts = {run.get("artifact_sha256").value for run in runs}
+        scores = [run.finals()[-1].value for run in runs]
+        if len(artifacts) != 1 or not max(scores) - min(scores) > SCORES_DIFFER * (1 + 1e-9):
+            return self.facts(seed, name)
+        ranked = sorted((run.finals(name)[-1] for run in runs), key=lambda fact: fact.value)
+        better, worse = ranked[0], ranked[-1]
         text = f"{worse.text} (the better of two that disagree is {better.text})"
         return [Fact(worse.value, text, f"{worse.where}, {better.where}", worse.label)]
 
     def judge(self, claim: Claim) -> tuple[bool | None, str, list[Fact]]:
         """Whether the runs agree with a claim, None if they do not say; what they say; and the facts."""
         state = self.facts if claim.statistic == "std" else self.counted
-        facts = [state(seed, claim.name) for seed in (self.chosen if claim.seed is None else [claim.seed])]
-        if claim.fact is None or not facts or not all(facts) or claim.statistic == "std" and len(facts) < 2:
+        seeds = self.chosen if claim.seed is None else [claim.seed]
+        facts = [state(seed, claim.name) for seed in seeds]
+        too_few = len(facts) < (2 if claim.statistic == "std" else 1)
+        if claim.fact is None or too_few or not all(facts):
             return None, "", []
         every = [fact for found in facts for fact in found]
         refused = ""
@@ -698,21 +748,26 @@ def texts_of(nodes: list[ast.AST]) -> list[str]:
 
 def is_writing(node: ast.AST) -> bool:
     """Whether a node is a call that writes a file."""
-    modes = [*node.args[:2], *(word.value for word in node.keywords)] if called(node) == "open" else []
-    return called(node) in WRITERS or any(re.fullmatch("[wax][bt+]{0,2}", mode) for mode in texts_of(modes))
+    if called(node) != "open":
+        return called(node) in WRITERS
+    modes = texts_of([*node.args[:2], *(word.value for word in node.keywords)])
+    return any(re.fullmatch("[wax][bt+]{0,2}", mode) for mode in modes)
 
 
 def needed_names(nodes: list[ast.AST]) -> set[str]:
     """The files that a source imports or names, but for those that it only writes."""
     writing = {id(part) for node in nodes if is_writing(node) for part in ast.walk(node)}
     loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-    only_written = {node.id for node in loads} - {node.id for node in loads if id(node) not in writing}
+    read = {node.id for node in loads if id(node) not in writing}
+    only_written = {node.id for node in loads} - read
     modules = []
     for node in nodes:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in only_written:
-            writing |= {id(part) for part in ast.walk(node)}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            base = getattr(node, "module", "") or ""
+            writing.update(id(part) for part in ast.walk(node))
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
             modules += [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
         elif called(node) in ("import_module", "__import__", "run_module"):
             modules += texts_of(node.args)
@@ -723,10 +778,7 @@ def needed_names(nodes: list[ast.AST]) -> set[str]:
 
 
 def read_code(folder: Path, names: set[str]) -> Code:
-    """The folder's script, the files beside it that it imports or reads, and those that these do.
-
-    No text is looked for on the disk: what is needed is one of the folder's names.
-    """
+    """The folder's script, the files of `names` that it imports or reads, and those that these do."""
     script = (folder / "train_gpt.py").read_bytes()
     waiting = [("train_gpt.py", decode(script))]
     helpers: dict[str, int] = {}
@@ -803,23 +855,25 @@ def record_fault(run: Run) -> tuple | None:
     """The first difference between log and record."""
     events = run.record["events"]
     last = {str(event["event"]): index for index, event in enumerate(events)}
+    kinds = OUR_KINDS | last.keys()
     heads = [re.match(r"(\w+)(?: \w+:|$)", line) for line in run.lines]
-    found = [n for n, head in enumerate(heads, 1) if head and head[1] in OUR_KINDS | last.keys()]
-    found += [len(run.lines)] * max(0, len(events) - len(found))
+    found = [number for number, head in enumerate(heads, 1) if head and head[1] in kinds]
+    found += [len(run.lines)] * (len(events) - len(found))
     for index, number in enumerate(found):
         text = event_text(events[index]) if index < len(events) else "nothing"
         line = "\n".join(run.lines[number - 1:number + text.count("\n")])
         if line != text:
-            words = [pair for pair in zip(line.split(" "), text.split(" ")) if pair[0] != pair[1]]
-            logged, recorded = (words or [(line, text)])[0]
-            said = f"the log says {logged[-60:]}, the record {recorded[-60:]}"
+            pairs = zip(line.split(" "), text.split(" "))
+            apart = [pair for pair in pairs if pair[0] != pair[1]] or [(line, text)]
+            said = f"the log says {apart[0][0][-60:]}, the record {apart[0][1][-60:]}"
             return FAIL, said, run, f"{run.name}:{number}", f"{run.record_name}: events[{index}]"
     for kind, fields in run.record["results"].items():
-        event = events[last[kind]] if kind in last else {}
-        if {key: value for key, value in event.items() if key != "event"} != fields:
+        logged = dict(events[last[kind]]) if kind in last else {}
+        logged.pop("event", None)
+        if logged != fields:
             line = f"{run.name}:{found[last[kind]]}" if kind in last else run.name
-            where = f"{run.record_name}: results.{kind}"
-            return FAIL, f"results.{kind} is not what was logged", run, where, line
+            said = f"results.{kind} is not what was logged"
+            return FAIL, said, run, f"{run.record_name}: results.{kind}", line
     status = run.record.get("status")
     ended = next((kind for kind in ("finished", "failed") if kind in last), "running")
     said = f"status {status}, the log says {ended}"
@@ -941,13 +995,15 @@ def check_hints(f: Folder, run: Run) -> Iterator[tuple]:
 
 def check_experts(f: Folder, run: Run) -> Iterator[tuple]:
     """Experts that look at the token being scored are off."""
-    on = [(name, run.get(name)) for name in GATES + PEEKING if run.get(name) and run.get(name).value]
-    gates, boosts = ([fact for name in names for fact in run.having(name, 0)] for names in (GATES, PEEKING))
+    experts = {name: run.get(name) for name in GATES + PEEKING}
+    on = {name: fact for name, fact in experts.items() if fact and fact.value}
+    gates = [fact for name in GATES for fact in run.having(name, 0)]
+    boosts = [fact for name in PEEKING for fact in run.having(name, 0)]
     taus = [fact for name in ("within_tau", "word_tau") for fact in run.all(name) if is_figure(fact.value)]
-    closed = len(boosts) == 3 and len([tau for tau in taus if tau.value > 1]) == 2
+    closed = len(boosts) == 3 and sum(tau.value > 1 for tau in taus) == 2
+    shown = ", ".join(f"{name} {fact.text}" for name, fact in on.items())
     yield PASS, "no tilt", run.having("ngram_tilt_enabled", False)
-    shown = ", ".join(f"{name} {fact.text}" for name, fact in on)
-    yield FAIL, f"experts that see the target are on: {shown}", [fact for _, fact in on]
+    yield FAIL, f"experts that see the target are on: {shown}", list(on.values())
     yield PASS, "this program has token hints only", run.record and run.all("ngram_boost")
     yield PASS, "their gates opened nowhere", len(gates) == 3 and gates
     yield PASS, "their boosts are zero and their thresholds above 1", closed and boosts + taus
@@ -1058,6 +1114,13 @@ def check_data(f: Folder) -> Iterator[tuple]:
     yield SOUND, "splits are disjoint, by the logs and by data_manifest.json", *claims
 
 
+def settings_apart(one: dict[str, Fact], two: dict[str, Fact]) -> list[tuple[str, Fact, Fact]]:
+    """The settings that differ between two runs, by name; a blank one says nothing."""
+    names = sorted((one.keys() | two.keys()) - OWN_TO_A_RUN)
+    pairs = [(name, one.get(name, NOT_STATED), two.get(name, NOT_STATED)) for name in names]
+    return [(name, a, b) for name, a, b in pairs if a.value != b.value and a.text and b.text]
+
+
 def check_same(f: Folder) -> Iterator[tuple]:
     """All seeds ran the same code with the same settings but for the seed."""
     trained = [run for run in f.runs if run.trains] or f.runs
@@ -1069,14 +1132,9 @@ def check_same(f: Folder) -> Iterator[tuple]:
             if len(pair) == 2 and pair[0].value != pair[1].value and (run.trains or name != "world_size"):
                 yield FAIL, f"{name} differs: {pair[0].text[:16]} and {pair[1].text[:16]}", run, *pair
                 break
-        one, two = f.listed(first), f.listed(run)
-        apart = []
-        for name in sorted((one.keys() | two.keys()) - OWN_TO_A_RUN) if f.mixed and two else ():
-            pair = [settings.get(name, Fact(None, "not stated", "")) for settings in (one, two)]
-            if pair[0].value != pair[1].value and all(fact.text for fact in pair):
-                apart.append((f"{name} {pair[0].text} and {pair[1].text}", *pair))
+        apart = settings_apart(f.listed(first), f.listed(run)) if f.mixed and run.settings else []
         if apart:
-            shown = ", ".join(text for text, *_ in apart[:5])
+            shown = ", ".join(f"{name} {a.text} and {b.text}" for name, a, b in apart[:5])
             more = f" and {len(apart) - 5} more" if apart[5:] else ""
             said = f"settings of {first.name} and {run.name} differ: {shown}{more}"
             yield FAIL, said, run, *(fact for _, *facts in apart[:5] for fact in facts)
@@ -1093,7 +1151,6 @@ def check_same(f: Folder) -> Iterator[tuple]:
     beside = len(f.every_run) - len(f.runs)
     said = f"one set of settings but for the seed; {'one' if digests else 'unidentified'} code"
     said += f"; {beside} runs with other settings lie beside them" if beside else ""
-    said += "; what it only evaluates was trained with other settings" if len(f.runs) > len(f.group) else ""
     yield SOUND, said, *(run.settings.get("seed") or run for run in trained)
 
 
@@ -1108,11 +1165,11 @@ def check_settings(f: Folder, run: Run) -> Iterator[tuple]:
     if docs and used and docs.value != used.value:
         yield FAIL, f"the head says {docs.text} prefix documents, the run took {used.text}", [docs, used]
     events = [event for event in run.record["events"] if event["event"] == "settings"] if run.record else []
-    for name, value in [pair for event in events for pair in event.items() if pair[0] != "event"]:
-        acting = run.record["settings"].get(name.lower(), "nothing")
-        if acting != value:
+    for event in events:
+        for name, value in event.items():
+            acting = run.record["settings"].get(name.lower(), "nothing")
             said = f"{name} was set to {value}, the run's settings say {acting}"
-            yield FAIL, said, [run.stated.get(name.lower(), run)]
+            yield FAIL, said, name != "event" and acting != value and [run.stated.get(name.lower(), run)]
     if events:
         said = f"{len(run.record['settings'])} settings, those of the log among them"
         yield PASS, said, list(run.stated.values())
@@ -1158,21 +1215,26 @@ def t_test(high: list[float], low: list[float], paired: bool, shift: float, side
     moved = [value - shift for value in high]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values that are all equal
-        test = (stats.ttest_rel(moved, low, alternative=sides) if paired else
-                stats.ttest_ind(moved, low, equal_var=False, alternative=sides))
-    equal = float(statistics.fmean(moved) <= statistics.fmean(low))
-    return equal if math.isnan(test.pvalue) else float(test.pvalue)
+        if paired:
+            test = stats.ttest_rel(moved, low, alternative=sides)
+        else:
+            test = stats.ttest_ind(moved, low, equal_var=False, alternative=sides)
+    if math.isnan(test.pvalue):
+        return float(statistics.fmean(moved) <= statistics.fmean(low))
+    return float(test.pvalue)
 
 
 def other_scores(comparison: dict) -> tuple[dict[int, float], str]:
     """The other side of a comparison by seed, or by place in a list; its key, val_loss or one of val_bpb."""
     for key in ("val_loss", "baseline", "val_bpb"):
-        found = [(path, value) for path, value in leaves(comparison.get(key)) if len(path) == 1]
-        values = {path[0]: as_number(value, 0, "") for path, value in found}
-        if len(values) > 1 and all(values.values()):
-            seeds = [SEED_KEY.fullmatch(seed) for seed in values]
-            seeds = [int(match[1]) if match else place for place, match in enumerate(seeds)]
-            return dict(zip(seeds, [fact.value for fact in values.values()])), key
+        leaf = {path: as_number(value, 0, "") for path, value in leaves(comparison.get(key))}
+        facts = {path[0]: fact for path, fact in leaf.items() if len(path) == 1}
+        if len(facts) > 1 and all(facts.values()):
+            scores = {}
+            for place, (name, fact) in enumerate(facts.items()):
+                seed = seed_of(name)
+                scores[place if seed is None else seed] = fact.value
+            return scores, key
     return {}, ""
 
 
@@ -1182,9 +1244,12 @@ def check_comparison(f: Folder) -> Iterator[tuple]:
     theirs, unit = other_scores(comparison) if isinstance(comparison, dict) else ({}, "")
     ours = {}  # (bpb, nats) by seed, of the training log where another one scored the artifact too
     for seed in f.chosen:
-        pair = [f.counted(seed, name) for name in ("val_bpb", "val_loss")]
-        last = [[fact.value for fact in found if fact.label == found[0].label][-1] for found in pair if found]
-        ours.update({seed: last} if len(last) == 2 and min(last) > 0 else {})
+        pair = []
+        for name in ("val_bpb", "val_loss"):
+            found = f.counted(seed, name)
+            pair += [fact.value for fact in found if fact.label == found[0].label][-1:]
+        if len(pair) == 2 and min(pair) > 0:
+            ours[seed] = pair
     if not theirs or len(ours) < 2:
         yield UNKNOWN, "no comparison with the scores per seed of both sides; they would decide", key
         return
@@ -1247,8 +1312,8 @@ def finding(check: str, verdict: str, detail: str, *sources) -> dict:
     seeds = [run.seed for run in runs] + [source for source in sources if isinstance(source, int)]
     where = [getattr(source, "where", source) for source in sources if isinstance(source, (Fact, str))]
     where = [place for place in where if place] or [run.name for run in runs]
-    return dict(check=check, verdict=PASS if verdict == SOUND else verdict, seed=seeds[0] if seeds else None,
-                detail=detail, evidence=", ".join(dict.fromkeys(where)))
+    return {"check": check, "verdict": PASS if verdict == SOUND else verdict, "seed": seeds[0] if seeds else None,
+            "detail": detail, "evidence": ", ".join(dict.fromkeys(where))}
 
 
 def findings_of(f: Folder) -> list[dict]:
@@ -1263,8 +1328,8 @@ def findings_of(f: Folder) -> list[dict]:
         for run in runs.get(scope, []):
             held = [(verdict, text, run, *facts) for verdict, text, facts in check(f, run) if facts]
             items += held[:1]
-        items = [item for item in items if item[0] != SOUND] or items
-        found += [finding(name, *item) for item in items]
+        others = [item for item in items if item[0] != SOUND]
+        found += [finding(name, *item) for item in others or items]
     return found
 
 
@@ -1284,14 +1349,19 @@ def report(found: list[dict]) -> str:
             silent.append(name)
             continue
         texts: dict[str, list[str]] = {FAIL: [], UNKNOWN: [], PASS: []}
-        for (verdict, detail), items in merged.items():
+        for (verdict, text), items in merged.items():
             seeds = list(dict.fromkeys(str(item["seed"]) for item in items if item["seed"] is not None))
             where = ", ".join(dict.fromkeys(item["evidence"] for item in items if item["evidence"]))
-            head = f"seed{'s' if seeds[1:] else ''} {', '.join(seeds)}: " if seeds else ""
-            texts[verdict].append(f"{head}{detail}" + (f" ({where})" if where else ""))
-        texts[PASS] = ["; ".join(texts[PASS])] if texts[PASS] else []
+            if seeds:
+                text = f"seed{'s' if seeds[1:] else ''} {', '.join(seeds)}: {text}"
+            if where:
+                text += f" ({where})"
+            texts[verdict].append(text)
+        if texts[PASS]:
+            texts[PASS] = ["; ".join(texts[PASS])]
         lines += [f"{verdict:8}{name:22}{text}" for verdict, items in texts.items() for text in items]
-    lines += [f"{UNKNOWN:8}{'no foreign log says':22}{', '.join(silent)}: {FOREIGN}"] if silent else []
+    if silent:
+        lines.append(f"{UNKNOWN:8}{'no foreign log says':22}{', '.join(silent)}: {FOREIGN}")
     return "\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufffd]", "?", line) for line in lines)
 
 
@@ -1306,12 +1376,10 @@ def summary(f: Folder) -> dict[str, list[float]]:
 
 def compare(one: Folder, two: Folder) -> str:
     """Two folders side by side: the settings that differ, and every figure as its mean over the seeds."""
-    settings = [f.group[0].settings for f in (one, two)]
     rows = [("", str(one.path), str(two.path)), ("seeds", str(one.chosen), str(two.chosen))]
-    for name in sorted((settings[0].keys() | settings[1].keys()) - OWN_TO_A_RUN):
-        texts = [side[name].text if name in side else "not stated" for side in settings]
-        rows += [(name, *texts)] if texts[0] != texts[1] else []
-    figures = [summary(f) for f in (one, two)]
+    for name, *facts in settings_apart(one.group[0].settings, two.group[0].settings):
+        rows.append((name, *(fact.text for fact in facts)))
+    figures = [summary(one), summary(two)]
     for name in figures[0]:
         found = [side[name] for side in figures]
         rows.append((name, *(f"{statistics.fmean(x):.8g}" if x else "not stated" for x in found)))
