@@ -249,7 +249,7 @@ def test_bytes_with_a_saving_coder_and_unknown_names(tmp_path):
     run = runs_of(change(make(tmp_path), "other", edit))[0]
     shares = report.byte_shares(run)
     assert shares["rest"] == 40_000 - 48_500 and shares["other matrices"] == 500
-    assert report.bytes_section([run])[0].text.count("rest -8,500") == 1
+    assert report.bytes_section([run]).picture.text.count("rest -8,500") == 1
 
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ def test_schedule_under_a_cap_follows_the_clock(tmp_path):
     (lambda record: record.update(events=[]), "no steps")])
 def test_schedule_that_cannot_be_computed_says_why(tmp_path, edit, why):
     run = runs_of(change(make(tmp_path), "odd", edit))[0]
-    picture, _, lost = report.schedule_section([run])
-    assert picture is None and lost == {run.label: why}
+    section = report.schedule_section([run])
+    assert section.picture is None and section.lost == {run.label: why}
 
 
 def test_schedule_without_pytorch(three, monkeypatch):
@@ -330,7 +330,7 @@ def test_repeats_of_one_seed_are_no_seeds(tmp_path):
     assert report.seed_groups(runs_of(first, make(tmp_path, "again", SEED=1))) == []
     second = make(tmp_path, "second", SEED=2)
     moved = change(second, "moved", lambda record: record["machine"].update(device="another"))
-    note = report.seeds_section(runs_of(first, moved))[1]
+    note = report.seeds_section(runs_of(first, moved)).note
     assert "first, second differ in machine too" in note
 
 
@@ -426,7 +426,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
                 event["train_loss"] = "nan"
 
     run = runs_of(change(make(tmp_path), "wild", edit))[0]
-    assert "tiny: 2 recorded losses are not finite" in report.loss_section([run])[1]
+    assert "tiny: 2 recorded losses are not finite" in report.loss_section([run]).note
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -883,7 +883,7 @@ def summary_table(runs: list[Run]) -> str:
 
 
 class Picture(NamedTuple):
-    """A figure as (PNG, width, height) for wide and narrow windows, and in words for who does not see it."""
+    """A figure as (PNG, width, height) for wide and narrow windows; text: the same in words."""
 
     name: str
     wide: tuple[bytes, int, int]
@@ -916,16 +916,21 @@ def drawn(name: str, text: str, draw, *arguments) -> Picture:
     return Picture(name, *pictures, text)
 
 
-# A section returns its picture (None: nothing to show), a note, the reasons for leaving out runs by their
-# labels, and perhaps a table.
+class Section(NamedTuple):
+    """What a section shows: nothing without a picture. lost: why it leaves out runs, by their labels."""
+
+    lost: dict[str, str]
+    picture: Picture | None = None
+    note: str = ""
+    table: str = ""
 
 
-def loss_section(runs: list[Run]):
+def loss_section(runs: list[Run]) -> Section:
     losses = {run.number: run.events("step", "step", "seconds", "train_loss") for run in runs}
     shown = [run for run in runs if losses[run.number]]
     lost = {run.label: "no training steps" for run in runs if run not in shown}
     if not shown:
-        return None, "", lost
+        return Section(lost)
     ends = []
     for run in shown:
         end = losses[run.number][-1]
@@ -940,15 +945,16 @@ def loss_section(runs: list[Run]):
         wild = len(run.events("step", "step", "seconds")) - len(losses[run.number])
         if wild:
             note += f" {run.label}: {wild} recorded losses are not finite."
-    return drawn("loss", text, draw_loss, shown, limits), note, lost
+    picture = drawn("loss", text, draw_loss, shown, limits)
+    return Section(lost, picture, note)
 
 
-def schedule_section(runs: list[Run]):
+def schedule_section(runs: list[Run]) -> Section:
     found = {run.number: schedule(run) for run in runs}
     shown = [run for run in runs if isinstance(found[run.number], Schedule)]
     lost = {run.label: found[run.number] for run in runs if run not in shown}
     if not shown:
-        return None, "", lost
+        return Section(lost)
     parts = []
     for run in shown:
         s = found[run.number]
@@ -960,7 +966,8 @@ def schedule_section(runs: list[Run]):
     text = "Learning-rate multiplier and context length over progress. " + "; ".join(parts)
     note = ("Computed by train_gpt.py's functions from the recorded settings and clock, which is "
             "interpolated between the recorded steps (dots). Dashed: the start of looping.")
-    return drawn("schedule", text, draw_schedule, shown, found), note, lost
+    picture = drawn("schedule", text, draw_schedule, shown, found)
+    return Section(lost, picture, note)
 
 
 def bars_in_words(bars: list[Bar], form: str) -> str:
@@ -971,12 +978,12 @@ def bars_in_words(bars: list[Bar], form: str) -> str:
     return "; ".join(lines)
 
 
-def time_section(runs: list[Run]):
+def time_section(runs: list[Run]) -> Section:
     found = {run.number: times(run) for run in runs}
     shown = [run for run in runs if found[run.number][0]]
     lost = {run.label: "no times" for run in runs if run not in shown}
     if not shown:
-        return None, "", lost
+        return Section(lost)
     bars = []
     totals = []
     partial = []
@@ -1005,15 +1012,16 @@ def time_section(runs: list[Run]):
     if partial:
         note += (f" The total of runs that did not finish ({', '.join(partial)}) is from the start of the "
                  "process to the end of test-time training.")
-    extra = table("Seconds, and shares of the total where known", ["part", *map(heading, shown)], rows)
-    return drawn("time", text, draw_stacks, bars, TIMES, "seconds", None), note, lost, extra
+    figures = table("Seconds, and shares of the total where known", ["part", *map(heading, shown)], rows)
+    picture = drawn("time", text, draw_stacks, bars, TIMES, "seconds", None)
+    return Section(lost, picture, note, figures)
 
 
-def waterfall_section(runs: list[Run]):
+def waterfall_section(runs: list[Run]) -> Section:
     shown = [run for run in runs if stages(run)]
     lost = {run.label: "no val_bpb" for run in runs if run not in shown}
     if not shown:
-        return None, "", lost
+        return Section(lost)
     lines = []
     for run in shown:
         values = ", ".join(f"{name} {value:.5f}" for name, value in stages(run))
@@ -1032,15 +1040,16 @@ def waterfall_section(runs: list[Run]):
     for name in STAGE_NAMES:
         if any(name in values for values in found):
             rows.append((name, [cell(values.get(name), ".5f") for values in found]))
-    extra = table("val_bpb after each stage", ["stage", *map(heading, shown)], rows)
-    return drawn("bpb", text, draw_waterfall, shown), note, lost, extra
+    figures = table("val_bpb after each stage", ["stage", *map(heading, shown)], rows)
+    picture = drawn("bpb", text, draw_waterfall, shown)
+    return Section(lost, picture, note, figures)
 
 
-def bytes_section(runs: list[Run]):
+def bytes_section(runs: list[Run]) -> Section:
     shown = [run for run in runs if byte_shares(run)]
     lost = {run.label: "no matrices recorded" for run in runs if run not in shown}
     if not shown:
-        return None, "", lost
+        return Section(lost)
     totals = [run.figure("size", "total_bytes") for run in shown]
     bars = []
     for run, total in zip(shown, totals):
@@ -1063,8 +1072,9 @@ def bytes_section(runs: list[Run]):
             note += f" Dashed: the cap of {cap:,} bytes."
         else:
             note += f" The cap, {cap:,} bytes, lies far to the right."
-    extra = table("Bytes by class", ["class", *map(heading, shown)], rows)
-    return drawn("bytes", text, draw_stacks, bars, CLASSES, "bytes", bound), note, lost, extra
+    figures = table("Bytes by class", ["class", *map(heading, shown)], rows)
+    picture = drawn("bytes", text, draw_stacks, bars, CLASSES, "bytes", bound)
+    return Section(lost, picture, note, figures)
 
 
 def other_differences(group: list[Run]) -> str:
@@ -1079,10 +1089,10 @@ def other_differences(group: list[Run]) -> str:
     return " and ".join(kinds)
 
 
-def seeds_section(runs: list[Run]):
+def seeds_section(runs: list[Run]) -> Section:
     groups = [group for group in seed_groups(runs) if seed_figures(group)]
     if not groups:
-        return None, "", {}
+        return Section({})
     tables = []
     lines = []
     note = "All other settings are equal"
@@ -1102,7 +1112,8 @@ def seeds_section(runs: list[Run]):
             note += f"; {', '.join(run.label for run in group)} differ in {differences} too"
     note += ". Grey: one sample standard deviation."
     text = "Runs that differ in their seed alone, around their mean. " + "; ".join(lines)
-    return drawn("seeds", text, draw_seeds, groups), note, {}, "\n".join(tables)
+    picture = drawn("seeds", text, draw_seeds, groups)
+    return Section({}, picture, note, "\n".join(tables))
 
 
 SECTIONS = (  # name, title, function, what stands there without a picture
@@ -1123,21 +1134,21 @@ def page(runs: list[Run], others: int) -> tuple[str, list[Picture]]:
     """The page as HTML, and the pictures in it."""
     pictures = []
     body = []
-    for name, title, section, nothing in SECTIONS:
-        picture, note, lost, *extra = section(runs)
+    for name, title, compose, nothing in SECTIONS:
+        section = compose(runs)
         body.append(f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>')
-        if picture:
-            pictures.append(picture)
-            body.append(picture.markup())
-            body.append(f'<p class="note">{html.escape(note)}</p>')
+        if section.picture:
+            pictures.append(section.picture)
+            body.append(section.picture.markup())
+            body.append(f'<p class="note">{html.escape(section.note)}</p>')
         else:
             body.append(f"<p>{nothing}</p>")
-        body.append(left_out(lost))
-        for figures in extra:
-            # The table of seeds is what its section is about; the others repeat the picture.
-            if name != "seeds":
-                figures = f"<details><summary>The figures as a table</summary>{figures}</details>"
-            body.append(figures)
+        body.append(left_out(section.lost))
+        # The table of seeds is what its section is about; the others repeat the picture.
+        if name == "seeds" and section.table:
+            body.append(section.table)
+        elif section.table:
+            body.append(f"<details><summary>The figures as a table</summary>{section.table}</details>")
         body.append("</section>")
     states = [run.status.split(":")[0] for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
