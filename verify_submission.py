@@ -322,8 +322,7 @@ class Run:
         for name, other in INSTEAD.items():
             if other in self.facts:
                 self.facts.setdefault(name, self.facts[other])
-        steps = self.get("steps")
-        seconds = self.get("train_seconds")
+        steps, seconds = self.get("steps"), self.get("train_seconds")
         if steps and seconds and "step_avg" not in self.facts:
             average = seconds.value / max(1, steps.value)
             self.add("step_avg", average, seconds.where, f"{average:.5f}")
@@ -626,7 +625,8 @@ class Folder:
         """The same; of scores of one artifact that disagree only the worse, which then names the better."""
         if name not in ("val_bpb", "val_loss"):
             return self.facts(seed, name)
-        runs = [run for run in self.of(seed) if "artifact_sha256" in run.facts and run.finals(name)]
+        scored = [run for run in self.of(seed) if run.finals() and run.finals(name)]
+        runs = [run for run in scored if "artifact_sha256" in run.facts]
         artifacts = {run.get("artifact_sha256").value for run in runs}
         scores = [run.finals()[-1].value for run in runs]
         if len(artifacts) != 1 or not max(scores) - min(scores) > SCORES_DIFFER * (1 + 1e-9):
@@ -662,8 +662,8 @@ class Folder:
 
     def claims_total(self, fact: Fact) -> bool:
         """Whether submission.json states these bytes as the total."""
-        stated = [claim.fact.value for claim in self.claims if claim.name == "total_bytes" and claim.fact]
-        return fact.value in stated
+        totals = [claim.fact for claim in self.claims if claim.name == "total_bytes"]
+        return fact.value in [total.value for total in totals if total]
 
     def script_named(self) -> bool:
         """Whether the folder's train_gpt.py is, byte by byte, the code that every run names."""

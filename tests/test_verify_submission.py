@@ -523,6 +523,16 @@ def test_worse_of_two_scores_or_nearly_one_score_passes(ours, more, both):
     assert all(score in finding["detail"] for score in scores) == both
 
 
+@pytest.mark.parametrize("end", ["", "ttt val_bpb:x val_loss:2.1 seconds:3.0\n"], ids=["no score", "half a score"])
+def test_run_without_a_score_still_has_its_other_figures(tmp_path, end):
+    lines = ["training steps:5 seconds:1.0 clock_seconds:2.0", "step step:5 train_loss:2.0",
+             f"size artifact_sha256:{'a' * 64} artifact_bytes:5 code_bytes:3 total_bytes:8"]
+    (tmp_path / "train_seed1.log").write_text("\n".join(lines) + "\n" + end)
+    (tmp_path / "submission.json").write_text(json.dumps(dict(seeds=[1], steps=5, bytes_total=8, val_loss=2.1)))
+    found = [x for x in v.audit(tmp_path) if x["check"] == "submission.json" and x["verdict"] == v.PASS]
+    assert len(found) == 1 and found[0]["detail"].startswith("3 figures" if end else "2 figures")
+
+
 def test_logs_alone_are_compared_by_the_settings_that_they_list(ours):
     environ(MATRIX_LR="0.03")(ours)
     ours.write()
