@@ -1312,8 +1312,8 @@ def finding(check: str, verdict: str, detail: str, *sources) -> dict:
     seeds = [run.seed for run in runs] + [source for source in sources if isinstance(source, int)]
     where = [getattr(source, "where", source) for source in sources if isinstance(source, (Fact, str))]
     where = [place for place in where if place] or [run.name for run in runs]
-    return {"check": check, "verdict": PASS if verdict == SOUND else verdict, "seed": seeds[0] if seeds else None,
-            "detail": detail, "evidence": ", ".join(dict.fromkeys(where))}
+    return dict(check=check, verdict=PASS if verdict == SOUND else verdict, seed=seeds[0] if seeds else None,
+                detail=detail, evidence=", ".join(dict.fromkeys(where)))
 
 
 def findings_of(f: Folder) -> list[dict]:
