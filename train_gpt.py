@@ -941,7 +941,8 @@ class GPT(nn.Module):
         self.fp8 = s.fp8 != "0" and fp8_products_fit(  # in passes with gradients
             s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, compute_dtype)
         self.kept_layers: list[Layer] | None = None
-        n, d, heads = s.num_layers, s.model_dim, s.num_heads
+        n, d = s.num_layers, s.model_dim
+        heads = s.num_heads
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape))
@@ -2605,7 +2606,9 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 3
 ARTIFACT_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, table bytes, payload bytes, SHA-256 of both
 SIZE_CAP = 16_000_000
 # Codes of a spread of 2^((class - SPREAD_OFFSET) / SPREADS_PER_OCTAVE) share a table of symbol frequencies.
-SPREADS, SPREADS_PER_OCTAVE, SPREAD_OFFSET = 64, 4, 24
+SPREADS = 64
+SPREADS_PER_OCTAVE = 4
+SPREAD_OFFSET = 24
 PERGROUP_SORTED = ("tok_emb.codes", "attn.c_q.codes", "mlp.fc.codes")
 PACKED_SCRIPT = globals().get("PACKED_SCRIPT")  # its own path, set by the loader of a packed script
 
@@ -3071,7 +3074,8 @@ def printable(value) -> str:
 
 def check_table(table: dict, model: GPT) -> Specs:
     """The layout that the table describes; raises one of UNREADABLE if this program writes no such table."""
-    s, looping, quantization = model.settings, table["looping"], table["quantization"]
+    s = model.settings
+    looping, quantization = table["looping"], table["quantization"]
     require(type(looping) is bool and (s.num_loops > 0 or not looping))
     if quantization is None:
         require(table["compressor"] == "none")
