@@ -785,7 +785,7 @@ def test_download(nesting, train_shards, hub, built, tmp_path, capsys):
     assert prep.main(["--download", "--out", str(tmp_path), *more]) == 0
     assert calls == [{"repo_id": "romeerp/parameter-golf-caseops-v1", "repo_type": "dataset"}]
     folder = tmp_path / nesting / "datasets" / download_data.SHARDS
-    assert f"DATA_PATH={folder} " in capsys.readouterr().out
+    assert f"DATA_PATH={folder}\n" in capsys.readouterr().out
     shards = sorted(path.name for path in folder.glob("fineweb_train_*.bin"))
     assert shards == sorted(path.name for path in built.glob("fineweb_train_*.bin"))[:train_shards]
     manifest = check_data.check(folder)
