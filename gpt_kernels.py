@@ -36,8 +36,7 @@ except ImportError:  # nor has every Triton this language, which spells out the 
 
 
 class KernelError(Exception):
-    """A kernel that was asked for does not run on this machine: the message names the setting and the
-    remedy."""
+    """A kernel that was asked for does not run here: the message names the setting and the remedy."""
 
 
 # --- Launching kernels --------------------------------------------------------------------------------------
@@ -97,8 +96,7 @@ class RowKernel:
         return [None if v is None else v.new_empty(self.programs(x), *v.shape) for v in vectors]
 
     def __call__(self, rows_of: Tensor, **arguments) -> None:
-        """Run over as many rows as `rows_of` has. All tensors but the one that is called `strided` must be
-        contiguous."""
+        """Run over the rows of `rows_of`. All tensors but the one called `strided` must be contiguous."""
         for name, value in arguments.items():
             if isinstance(value, Tensor) and name != self.strided:
                 assert value.is_contiguous(), (self.name, name)
@@ -118,8 +116,7 @@ def summed(partial: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tenso
 
 @jit
 def tile_rows(block, T, ROWS: tl.constexpr):
-    """Tiles come from the end: what the product before wrote last is still in the cache, and so will be the
-    beginning."""
+    """From the end: what the product before wrote last is still in the cache, as the beginning will be."""
     return (tl.cdiv(T, ROWS) - 1 - block) * ROWS + tl.arange(0, ROWS)
 
 
@@ -182,8 +179,8 @@ class Activation(NamedTuple):
 class Product(NamedTuple):
     """x W^T, not computed yet: x (T, d), W (n, d).
 
-    The operation that takes it computes it; its backward kernel rounds the gradient to 8 bits while that is
-    in registers.
+    The operation that takes it computes it; its backward kernel rounds the gradient, while in registers, to
+    8 bits.
     """
 
     x: Activation
@@ -214,13 +211,23 @@ def for_autograd(y: Product | Tensor | None) -> tuple[Tensor | None, Tensor | No
     return (y.x.x, y.w.w, y) if isinstance(y, Product) else (y, None, None)
 
 
+def taken(y: Tensor | None, product: Product | None) -> tuple[Tensor | None, tuple]:
+    """An operation's input, and its operands if it is a product, from two results of for_autograd."""
+    return (y, ()) if product is None else (product.compute(), product.operands())
+
+
 def fp8_room(operands: tuple, dy: Tensor) -> E4M3:
     """Room for the gradient dy in 8 bits, if the product with these operands wants it."""
     return empty_fp8_rows(dy) if operands and operands[2] is not None else NO_FP8
 
 
-def product_gradients(operands: tuple, dy: Tensor, dy_fp8: E4M3) -> tuple[Tensor, Tensor]:
-    """Gradients at x and at W. W's is computed first: x's, needed next, is then still in the cache."""
+def product_gradients(operands: tuple, dy: Tensor, dy_fp8: E4M3) -> tuple[Tensor, Tensor | None]:
+    """Gradients at x and at W, from dy and that in 8 bits; dy itself if there was no product.
+
+    W's is computed first: x's, needed next, is then still in the cache.
+    """
+    if not operands:
+        return dy, None
     x, w, *fp8_t = operands
     dw = dy.T @ x
     dx = dy @ w if dy_fp8.values is None else fp8_product(dy_fp8, E4M3(*fp8_t), torch.empty_like(x))
@@ -264,14 +271,12 @@ def wants_fp8(reader: Matrix | None) -> bool:
 
 @functools.cache
 def constant(number: float, device: torch.device) -> Tensor:
-    """The number as a float32 tensor (), since kernels read scales and caps from memory; made before any
-    graph is recorded."""
+    """The number as a float32 tensor (), for kernels to read from memory; made before a graph is recorded."""
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def norm_unit(width: int) -> float:
-    """What 1 in E4M3 stands for in a normalized row of that width: a power of 2 by which no entry gets beyond
-    448."""
+    """What 1 in E4M3 stands for in a normalized row of that width: the power of 2 that keeps it below 448."""
     return 2.0 ** -math.floor(math.log2(448 / math.sqrt(width)))
 
 
@@ -308,8 +313,7 @@ def fp8_products_fit(model_dim: int, kv_dim: int, mlp_dim: int, vocab_size: int,
 
 
 def fp8_rows(x: Tensor) -> E4M3:
-    """x (T, d) in E4M3, each row with a scale of its own: a gradient's rows differ, and none has to be
-    remembered for it."""
+    """x (T, d) in E4M3, with a scale for each row: a gradient's rows differ, and change from step to step."""
     if not fusible(x, x.size(1)):
         scales = x.abs().amax(1).float().clamp(min=1e-30) / 448
         return E4M3((x / scales[:, None]).clamp(-448, 448).to(FP8), scales)
@@ -430,8 +434,7 @@ def mix_norm(x: Tensor, x0: Tensor, skip: Skip | None, mix: Tensor, scale: Tenso
 
     x, x0 (T, d); mix (2, d); scale (), without gradient; reader: the matrix that reads u. Returns the mixed
     stream, or with keep_stream the merged one before the mix; u with its leading gate_channels as gate_input;
-    and x and x0 again: the gradients of their later uses are added up inside this operation's backward
-    kernel.
+    and x and x0 again: the backward kernel adds up the gradients of their later uses.
     """
     if not fusible(x, x.size(1)):
         return reference_mix_norm(x, x0, skip, mix, scale, gate_channels, reader, keep_stream)
@@ -635,8 +638,7 @@ def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the leading dimensions of x (T, heads, D); pairs are (i, i + dims
-    / 2)."""
+    """Rotary embedding (Su et al. 2021) of the leading `dims` of x (T, heads, D) in pairs i, i + dims / 2."""
     cos, sin = rope
     a, b, rest = x.split([cos.size(-1), cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
@@ -644,13 +646,11 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def prepare_heads(qkv: Product | Tensor, rope: tuple[Tensor, Tensor], gain: Tensor, heads: int, kv_heads: int,
                   may_copy: bool = True) -> Heads:
-    """q = gain * rotate(RMSNorm(q)), k = rotate(RMSNorm(k)) per head, of qkv (T, (heads + 2 kv_heads) D);
-    gain (heads,).
+    """q = gain * rotate(RMSNorm(q)), k = rotate(RMSNorm(k)) per head.
 
-    Where gradients are wanted on CUDA and it may, every key and value head is copied for each query head that
-    shares it: the backward pass of attention is faster where no two query heads add to the same one.
-    own_value is a strided view of qkv; its gradient and that of v are added up inside this operation's
-    backward kernel.
+    qkv (T, (heads + 2 kv_heads) D); gain (heads,). With may_copy, where gradients are wanted on CUDA, every
+    key and value head is copied for each query head that shares it: attention's backward pass is faster where
+    no two query heads add to the same one. own_value is a strided view of qkv.
     """
     first, weight, product = for_autograd(qkv)
     width = first.size(1) if weight is None else len(weight)
@@ -674,8 +674,7 @@ def reference_prepare_heads(qkv, rope, gain, heads, kv_heads, copies=1):
 def rope_rotate(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
     """x (ROWS, H, D) rotated; cos and sin from rotary_tile().
 
-    x ^ (a ^ b) swaps the halves a, b of every rotary pair in registers; a shuffle would go through shared
-    memory.
+    x ^ (a ^ b) swaps the halves a, b of every rotary pair in registers, without shared memory.
     """
     x = tl.reshape(x, (ROWS, H, D // (2 * HALF), 2, HALF))
     bits = x.to(tl.int32, bitcast=True)
@@ -685,10 +684,9 @@ def rope_rotate(x, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexp
 
 @jit
 def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,), 1 and 0 beyond the
-    rotary dimensions.
+    """cos and signed sin (ROWS, 1, D / (2 HALF), 2, HALF) of the tokens row (ROWS,).
 
-    Only the table is loaded, not the whole tile: it is small enough for every thread to load what it needs.
+    They are 1 and 0 beyond the rotary dimensions; only the table is loaded, which is small.
     """
     token = row[:, None, None, None, None]
     at = token * HALF + tl.arange(0, HALF)[None, None, None, None, :]
@@ -703,8 +701,7 @@ def rotary_tile(cos, sin, row, T, D: tl.constexpr, HALF: tl.constexpr):
 @jit
 def head_gradient(x, g, gain, cos, sin, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                   HALF: tl.constexpr):
-    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the rotated
-    ones."""
+    """Gradients at the raw heads x (ROWS, H, D) and at their gain, (ROWS, H, 1), from g at the result."""
     r = inverse_rms(x, D)
     n = r * x
     g = rope_rotate(g, cos, -sin, ROWS, H, D, HALF)
@@ -795,10 +792,7 @@ def prepare_heads_backward_kernel(dq, dk, dv, dv_own, qkv, cos, sin, gain, dqkv,
 class PrepareHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, weight, product, cos, sin, gain, heads, kv_heads, copies):
-        operands = ()
-        if product is not None:
-            qkv = product.compute()
-            operands = product.operands()
+        qkv, operands = taken(qkv, product)
         ctx.save_for_backward(qkv, cos, sin, gain, *operands)
         D = qkv.size(1) // (heads + 2 * kv_heads)
         ctx.kind = dict(HEADS=heads, KV_HEADS=kv_heads, COPIES=copies, D=D, HALF=cos.size(-1))
@@ -822,7 +816,7 @@ class PrepareHeads(torch.autograd.Function):
         prepare_heads_backward_kernel(
             rows_of=qkv, dq=dq, dk=dk, dv=dv, dv_own=dv_own, qkv=qkv, cos=cos, sin=sin, gain=gain, dqkv=dqkv,
             dqkv_fp8=fp8.values, scales=fp8.scale, dgain=partial[0], **ctx.kind)
-        dx, dw = product_gradients(operands, dqkv, fp8) if operands else (dqkv, None)
+        dx, dw = product_gradients(operands, dqkv, fp8)
         return dx, dw, None, None, None, *summed(partial, ctx.needs_input_grad[5:6]), None, None, None
 
 
@@ -830,8 +824,7 @@ class PrepareHeads(torch.autograd.Function):
 
 
 class Segments(NamedTuple):
-    """What attends to what in a packed row of T tokens: token t sees the tokens of its own segment up to
-    itself."""
+    """What attends to what in a packed row of T tokens: each token to its own segment up to itself."""
 
     cu_seqlens: Tensor  # (segments + 1,) int32, 0 .. T
     positions: Tensor  # (T,) int32, distance from the start of the segment
@@ -843,8 +836,7 @@ def attention(heads: Heads, segments: Segments, kernel: str) -> Tensor:
     """Causal attention inside each segment, like q (T, heads, D).
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are
-    scaled by 1/sqrt(D). kernel: one that attention_kernel() returns, in bf16 on CUDA; on the CPU always the
-    reference.
+    scaled by 1/sqrt(D). kernel: as attention_kernel() returns it, for bf16 on CUDA.
     """
     q, k, v, *_ = heads
     if not q.is_cuda or kernel == "reference":
@@ -870,8 +862,7 @@ FLASH_ATTENTION_4 = "flash_attn.cute.interface"
 
 @functools.cache
 def attention_kernel(wanted: str) -> str:
-    """The kernel that ATTENTION stands for on this machine; KernelError where the one that is asked for is
-    not there."""
+    """The kernel that ATTENTION stands for on this machine; KernelError where what it names is not there."""
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     if wanted == "fa4" or wanted == "auto" and on_hopper:
         try:
@@ -895,8 +886,7 @@ def try_flash_attention() -> None:
 
 
 class FlashAttention4(torch.autograd.Function):
-    """Dao et al. 2026, over packed segments. Of keys and values that come in copies, the forward pass reads
-    one."""
+    """Dao et al. 2026. Of keys and values that come in copies, the forward pass reads one."""
 
     @staticmethod
     def library():
@@ -923,10 +913,9 @@ class FlashAttention4(torch.autograd.Function):
 
 
 def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
-    """XSA: take from each head's output y (T, heads, D) its component along the token's own value v (T,
-    kv_heads, D).
+    """XSA: take from each head's output y (T, heads, D) its component along the token's own value.
 
-    With alpha (heads,) only tanh(alpha) of the component is taken.
+    v (T, kv_heads, D); with alpha (heads,) only tanh(alpha) of the component is taken.
     """
     direction = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, None]  # (T, kv_heads, 1, D)
     grouped = y.float().unflatten(1, (v.size(1), -1))  # (T, kv_heads, group, D)
@@ -938,11 +927,10 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
 
 def xsa_gate(y: Tensor, own_value: Tensor | None, gate_input: Tensor | None, gate: Tensor | None,
              alpha: Tensor | None, scale: float, reader: Matrix | None = None) -> Activation:
-    """Head h of exclude_own_value(y, own_value, alpha), times sigmoid(scale * gate_h . gate_input_t); (T,
-    heads D).
+    """Head h of exclude_own_value(y, own_value, alpha), times sigmoid(scale * gate_h . gate_input_t).
 
     y (T, heads, D); own_value (T, kv_heads, D), None: nothing is taken away; alpha (heads,); gate (heads, w),
-    None: no factor; gate_input (T, w); reader: the matrix that reads the result.
+    None: no factor; gate_input (T, w); reader: the matrix that reads the result (T, heads D).
     """
     if own_value is None or not fusible(y, *y.shape[1:], own_value.size(1)):
         return reference_xsa_gate(y, own_value, gate_input, gate, alpha, scale, reader)
@@ -1100,11 +1088,10 @@ class XSAGate(torch.autograd.Function):
 
 def add_norm(x: Tensor, y: Product | Tensor | None, scale: Tensor,
              reader: Matrix | None = None) -> tuple[Tensor, Activation]:
-    """total = x + y; u = scale * RMSNorm(total). x and y (T, d); scale (), without gradient; y None: total is
-    x itself.
+    """total = x + y; u = scale * RMSNorm(total).
 
-    reader: the matrix that reads u. The backward pass needs a gradient at u, but not total, which may be
-    written over.
+    x and y (T, d), y None: total is x itself; scale (), without gradient; reader: the matrix that reads u.
+    The backward pass needs a gradient at u, but not total, which may be written over.
     """
     if not fusible(x, x.size(1)):
         return reference_add_norm(x, y, scale, reader)
@@ -1162,10 +1149,7 @@ class AddNorm(torch.autograd.Function):
     def forward(ctx, x, y, weight, product, scale, reader):
         ctx.set_materialize_grads(False)
         ctx.two = y is not None
-        operands = ()
-        if product is not None:
-            y = product.compute()
-            operands = product.operands()
+        y, operands = taken(y, product)
         total = x if y is None else torch.empty_like(x)
         u = torch.empty_like(x)
         u_fp8 = empty_fp8(u, reader)
@@ -1185,9 +1169,8 @@ class AddNorm(torch.autograd.Function):
         dtotal = None if dtotal is None else dtotal.contiguous()
         add_norm_backward_kernel(rows_of=u, dtotal=dtotal, du=du.contiguous(), u=u, scale=scale,
                                  inverse=inverse, dx=dx, dx_fp8=fp8.values, scales=fp8.scale, D=u.size(1))
-        if operands:
-            return dx, *product_gradients(operands, dx, fp8), None, None, None
-        return dx, dx if ctx.two else None, None, None, None, None
+        dy, dw = product_gradients(operands, dx, fp8)
+        return dx, dy if ctx.two else None, dw, None, None, None
 
 
 # --- Two-lane update ----------------------------------------------------------------------------------------
@@ -1311,8 +1294,7 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
 
 
 def mlp_fusible(u: Tensor, hidden: int) -> bool:
-    """Whether the kernel runs for u (T, d): in bf16 on Hopper, for whole tiles that fit into 227 KiB of
-    shared memory."""
+    """Whether the kernel runs for u (T, d): bf16 on Hopper, whole tiles that fit into shared memory."""
     if gluon is None or not u.is_cuda or u.dtype != torch.bfloat16:
         return False
     BM, BN, BK, STAGES = MLP_TILE.values()
@@ -1324,11 +1306,10 @@ def mlp_fusible(u: Tensor, hidden: int) -> bool:
 
 
 def mlp_forward(u: Tensor | E4M3, w_up: Tensor | E4M3, slope: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden = leaky_relu_squared(u W_up^T) (M, F), where that product is negative, and hidden in E4M3 if the
-    operands are.
+    """hidden = leaky_relu_squared(u W_up^T) (M, F), where that product is negative, hidden in 8 bits or None.
 
     u (M, d), w_up (F, d). negative (F / 32, M) int32: bit j of word (i, m) stands for column 32 i + j of row
-    m. The 8-bit copy is in HIDDEN_UNIT.
+    m. The 8-bit copy, made if the operands are in E4M3, is in HIDDEN_UNIT.
     """
     fp8 = isinstance(u, E4M3)
     like = u.values if fp8 else u
@@ -1388,8 +1369,7 @@ tma_store = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared
 
 @gluon_jit
 def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
-    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for the first flip,
-    the third, ..."""
+    """Each one's phase flips at every COUNT-th arrival. To wait for parity 0 is to wait for an odd flip."""
     made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SIZE):
         mbarrier.init(made.index(i), count=COUNT)
@@ -1427,10 +1407,10 @@ def producer(x, w, rings, M, ACROSS: gl.constexpr, N: gl.constexpr, K: gl.conste
 @gluon_jit
 def multiply(rings, step, tile_row, last, done, ACROSS: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
              BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """A tile (BM, BN) of the product; `step` counts blocks of w, `tile_row` rows of tiles, `last`: x is
-    needed no more.
+    """A tile (BM, BN) of the product. A block is released once the next product runs.
 
-    A block is released once the next product runs. `done` flips when the other group may begin.
+    `step` counts blocks of w, `tile_row` rows of tiles; `last`: x is needed no more; `done` flips when the
+    other group may begin.
     """
     xs, x_full, x_free, ws, w_full, w_free = rings
     DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth  # of one instruction
@@ -1543,8 +1523,7 @@ def part_buffers(out):
 def mlp_product_kernel(x, w, hidden, out, out_fp8, negative, M, slope, x_scale, w_scale, UNIT: gl.constexpr,
                        BACKWARD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
                        BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """See mlp_forward and mlp_backward. While a row of tiles is computed, its rows of x stay in shared memory
-    and w passes through a ring.
+    """A row of tiles at a time: its rows of x stay in shared memory, and w passes through a ring.
 
     A barrier that nothing waits for must not be made: its place would be given to other data, and where a
     kernel is interrupted, because another process has its turn, the barrier is restored there.
@@ -1619,8 +1598,7 @@ class SquaredMLP(torch.autograd.Function):
 
 def two_value_nll(scores: Product | Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
                   hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the two-sided
-    soft cap.
+    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the soft caps.
 
     Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or
     numbers). Gradients reach scores and caps, through the first result alone. On CUDA the backward pass
@@ -1643,8 +1621,7 @@ def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
 
 @jit
 def soft_cap(x, cap_pos, cap_neg):
-    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32, any
-    shape."""
+    """tanh(x / c), a quarter of its derivative by x / c, and in units of ln 2: 2 x / c and c; float32."""
     z = x * tl.where(x >= 0, 2.8853900817779268 / cap_pos, 2.8853900817779268 / cap_neg)
     root = tl.rsqrt(1.0 + tl.exp2(z))  # its square takes fewer instructions than a division
     r = root * root
@@ -1704,11 +1681,8 @@ def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dc
 class TwoValueNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, weight, product, cap_pos, cap_neg, targets, hints):
-        operands = ()
-        if product is not None:
-            scores = product.compute()
-            operands = product.operands()
-        elif scores.stride(1) != 1:
+        scores, operands = taken(scores, product)
+        if scores.stride(1) != 1:
             scores = scores.contiguous()
         caps = [cap_pos, cap_neg]
         caps = [cap if isinstance(cap, Tensor) else constant(cap, scores.device) for cap in caps]
@@ -1733,7 +1707,7 @@ class TwoValueNLL(torch.autograd.Function):
             lse=lse, dnll=dnll.contiguous(), dcaps=dcaps, scores_fp8=fp8.values, scales=fp8.scale,
             M=scores.size(1) // 8, CAPS=trained_caps, **ctx.row, num_warps=min(32, 4 * ctx.warps))
         dcap_pos, dcap_neg = dcaps.sum(0) if trained_caps else (None, None)
-        dx, dw = product_gradients(operands, scores, fp8) if operands else (scores, None)
+        dx, dw = product_gradients(operands, scores, fp8)
         return dx, dw, None, dcap_pos, dcap_neg, None, None
 
 
@@ -2047,10 +2021,9 @@ def triton_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta
 
 
 def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """y (T, N) with y[t] = x[t] @ w[s] where ends[s - 1] <= t < ends[s]; x (T, K), w (S, K, N), ends (S,)
-    int32.
+    """y (T, N) with y[t] = x[t] @ w[s] where ends[s - 1] <= t < ends[s].
 
-    On CUDA bf16, K and N multiples of 8, S < 1024.
+    x (T, K), w (S, K, N), ends (S,) int32. On CUDA bf16, K and N multiples of 8, S < 1024.
     """
     return GroupedProduct.apply(x, w, ends) if x.is_cuda else reference_grouped_product(x, w, ends)
 
