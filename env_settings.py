@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 
 class InputError(Exception):
@@ -109,6 +109,7 @@ class FromEnvironment:
         texts |= given
 
         values = {}
+        unknown = set()  # what could not be parsed: nothing that depends on it is a problem of its own
         for field in dataclasses.fields(cls):
             name = field.name.upper()
             if name in texts:
@@ -116,28 +117,70 @@ class FromEnvironment:
                     values[field.name] = parse_setting(aliased.get(name, name), texts[name], field)
                 except InputError as error:
                     problems.append(str(error))
+                    unknown.add(field.name)
 
-        # A setting that could not be parsed counts with its default here.
         settings = cls(**values)
-        problems += settings.unread() + settings.conflicts()
+        problems += settings.unread(unknown) + settings.contradictions(unknown)
         if problems:
             raise InputError("\n".join(dict.fromkeys(problems)))
         return settings
 
-    def unread(self) -> list[str]:
+    @classmethod
+    def faults_of(cls, name: str, text: str) -> list[str]:
+        """What is wrong with one assignment, whatever else is set, a line each."""
+        if name in cls.fixed:
+            return refusals({name: text}, cls.fixed)
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        meant = [field for key, field in fields.items() if name in (key, field.metadata["rule"].alias)]
+        if not meant:
+            nearest = misspellings([name], fields, likeness=0.8)
+            return nearest or [f"{name}: no such setting; python train_gpt.py --help lists them"]
+        try:
+            for field in meant:
+                parse_setting(name, text, field)
+        except InputError as error:
+            return [str(error)]
+        return []
+
+    def unread(self, unknown: Collection[str]) -> list[str]:
         """Settings that were changed although nothing reads them, a line each."""
         found = []
         for field in dataclasses.fields(self):
             for switch, wanted in assignments(field.metadata["rule"].only_with).items():
-                read = setting_text(getattr(self, switch.lower())) == wanted
+                read = switch.lower() in unknown or setting_text(getattr(self, switch.lower())) == wanted
                 if not read and getattr(self, field.name) != field.default:
                     found.append(f"{field.name.upper()}: it is read only with {switch}={wanted}; set that or "
                                  "leave it unset")
         return found
 
-    def conflicts(self) -> list[str]:
-        """Settings that do not go together, a line each."""
-        return []
+    def contradictions(self, unknown: Collection[str]) -> list[str]:
+        """The conflicts that do not hold, a line each, but for those that read a setting of unknown value."""
+        reads = []
+        found = []
+        for holds, name, message in watched(self, unknown, reads).conflicts():
+            if not holds and not reads:
+                found.append(f"{name}: {setting_text(getattr(self, name.lower()))} {message}")
+            reads.clear()
+        return found
+
+    def conflicts(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it holds, setting to name if not, what to say after its value) for all that has to hold.
+
+        Each reads what it needs just before it is yielded, so that one knows what it depends on.
+        """
+        yield from ()
+
+
+def watched(settings: FromEnvironment, names: Collection[str], reads: list[str]) -> FromEnvironment:
+    """The same settings; whenever one of these names is read, by a property too, it is added to `reads`."""
+
+    def read(self, name):
+        if name in names:
+            reads.append(name)
+        return object.__getattribute__(self, name)
+
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return type("Watched", (type(settings),), {"__getattribute__": read})(**values)
 
 
 def assignments(text: str) -> dict[str, str]:
@@ -176,13 +219,34 @@ def number(text: str) -> float:
 # First words of usual settings under which other programs keep variables too.
 SHARED_PREFIXES = {"DATA_", "RUN_", "MAX_", "NUM_", "MODEL_", "LOCAL_", "WORLD_", "VOCAB_", "TOKENIZER_",
                    "ARTIFACT_", "PARALLEL_", "SKIP_", "MIN_", "ENABLE_", "FORCE_", "GLOBAL_", "TOKEN_"}
+# Words that other programs use as names by themselves.
+SHARED_WORDS = set("""
+    A AT BASE DATA DIR ENABLE ENABLED END FORCE GLOBAL GROUP ID INIT K LOCAL MASK MAX MIN MODE MODEL N NUM
+    ONLY ORDER PARALLEL PATH RUN SIZE SKIP START TARGET TOKEN WORLD
+""".split())
+# What settings are called elsewhere, without the plural.
+SYNONYMS = {"DIRECTORY": "DIR", "FOLDER": "DIR", "BLOCK": "LAYER", "ITER": "ITERATION", "SEC": "SECOND",
+            "EPSILON": "EPS", "LENGTH": "LEN", "FRAC": "FRACTION"}
 
 
-def misspellings(unknown: Collection[str], names: Collection[str]) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """The words of a name, whatever its case, plurals and synonyms."""
+    words = [word.removesuffix("S") for word in name.upper().split("_")]
+    return [SYNONYMS.get(word, word) for word in words]
+
+
+def is_part(words: list[str], whole: list[str]) -> bool:
+    """Whether a name's words are another's, or the beginning or the end of them."""
+    if len(words) == 1 < len(whole) and words[0] in SHARED_WORDS:
+        return False
+    return words in (whole[:len(words)], whole[-len(words):])
+
+
+def misspellings(unknown: Collection[str], names: Collection[str], likeness: float = 0.88) -> list[str]:
     """Unknown variables that were meant for one of the settings of these names, a line each.
 
-    A variable that begins with the first word or two of a setting is meant for one; any other only if its
-    name is nearly the same.
+    A variable is meant for a setting if its words are the setting's or a part of them. One that begins with
+    the first word or two of a setting is meant for some setting; any other only if it is so much like one.
     """
     prefixes = set()
     for name in names:
@@ -193,10 +257,14 @@ def misspellings(unknown: Collection[str], names: Collection[str]) -> list[str]:
     ours = tuple(prefixes - SHARED_PREFIXES)
     found = []
     for name in sorted(unknown):
-        likeness = 0.0 if name.startswith(ours) else 0.9
-        for nearest in difflib.get_close_matches(name, names, n=1, cutoff=likeness):
+        candidates = [whole for whole in names if is_part(words_of(name), words_of(whole))]
+        least = 0.0 if candidates or name.upper().startswith(ours) else likeness
+        for nearest in difflib.get_close_matches(name.upper(), candidates or names, n=1, cutoff=least):
             found.append(f"{name}: no such setting; the nearest is {nearest}")
     return found
+
+
+LARGEST = 2 ** 63 - 1  # what 64 bits hold
 
 
 def parse_setting(name: str, text: str, field: dataclasses.Field):
@@ -220,9 +288,54 @@ def parse_setting(name: str, text: str, field: dataclasses.Field):
     # Python's digit groups, 1_000, are no notation for a command line.
     if value is None or "_" in text:
         raise InputError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}")
+    if kind is int and abs(value) > LARGEST:
+        raise InputError(f"{name}: {text} is out of range (<= {LARGEST})")
     if not rule.holds(value):
         raise InputError(f"{name}: {text} is out of range ({rule.range()})")
     return value
+
+
+# One line of a recipe. Nothing in it is expanded or executed, so what a shell would expand is refused.
+RECIPE_LINE = re.compile(r"""(?:export[ \t]+)?([A-Za-z_]\w*)=
+    (?: "([^"$`\\\x00-\x1f]*)" | '([^'\x00-\x1f]*)' | ([\w.,:@=/+%-]*) )
+    (?:[ \t]+\#.*)?""", re.VERBOSE)
+
+
+def read_recipe(path: str, settings: type) -> dict[str, str]:
+    """The assignments of a file of lines NAME=value: data, whoever wrote it.
+
+    Also read are blank lines, comments, `export` before a name, quotes around a value, a byte order mark and
+    the line ends of other systems. Raises InputError with all problems, each behind its place FILE:LINE.
+    """
+    values = {}
+    lines = {}
+    problems = []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a recipe, a file of lines NAME=value") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; a recipe has lines NAME=value alone") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = RECIPE_LINE.fullmatch(line)
+        if not match:
+            problems.append(f"{path}:{number}: cannot read {line[:60]!r}; write NAME=value, without blanks "
+                            "or anything for a shell to expand")
+            continue
+        name = match[1]
+        value = match[2] or match[3] or match[4] or ""
+        problems += [f"{path}:{number}: {fault}" for fault in settings.faults_of(name, value)]
+        if name in values:
+            problems.append(f"{path}:{number}: {name}: line {lines[name]} sets it too; remove one of them")
+        values[name] = value
+        lines[name] = number
+    if problems:
+        raise InputError("\n".join(problems))
+    return values
 
 
 def setting_text(value) -> str:

@@ -57,8 +57,7 @@ from torch import Tensor, nn
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, setting_text,
-    settings_help)
+    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, settings_help)
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, adamw_rows, add_norm,
     as_activation, as_matrices, attention, attention_kernel, cached_attention, computed, fp8_products_fit,
@@ -303,69 +302,68 @@ class Settings(FromEnvironment):
     token_boost: float = setting(2.625, "boost of a hint", unit="nats", low=0, high=50,
                                  only_with="NGRAM_BOOST=fixed")
 
-    def conflicts(self) -> list[str]:
-        """Settings that do not go together, a line each."""
+    def conflicts(self):
         s = self
+        yield s.world_size == 1 or s.rank >= 0, "WORLD_SIZE", "needs RANK; launch with torchrun"
+        yield s.rank < s.world_size, "RANK", f"is not below WORLD_SIZE={s.world_size}; launch with torchrun"
+        yield (s.accumulation, "TRAIN_BATCH_TOKENS",
+               f"does not split evenly over WORLD_SIZE={s.world_size} ranks; choose another GRAD_ACCUM_STEPS")
+        yield s.model_dim % s.num_heads == 0, "NUM_HEADS", f"does not divide MODEL_DIM={s.model_dim}"
+        yield s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"does not divide NUM_HEADS={s.num_heads}"
+        yield (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
+               f"is not even or above the head width {s.head_dim}")
+        whole = (s.model_dim * s.mlp_mult).is_integer()
+        yield whole, "MLP_MULT", f"x MODEL_DIM={s.model_dim} is not whole"
+        yield s.gate_window <= s.model_dim, "GATE_WINDOW", f"is above MODEL_DIM={s.model_dim}"
+        yield s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"is above NUM_LAYERS={s.num_layers}"
+        yield (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_END",
+               f"is not from LOOP_START={s.loop_start} to below NUM_LAYERS={s.num_layers}")
         # The lanes begin after every block that the encoder or a loop visits.
         first_lane = s.num_layers // 2
         if s.num_loops:
             first_lane = max(first_lane, s.loop_end + 1)
-        lengths, ends = zip(*s.context_stages)
-        orders = [s.token_order, *s.backoff_orders]
-        falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
+        yield (not s.parallel_start_layer or s.parallel_start_layer >= first_lane, "PARALLEL_START_LAYER",
+               f"must come after the encoder and LOOP_END, from {first_lane} on")
+        yield (s.parallel_start_layer < s.num_layers, "PARALLEL_START_LAYER",
+               f"is not below NUM_LAYERS={s.num_layers}")
+        ends = [end for _, end in s.context_stages]
+        yield (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
+               "needs an end of its own in (0, 1] for every length")
+        longest = max(length for length, _ in s.context_stages)
+        yield (longest == s.train_seq_len, "TRAIN_SEQ_LEN",
+               f"is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
+        yield (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
+               "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset")
+        yield (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
+               "GPTQ_RESERVE_SECONDS", f"leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
+        yield (s.gptq_calibration_batches or s.step_rule == "sigma", "GPTQ_CALIBRATION_BATCHES",
+               "is too few for STEP_RULE=loss, which needs calibration")
+        enough = s.train_batch_tokens >= 8 or not (s.gptq_calibration_batches and s.accumulation)
+        yield (enough, "TRAIN_BATCH_TOKENS",
+               "is too few for calibration, which takes eighths of it; make it 8 or more")
+        yield (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
+               "is above neither MATRIX_BITS nor EMBED_BITS; raise it")
+        lqer_values = s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim)
+        yield (not s.lqer_enabled or lqer_values % s.lqer_asym_group == 0, "LQER_ASYM_GROUP",
+               f"does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
+        yield (not s.lqer_enabled or s.lqer_rank <= s.kv_dim, "LQER_RANK",
+               f"is above {s.kv_dim}, the rows of the key and value matrices")
+        yield (s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS",
+               f"is below 8 x EVAL_SEQ_LEN={s.eval_seq_len}")
+        yield s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE", f"is above EVAL_SEQ_LEN={s.eval_seq_len}"
         chunks = [s.ttt_chunk_size]
         if s.ttt_chunk_growth:
             chunks.append(s.ttt_chunk_max)
         if s.ttt_short_score_first_enabled:
             chunks += s.short_chunks.values()
-        lqer_values = s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim)
-
-        must_hold = [
-            (s.world_size == 1 or s.rank >= 0, "WORLD_SIZE", "needs RANK; launch with torchrun"),
-            (s.rank < s.world_size, "RANK", f"is not below WORLD_SIZE={s.world_size}; launch with torchrun"),
-            (s.accumulation, "TRAIN_BATCH_TOKENS",
-             f"does not split evenly over WORLD_SIZE={s.world_size} ranks; choose another GRAD_ACCUM_STEPS"),
-            (s.model_dim % s.num_heads == 0, "NUM_HEADS", f"does not divide MODEL_DIM={s.model_dim}"),
-            (s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"does not divide NUM_HEADS={s.num_heads}"),
-            (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
-             f"is not even or above the head width {s.head_dim}"),
-            ((s.model_dim * s.mlp_mult).is_integer(), "MLP_MULT", f"x MODEL_DIM={s.model_dim} is not whole"),
-            (s.gate_window <= s.model_dim, "GATE_WINDOW", f"is above MODEL_DIM={s.model_dim}"),
-            (s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"is above NUM_LAYERS={s.num_layers}"),
-            (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_END",
-             f"is not from LOOP_START={s.loop_start} to below NUM_LAYERS={s.num_layers}"),
-            (not s.parallel_start_layer or s.parallel_start_layer >= first_lane, "PARALLEL_START_LAYER",
-             f"must come after the encoder and LOOP_END, from {first_lane} on"),
-            (s.parallel_start_layer < s.num_layers, "PARALLEL_START_LAYER",
-             f"is not below NUM_LAYERS={s.num_layers}"),
-            (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
-             "needs an end of its own in (0, 1] for every length"),
-            (max(lengths) == s.train_seq_len, "TRAIN_SEQ_LEN",
-             f"is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal"),
-            (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
-             "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset"),
-            (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
-             "GPTQ_RESERVE_SECONDS", f"leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"),
-            (s.gptq_calibration_batches or s.step_rule == "sigma", "GPTQ_CALIBRATION_BATCHES",
-             "is too few for STEP_RULE=loss, which needs calibration"),
-            (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
-             "is above neither MATRIX_BITS nor EMBED_BITS; raise it"),
-            (not s.lqer_enabled or lqer_values % s.lqer_asym_group == 0, "LQER_ASYM_GROUP",
-             f"does not divide LQER_RANK={s.lqer_rank} x the matrices' columns"),
-            (not s.lqer_enabled or s.lqer_rank <= s.kv_dim, "LQER_RANK",
-             f"is above {s.kv_dim}, the rows of the key and value matrices"),
-            (s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS",
-             f"is below 8 x EVAL_SEQ_LEN={s.eval_seq_len}"),
-            (s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE", f"is above EVAL_SEQ_LEN={s.eval_seq_len}"),
-            (s.ttt_eval_seq_len >= max(chunks), "TTT_EVAL_SEQ_LEN",
-             f"is below the largest chunk, {max(chunks)}"),
-            (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED",
-             "needs TTT_SHORT_SCORE_FIRST_STEPS, a list like 256:16,2000:32"),
-            (falling or s.token_backoff == Settings.token_backoff, "TOKEN_BACKOFF",
-             f"is not a list of falling orders from below TOKEN_ORDER={s.token_order} to 2 or more"),
-        ]
-        return [f"{name}: {setting_text(getattr(s, name.lower()))} {message}"
-                for holds, name, message in must_hold if not holds]
+        yield (s.ttt_eval_seq_len >= max(chunks), "TTT_EVAL_SEQ_LEN",
+               f"is below the largest chunk, {max(chunks)}")
+        yield (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED",
+               "needs TTT_SHORT_SCORE_FIRST_STEPS, a list like 256:16,2000:32")
+        orders = [s.token_order, *s.backoff_orders]
+        falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
+        yield (falling or s.token_backoff == Settings.token_backoff, "TOKEN_BACKOFF",
+               f"is not a list of falling orders from below TOKEN_ORDER={s.token_order} to 2 or more")
 
     # Derived values; none of them is a setting of its own.
 

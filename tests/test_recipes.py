@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt as g
-from env_settings import fields_by_group, setting_text
+from env_settings import fields_by_group, read_recipe, setting_text
 from tests.synthetic import (
     BOS, ROOT, TINY, bytes_of, documents, events, main_here, record, runtime, unigram_bpb, write_data)
 from tools import diff_recipes
@@ -90,6 +90,7 @@ def complaints(environ: dict[str, str]) -> list[str]:
 def test_recipe_sets_what_it_says_and_each_name_once(recipe):
     lines = (ROOT / "recipes" / f"{recipe}.env").read_text().splitlines()
     chosen = variables_of(recipe)
+    assert read_recipe(str(ROOT / "recipes" / f"{recipe}.env"), g.Settings) == chosen
     assert len(chosen) == sum(line != "" and not line.startswith("#") for line in lines)
     for name in chosen.keys() - g.Settings.fixed.keys():
         text, value = chosen[name], getattr(settings_of(recipe), name.lower())
@@ -844,12 +845,13 @@ def test_diff_of_a_recipe_with_itself_and_of_an_unknown_one(capsys):
 
 
 @pytest.mark.parametrize("content, word", [
-    (b"\xff\xfe\x00", "NAME=VALUE"), (b"export SEED=1\n", "NAME=VALUE"), (b"MATRIX_LR=fast\n", "MATRIX_LR")])
+    (b"\xff\xfe\x00", "NAME=value"), (b"just words\n", ":1: cannot read"), (b"MATRIX_LR=fast\n", ":1: MATRIX_LR"),
+    (b"SEEED=1\n", ":1: SEEED: no such setting; the nearest is SEED"), (b"NUM_LAYERS=3\nNUM_LOOPS=0\nXSA_LAST_N=3\n", "PARALLEL_START_LAYER")])
 def test_a_file_that_is_no_recipe_is_named(content, word, tmp_path, capsys):
     (tmp_path / "mine.env").write_bytes(content)
     assert diff_recipes.main(["record", str(tmp_path / "mine.env")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "mine.env: " in line and word in line
+    assert "mine.env:" in line and word in line
 
 
 if __name__ == "__main__":

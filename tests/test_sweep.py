@@ -27,7 +27,7 @@ folder = Path(os.environ["ARTIFACT_DIR"])
 rate = float(os.environ.get("MATRIX_LR", "0.5"))
 act = os.environ.get("STUB", "")
 with open(os.environ["STARTS"], "a") as file:
-    file.write(f"{rate} {os.environ.get('CUDA_VISIBLE_DEVICES') or 'none'} {os.environ.get('WIDTH', '')}\\n")
+    file.write(f"{rate} {os.environ.get('CUDA_VISIBLE_DEVICES') or 'none'} {os.environ.get('WIDTH') or os.environ.get('TOKEN_BACKOFF', '')}\\n")
 record = dict(status="running", settings=dict(matrix_lr=rate, width="", deep=3), results={}, events=[])
 
 def save():
@@ -158,6 +158,14 @@ def test_a_file_that_cannot_be_read_is_named(place, capsys):
 # --- The queue
 
 
+def test_a_recipe_is_read_as_everywhere(place, tmp_path, capsys):
+    recipe = tmp_path / "mine.env"
+    recipe.write_text("export MATRIX_LR='0.1'\r\nSEEED=1\r\n")
+    place.write("SEED=1")
+    assert call(place, "--base", str(recipe)) == 2 and not place.started()
+    assert capsys.readouterr().err == f"sweep.py: {recipe}:2: SEEED: no such setting; the nearest is SEED\n"
+
+
 def test_two_gpus_run_side_by_side_and_all_comes_into_the_table(place, capsys):
     place.write("MATRIX_LR=0.25,0.5 STUB=together", "WIDTH=9")
     assert call(place, "--gpus", "3,5") == 0
@@ -175,11 +183,11 @@ def test_two_gpus_run_side_by_side_and_all_comes_into_the_table(place, capsys):
 
 def test_a_line_wins_over_the_recipe_and_that_over_the_environment(place, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "mine.env"
-    recipe.write_text("# settings\nMATRIX_LR=0.1\nWIDTH=2,3\n")
-    monkeypatch.setenv("WIDTH", "1")
+    recipe.write_text("# settings\nMATRIX_LR=0.1\nTOKEN_BACKOFF=10,6\n")
+    monkeypatch.setenv("TOKEN_BACKOFF", "1")
     place.write("SEED=1", "MATRIX_LR=0.7")
     assert call(place, "--base", str(recipe)) == 0
-    assert [line.split()[0::2] for line in place.started()] == [["0.1", "2,3"], ["0.7", "2,3"]]
+    assert [line.split()[0::2] for line in place.started()] == [["0.1", "10,6"], ["0.7", "10,6"]]
     assert [row[:2] for row in table_of(capsys.readouterr().out)] == [["0.1", "1"], ["0.7", ""]]
 
 
@@ -257,10 +265,11 @@ def test_an_interrupt_ends_the_runs_and_still_writes_the_table(place, act, grace
 
 def test_a_real_run_and_its_figures(tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path / "data", train_docs=100, val_docs=8)
-    tiny = environment(tmp_path, ITERATIONS=2, PREQUANT_ONLY=1, WARMUP_STEPS=0, OMP_NUM_THREADS=1)
+    tiny = environment(tmp_path, ITERATIONS=2, PREQUANT_ONLY=1, WARMUP_STEPS=0)
     del tiny["ARTIFACT_DIR"], tiny["RUN_ID"]
     for name in set(os.environ) - set(INHERITED):
         monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "tiny.env").write_text("".join(f"{name}={value}\n" for name, value in tiny.items()))
     (tmp_path / "runs.txt").write_text("SEED=5\nMATRIX_LRR=5\n")
     runs, out, base = (str(tmp_path / name) for name in ("runs.txt", "out", "tiny.env"))
@@ -277,5 +286,5 @@ def test_a_real_run_and_its_figures(tmp_path, capsys, monkeypatch):
 def test_the_mini_track_is_a_recipe_of_our_settings():
     import train_gpt
 
-    settings = train_gpt.Settings.from_environment(sweep.read_recipe(ROOT / "recipes" / "mini.env"))
+    settings = train_gpt.Settings.from_environment(sweep.read_base(ROOT / "recipes" / "mini.env"))
     assert settings.max_wallclock_seconds == 240 and settings.accumulation == 1

@@ -58,6 +58,7 @@ def problems(**environ) -> list[str]:
     ("LOGIT_SOFTCAP", "0", "> 0"), ("GATED_XSA", "true", "neither 0 nor 1"), ("GATED_XSA", "", "neither 0 nor 1"),
     ("ATTENTION", "fa3", "auto, fa4, torch, reference"), ("STEP_RULE", "bits", "loss, sigma"),
     ("MUON_BACKEND_STEPS", "6", "<= 5"), ("VOCAB_SIZE", "65537", "<= 65536"), ("MIN_LR", "1.5", "<= 1"),
+    ("SEED", "18446744073709551616", "<= 9223372036854775807"), ("SEED", "1" + 400 * "0", "out of range"),
     ("BETA1", "1", "< 1"), ("BETA2", "1", "< 1"), ("MATRIX_LR", "inf", "range"), ("LOGIT_SOFTCAP", "inf", "range")])
 def test_values_outside_type_or_range_are_refused(name, value, part):
     [line] = problems(**{name: value})
@@ -68,6 +69,14 @@ def test_all_problems_are_reported_at_once_a_line_each():
     lines = problems(SEED="x", MUON_BACKEND_STEPS="9", ROPE_YARN="1", MATRIX_LRR="1", NUM_HEADS="7")
     assert sorted(line.split(":")[0] for line in lines) == ["MATRIX_LRR", "MUON_BACKEND_STEPS", "NUM_HEADS", "NUM_KV_HEADS",
                                                              "ROPE_YARN", "SEED"]
+
+
+@pytest.mark.parametrize("name", ["NUM_HEADS", "NUM_LAYERS", "MODEL_DIM", "TRAIN_SEQ_LEN", "VAL_BATCH_TOKENS", "STEP_RULE"])
+@pytest.mark.parametrize("others", [{}, dict(NUM_HEADS="2", NUM_KV_HEADS="1", MODEL_DIM="32", NUM_LAYERS="3", XSA_LAST_N="3", LOOP_START="1",
+                                             LOOP_END="1", PARALLEL_START_LAYER="2", MATRIX_BITS="5")])
+def test_a_value_that_cannot_be_read_is_one_line(name, others):
+    [line] = problems(**others | {name: "abc"})
+    assert line.startswith(f"{name}: 'abc'")
 
 
 def test_what_published_commands_switch_off_is_accepted():
@@ -110,7 +119,11 @@ def test_two_lanes_cannot_start_in_encoder_or_loop(changes):
 @pytest.mark.parametrize("wrong, nearest", [
     ("MATRIX_LRR", "MATRIX_LR"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("XSA_LAST", "XSA_LAST_N"), ("NUM_LAYER", "NUM_LAYERS"),
     ("SMEAR_GATE_ENABLE", "SMEAR_GATE_ENABLED"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
-    ("ITERATION", "ITERATIONS"), ("VOCABSIZE", "VOCAB_SIZE")])
+    ("ITERATION", "ITERATIONS"), ("VOCABSIZE", "VOCAB_SIZE"), ("seed", "SEED"), ("Seed", "SEED"), ("matrix_lr", "MATRIX_LR"),
+    ("SEEDS", "SEED"), ("SEEED", "SEED"), ("ITERS", "ITERATIONS"), ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"), ("VOCAB", "VOCAB_SIZE"),
+    ("WALLCLOCK_SECONDS", "MAX_WALLCLOCK_SECONDS"), ("PREQUANT", "PREQUANT_ONLY"), ("QUANTIZE", "QUANTIZE_ONLY"),
+    ("DATA_FOLDER", "DATA_DIR"), ("DATA_DIRECTORY", "DATA_DIR"), ("NUM_BLOCKS", "NUM_LAYERS"), ("ARTIFACTS", "ARTIFACT_DIR"),
+    ("BATCH_SIZE", "TTT_BATCH_SIZE"), ("WARMUP", "WARMUP_STEPS"), ("HEADS", "NUM_HEADS")])
 def test_misspelt_variable_names_its_nearest_setting(wrong, nearest):
     [line] = problems(**{wrong: "1"})
     assert line.startswith(f"{wrong}: ") and line.endswith(nearest)
@@ -147,6 +160,7 @@ def test_variables_of_other_programs_are_left_alone():
     (dict(WORLD_SIZE=2), "WORLD_SIZE"), (dict(WORLD_SIZE=2, RANK=2), "RANK"),
     (dict(WORLD_SIZE=5, RANK=0), "TRAIN_BATCH_TOKENS"), (dict(GRAD_ACCUM_STEPS=5), "TRAIN_BATCH_TOKENS"),
     (dict(MAX_WALLCLOCK_SECONDS=0.5), "GPTQ_RESERVE_SECONDS"), (dict(EVAL_SEQ_LEN=65537), "VAL_BATCH_TOKENS"),
+    (dict(TRAIN_BATCH_TOKENS=1, GRAD_ACCUM_STEPS=1), "TRAIN_BATCH_TOKENS"), (dict(TRAIN_BATCH_TOKENS=7), "TRAIN_BATCH_TOKENS"),
     (dict(EVAL_STRIDE=2561), "EVAL_STRIDE")])
 def test_settings_that_do_not_go_together_are_refused(environ, name):
     [line] = problems(**environ)

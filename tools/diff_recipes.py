@@ -4,8 +4,8 @@
 """
 from __future__ import annotations
 
+import argparse
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -13,32 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 # In a submission train_gpt.py is packed, and source/ has the modules.
 sys.path[:0] = [str(ROOT / "source"), str(ROOT)]
 
-from env_settings import InputError, fields_by_group, setting_text  # noqa: E402
+from env_settings import InputError, fields_by_group, read_recipe, setting_text  # noqa: E402
 from train_gpt import Settings  # noqa: E402
 
 
-def read_recipe(name: str) -> Settings:
-    """The settings of recipes/NAME.env, or of the file NAME: lines NAME=VALUE, empty ones, and # comments."""
+def settings_of(name: str) -> Settings:
+    """The settings of recipes/NAME.env, or of the file NAME."""
     path = name if os.path.exists(name) else str(ROOT / "recipes" / f"{name}.env")
-    values = {}
+    values = read_recipe(path, Settings)
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                if line.strip() and not line.startswith("#"):
-                    variable, value = re.fullmatch(r"(\w+)=(.*)", line.strip()).groups()
-                    values[variable] = value
         return Settings.from_environment(values)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name one of recipes/*.env or a file like them") from None
-    except (UnicodeDecodeError, AttributeError):
-        raise InputError(f"{path}: no recipe, which has lines NAME=VALUE and comments alone") from None
-    except InputError as error:
+    except InputError as error:  # of settings that contradict each other
         raise InputError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
 
 
 def settings_diff(names: list[str]) -> str:
     """The settings in which two recipes differ, under the headings of --help, a line each."""
-    recipes = [read_recipe(name) for name in names]
+    recipes = [settings_of(name) for name in names]
     lines = []
     for group, fields in fields_by_group(Settings).items():
         changed = []
@@ -53,10 +44,12 @@ def settings_diff(names: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("recipes", nargs=2, metavar="RECIPE")
+    options = parser.parse_args(arguments)
     try:
-        if len(arguments) != 2:
-            raise InputError("name two recipes: names of recipes/*.env, or files like them")
-        print(settings_diff(arguments))
+        print(settings_diff(options.recipes))
     except InputError as error:
         for line in str(error).splitlines():
             print(f"diff_recipes.py: {line}", file=sys.stderr)

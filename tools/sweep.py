@@ -28,15 +28,16 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from env_settings import InputError, read_recipe  # noqa: E402
+
+SCRIPT = ROOT / "train_gpt.py"
 ASSIGNMENT = re.compile(r'(?<!\S)([A-Z][A-Z0-9_]*)=("[^"]*"|[^\s"]*)(?!\S)')
 OWN = {"RUN_ID", "ARTIFACT_DIR", "CUDA_VISIBLE_DEVICES"}
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_CLOSE = 30.0  # for an interrupted run to write its record
-
-
-class InputError(Exception):
-    """What the user gave cannot be used: one line that names file, line and remedy."""
 
 
 # --- What to run
@@ -94,12 +95,11 @@ def read_runs(path: Path, base: dict[str, str]) -> list[dict[str, str]]:
     return runs
 
 
-def read_recipe(path: Path) -> dict[str, str]:
+def read_base(path: Path) -> dict[str, str]:
     """The settings of a recipe file."""
-    settings = {}
-    for place, line in read_lines(path):
-        settings |= parse_line(place, line)
-    return {name: value.strip('"') for name, value in settings.items()}
+    from train_gpt import Settings  # takes seconds, and most lists need no recipe
+
+    return read_recipe(str(path), Settings)
 
 
 def name_run(settings: dict[str, str], base: dict[str, str]) -> str:
@@ -325,10 +325,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     gpus = options.gpus.split(",") if options.gpus else find_gpus()
     try:
-        base = read_recipe(options.base) if options.base else {}
+        base = read_base(options.base) if options.base else {}
         return run_sweep(Queue(options.runs, options.out.resolve(), base, gpus))
     except InputError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"sweep.py: {line}", file=sys.stderr)
         return 2
 
 
