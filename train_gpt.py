@@ -86,14 +86,12 @@ class Settings(FromEnvironment):
 
     # Data
     data_dir: str = setting("./data", "folder of the default DATA_PATH", group="Data")
-    data_path: str = setting(
-        "", "folder of the fineweb_{train,val,val_bytes}_*.bin shards; empty: the published CaseOps set")
+    data_path: str = setting("", "folder of the fineweb_*.bin shards; empty: the published CaseOps set")
     vocab_size: int = setting(8192, "rows of the embedding", unit="tokens", low=2, high=65536)
     train_batch_tokens: int = setting(786432, "one optimizer step over all ranks", unit="tokens", low=1)
     grad_accum_steps: int = setting(
         0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8", low=0)
-    eval_include_tail: bool = setting(
-        True, "1: score every validation token; 0: whole EVAL_SEQ_LEN windows, as #2135 and its ancestors")
+    eval_include_tail: bool = setting(True, "1: score every validation token; 0: whole windows, as #2135")
 
     # Run
     seed: int = setting(1337, "seed of the initial weights; the data's order is fixed", low=0, group="Run")
@@ -110,9 +108,8 @@ class Settings(FromEnvironment):
                                   only_with="TTT_EVAL_ONLY=0")
     prequant_only: bool = setting(False, "1: stop after the evaluation of the averaged weights",
                                   only_with="TTT_EVAL_ONLY=0")
-    attention: str = setting(
-        "auto", "on CUDA: FlashAttention 4, PyTorch's kernel or plain code; auto: the first that there is",
-        choices=("auto", "fa4", "torch", "reference"))
+    attention: str = setting("auto", "FlashAttention 4, PyTorch's or plain code; auto: the first there is",
+                             choices=("auto", "fa4", "torch", "reference"))
     recorded_passes: bool = setting(True, "1: training on CUDA replays CUDA graphs, captured in the warm-up")
     fp8: str = setting("auto", "1: products with weights in 8-bit floats (E4M3) in training; auto: on Hopper",
                        choices=("auto", "0", "1"))
@@ -158,9 +155,8 @@ class Settings(FromEnvironment):
     muon_backend_steps: int = setting(5, "Polar Express iterations", low=1, high=5)
     muon_row_normalize: bool = setting(True, "1: unit rows before these iterations")
     muon_wd: float = setting(0.095, "decoupled weight decay of the banks", low=0)
-    skylight_norm_ema: bool = setting(
-        False, "1: even out the rows of Muon's update by the running mean of their squares (NorMuon)",
-        alias="SKYLIGHT_MUON")
+    skylight_norm_ema: bool = setting(False, "1: NorMuon: an update's rows over their running mean square",
+                                      alias="SKYLIGHT_MUON")
     skylight_norm_beta2: float = setting(0.95, "coefficient of that mean", low=0, below=1,
                                          alias="BETA2_NORMUON", only_with="SKYLIGHT_NORM_EMA=1")
     skylight_norm_eps: float = setting(1e-7, "added to it before the square root", above=0,
@@ -173,9 +169,8 @@ class Settings(FromEnvironment):
     beta2: float = setting(0.99, "AdamW second-moment coefficient", low=0, below=1)
     adam_eps: float = setting(1e-8, "AdamW epsilon", above=0)
     adam_wd: float = setting(0.02, "weight decay of vectors, scalars and gates", low=0)
-    adam_wd_mode: str = setting(
-        "active", "active: what has received gradient decays; zero: all does, also what idles until looping "
-        "starts, as published", choices=("active", "zero"))
+    adam_wd_mode: str = setting("active", "active: what has had a gradient decays; zero: all, as published",
+                                choices=("active", "zero"))
     embed_wd: float = setting(0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting(0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
     ema_decay: float = setting(0.9965, "of the average of the weights; 0: the last weights", low=0, below=1)
@@ -228,13 +223,11 @@ class Settings(FromEnvironment):
 
     # Evaluation
     eval_seq_len: int = setting(2560, "longest context", unit="tokens", low=1, group="Evaluation")
-    eval_stride: int = setting(
-        0, "0: disjoint windows; else they advance by this and score only what is new, so that every token "
-        "past the first window sees at least EVAL_SEQ_LEN - EVAL_STRIDE tokens", unit="tokens", low=0)
+    eval_stride: int = setting(0, "0: disjoint windows; else they advance by this and score only what is new",
+                               unit="tokens", low=0)
     val_batch_tokens: int = setting(524288, "one eighth of it is one packed batch", unit="tokens", low=8)
-    val_doc_fraction: float = setting(
-        1.0, "share of the documents that test-time training scores, drawn by SEED; below 1: no record",
-        above=0, high=1, only_with="TTT_ENABLED=1")
+    val_doc_fraction: float = setting(1.0, "share of the documents in TTT, drawn by SEED; below 1: no record",
+                                      above=0, high=1, only_with="TTT_ENABLED=1")
 
     # Test-time training (TTT): every chunk is scored, then its document's adapters are trained on it
     ttt_enabled: bool = setting(True, "1: score once more, adapting to what has been scored",
@@ -277,9 +270,8 @@ class Settings(FromEnvironment):
         pattern=list_of(r"[1-9]\d*[:=][1-9]\d*"), form="a list like 256:16,2000:32")
 
     # Global phases of test-time training: all weights are trained on documents that are completely scored
-    phased_ttt_prefix_docs: int = setting(
-        2500, "scored documents after which the last phase comes; 0: no phase", low=0,
-        group="Global test-time training")
+    phased_ttt_prefix_docs: int = setting(2500, "documents scored before the last phase; 0: no phase", low=0,
+                                          group="Global test-time training")
     phased_ttt_num_phases: int = setting(1, "phases, at equal parts of that count", low=1)
     global_ttt_lr: float = setting(0.001, "SGD learning rate at a phase's start; a cosine to 0", low=0)
     global_ttt_momentum: float = setting(0.9, "SGD momentum", low=0, below=1)
@@ -293,10 +285,9 @@ class Settings(FromEnvironment):
         "learned", "fixed: by TOKEN_BOOST; learned: a logistic mixture of the model's probability of a hint "
         "and the hit rate of such hints so far, fitted while scoring", choices=ngram.MODES)
     token_order: int = setting(16, "the context is one token less", unit="tokens", low=2, high=256)
-    token_backoff: str = setting(
-        "10,6", "shorter orders that are asked in turn where a context is new; empty: none",
-        pattern=list_of(r"\d{1,3}"), form="a list of falling orders like 10,6",
-        only_with="NGRAM_BOOST=learned")
+    token_backoff: str = setting("10,6", "shorter orders, asked in turn where a context is new; empty: none",
+                                 pattern=list_of(r"\d{1,3}"), form="a list of falling orders like 10,6",
+                                 only_with="NGRAM_BOOST=learned")
     token_threshold: float = setting(0.8, "least share of a hint among its context's continuations", low=0,
                                      high=1, only_with="NGRAM_BOOST=fixed")
     token_boost: float = setting(2.625, "boost of a hint", unit="nats", low=0, high=50,
@@ -1187,11 +1178,9 @@ class GPT(nn.Module):
         cap = self.softcaps(scores)
         return cap * torch.tanh(scores / cap)
 
-    def softcaps(self, scores: Tensor) -> Tensor | float:
+    def softcaps(self, scores: Tensor) -> Tensor:
         """The cap of each score, by its sign."""
-        if self.softcap_pos is None:
-            return self.settings.logit_softcap
-        return torch.where(scores >= 0, self.softcap_pos, self.softcap_neg)
+        return torch.where(scores >= 0, *self.caps())
 
     def caps(self) -> list[Tensor | float]:
         """The caps of positive and negative logits."""
@@ -2010,8 +1999,7 @@ class Statistics(NamedTuple):
     """What calibration saw at each site (head, qkv, out, up, down), per token, stacked over the layers.
 
     A change E of a site's matrix raises the loss by about 1/2 sum over rows r of curvature[r] E[r] hessian
-    E[r]^T (a Kronecker-factored Fisher matrix, Martens & Grosse 2015, with the output factor's diagonal
-    alone).
+    E[r]^T (a Fisher matrix in Kronecker factors, Martens & Grosse 2015, of the second its diagonal alone).
     """
 
     hessian: dict[str, Tensor]  # (layers, columns, columns): sum of x x^T over the inputs x of all visits
@@ -2099,8 +2087,7 @@ def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
               runtime: Runtime) -> Statistics:
     """Send the windows, dealt out to the ranks, through the model forward and backward; sum what is seen.
 
-    The weights take no gradient: the backward pass ends at the embedding. STEP_RULE=sigma needs no backward
-    pass.
+    The weights take no gradient. STEP_RULE=sigma needs no backward pass.
     """
     gradients = s.step_rule == "loss"
     plain = model.view(trainable=False)
@@ -2333,8 +2320,7 @@ def hessian_factor(hessian: Tensor, order: Tensor) -> Tensor:
 def gptq(p: Problem, q: Quantized, max_code: Tensor, order: Tensor, quantize_block: Callable) -> Quantized:
     """`q` with codes for which later columns make up for earlier ones' errors (GPTQ, Frantar et al. 2022).
 
-    max_code: (layers, 1, columns); order: that in which columns are taken, (layers, columns); quantize_block:
-    round_block or trellis_block.
+    max_code (layers, 1, columns); order: that in which columns are taken, (layers, columns).
     """
     weight = take_columns(p.weight, order)
     step = take_columns(step_sizes(q), order)
@@ -2692,15 +2678,10 @@ def artifact_arrays(model: GPT, quantized: QuantizedRoles, s: Settings) -> tuple
         for layer, correction in q.low_rank.items():
             corrected.append(f"{name}.{layer}")
             tensors |= {f"{name}.{layer}.{part}": tensor for part, tensor in correction._asdict().items()}
-    quantization = dict(
-        step_rule=s.step_rule,
-        lqer=[s.lqer_rank, s.lqer_asym_group],
-        corrected=corrected,
-        int8_gates=s.gated_attn_quant_gate)
-    arrays = {}
-    for name in layout(model, quantization):
-        arrays[name] = tensors[name].detach().cpu().contiguous().numpy()
-    return quantization, arrays
+    quantization = dict(step_rule=s.step_rule, lqer=[s.lqer_rank, s.lqer_asym_group], corrected=corrected,
+                        int8_gates=s.gated_attn_quant_gate)
+    return quantization, {name: tensors[name].detach().cpu().contiguous().numpy()
+                          for name in layout(model, quantization)}
 
 
 @torch.no_grad()
@@ -2799,15 +2780,13 @@ def spread_classes(codes: Tensor) -> tuple[Tensor, Tensor]:
         by_column = 1 / column
         row = (squares @ by_column[..., None])[..., 0] / codes.size(2)
     classes = [0.5 * factor.log2() * SPREADS_PER_OCTAVE for factor in (row, column)]  # of a square's root
-    row, column = (exponent.round().to(torch.int8) for exponent in classes)
-    return row, column
+    return classes[0].round().to(torch.int8), classes[1].round().to(torch.int8)
 
 
 class EntropyCodec:
     """Asymmetric numeral systems (Duda 2009) over the codes, brotli over the rest.
 
-    A code's spread is modelled as row factor x column factor; the codes of each class of spread share a table
-    of symbol frequencies.
+    A code's spread is modelled as row factor x column factor; codes of one class of spread share frequencies.
     """
 
     def pack(self, arrays: Arrays) -> list[bytes]:
@@ -2916,8 +2895,7 @@ def lrzip(data: bytes, *arguments: str, max_bytes: int = 1 << 30) -> bytes:
             file.write(data)
         command = ["prlimit", f"--fsize={max_bytes}", "lrzip", "-q", *arguments, "-o", result, source]
         try:
-            subprocess.run(command, check=True, timeout=600, capture_output=True,
-                           stdin=subprocess.DEVNULL)
+            subprocess.run(command, check=True, timeout=600, capture_output=True, stdin=subprocess.DEVNULL)
             with open(result, "rb") as file:
                 return file.read()
         except (subprocess.SubprocessError, OSError) as error:
@@ -3011,8 +2989,7 @@ def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
 def open_container(data: bytes, path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
     """Undo `container`; nothing in the data is executed, and nothing larger than the model is allocated.
 
-    Raises InputError, naming `path`, if it is damaged or was made for another function than the settings
-    describe.
+    Raises InputError, naming `path`, if it is damaged or was made for another function than the settings'.
     """
     try:
         table, payload = open_envelope(data)
@@ -3050,19 +3027,17 @@ def check_function(made_with: dict, path: str, s: Settings) -> None:
 
     A setting that the file does not name came after the file, which has its default.
     """
-    ours, differing = s.function_settings(), []
-    for name, value in ours.items():
-        theirs = made_with.get(name, getattr(Settings, name))
-        if theirs != value:
-            made = f"{path} was made with {printable(theirs)}"
-            differing.append(f"{name.upper()}: {value}, but {made}; set it to that")
-    if differing:
-        raise InputError("\n".join(differing))
-    for name, value in made_with.items():
+    ours = s.function_settings()
+    problems = []
+    for name, theirs in ({name: getattr(Settings, name) for name in ours} | made_with).items():
         if name not in ours:
-            unknown = f"{printable(name).upper()}={printable(value)}"
-            remedy = "use the script that made it"
-            raise InputError(f"{path}: made with {unknown}, which is no setting here; {remedy}")
+            problems.append(f"{path}: made with {printable(name).upper()}={printable(theirs)}, which is no "
+                            "setting here; use the script that made it")
+        elif theirs != ours[name]:
+            made = f"{path} was made with {printable(theirs)}"
+            problems.append(f"{name.upper()}: {ours[name]}, but {made}; set it to that")
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def printable(value) -> str:
