@@ -61,8 +61,8 @@ from env_settings import (
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, adamw_rows, add_norm,
     as_activation, as_matrices, attention, attention_kernel, cached_attention, computed, fp8_products_fit,
-    grouped_product, lane_update, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index,
-    rotary_tables, squared_mlp, store, two_value_nll, xsa_gate)
+    grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index, rotary_tables,
+    squared_mlp, store, two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -920,7 +920,7 @@ class GPT(nn.Module):
     small tensors, instead of hundreds. Parameters are float32 masters; products run in `compute_dtype`.
     """
 
-    COMPILED = ("layers", "embed", "final_norm")  # compiled, the rest would read activations more than once
+    COMPILED = ("layers", "embed", "lane_update", "final_norm")  # compiled, the rest would read activations more than once
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1134,7 +1134,15 @@ class GPT(nn.Module):
         lane1, v = add_norm(entry if first else lane1, None, w.input_scale, w.up)
         y = self.attention(u, w, segments, rope)
         from_attention = computed(self.project("out", y, w, u))
-        return *lane_update(lane0, lane1, from_attention, self.mlp(v, w), w.lane_resid, w.lane_post), x0
+        from_mlp = self.mlp(v, w)
+        return *self.lane_update(lane0, lane1, from_attention, from_mlp, w.lane_resid, w.lane_post), x0
+
+    def lane_update(self, lane0, lane1, from_attention, from_mlp, resid, post) -> tuple[Tensor, Tensor]:
+        """Lane k becomes resid_k lane_k + post_0k from_attention + post_1k from_mlp, (T, d) each."""
+        y, z = from_attention.float(), from_mlp.float()
+        new0 = resid[0] * lane0.float() + post[0, 0] * y + post[1, 0] * z
+        new1 = resid[1] * lane1.float() + post[0, 1] * y + post[1, 1] * z
+        return new0.to(lane0.dtype), new1.to(lane1.dtype)
 
     def attention(self, u: Activation, w: Layer, segments: Segments, rope) -> Activation:
         """Gated exclusive self-attention of the normalized u, before the output matrix."""

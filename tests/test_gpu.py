@@ -237,7 +237,6 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
             lambda x, z, w: kernels.reference_add_norm(x, F.linear(z, w), scale),
             [rows(d), rows(d), 0.04 * vector(d, d).bfloat16()]),
         "norm": (lambda x: kernels.add_norm(x, None, scale), lambda x: kernels.reference_add_norm(x, None, scale), [rows(d)]),
-        "lane_update": (kernels.lane_update, kernels.reference_lane_update, [*(rows(d) for _ in range(4)), vector(2), vector(2, 2)]),
         "squared_mlp": (lambda *x: squared_mlp(*x, 0.5), lambda u, up, down: F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights]),
         "squared_mlp added": (lambda u, up, down, x: squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
@@ -249,7 +248,7 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
 
 @pytest.mark.parametrize("name", [*(f"mix_norm {gated} {lanes}" for gated in (None, False, True) for lanes in (False, True)),
                                   "prepare_heads 1", "prepare_heads 2", "xsa_gate", "add_norm",
-                                  "add_norm of a product", "norm", "lane_update",
+                                  "add_norm of a product", "norm",
                                   "squared_mlp", "squared_mlp added", "two_value_nll"])
 @pytest.mark.parametrize("T", [1, 129, 3001])
 def test_fused_kernels_match_the_references(name, T):

@@ -474,13 +474,6 @@ def test_norms_of_sums(T, dtype, fused, double):
     assert fused == ways("add_norm")
 
 
-@lengths
-def test_lane_update(T, dtype, fused, double):
-    inputs = [randn(T, 16, seed=i, dtype=dtype) for i in range(4)] + [randn(2), randn(2, 2)]
-    agree(kernels.lane_update, kernels.reference_lane_update, inputs, range(6))
-    assert fused == ways("lane_update")
-
-
 def in_8_bits(w: torch.Tensor) -> kernels.Matrix:
     [matrix] = kernels.as_matrices(w.detach()[None], w.dtype, fp8=True)
     return matrix._replace(w=w)
@@ -727,8 +720,7 @@ def test_the_fused_model_equals_the_plain_one(changes, looping, fused, monkeypat
     s = reference_settings(**changes)
     model = random_model(s)
     assert_same(*on_both_paths(lambda: losses_and_gradients(model, looping), monkeypatch), 1e-4)
-    assert fused == ways("mix_norm", "prepare_heads", "add_norm", *["xsa_gate"] * (s.xsa_last_n > 0),
-                         *["lane_update"] * (s.parallel_start_layer > 0))
+    assert fused == ways("mix_norm", "prepare_heads", "add_norm", *["xsa_gate"] * (s.xsa_last_n > 0))
 
 
 def test_the_fused_model_equals_the_plain_one_in_bf16(fused, monkeypatch):
@@ -743,7 +735,7 @@ def test_calibration_sees_the_same_on_the_fused_path(fused, monkeypatch):
     ours, theirs = on_both_paths(lambda: g.calibrate(model, windows, True, s, runtime()), monkeypatch)
     for field in ("hessian", "curvature"):
         assert_same(getattr(ours, field), getattr(theirs, field), 1e-4)
-    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm", "lane_update")
+    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm")
 
 
 @pytest.mark.parametrize("context", ["cache", "recompute"])
@@ -753,7 +745,7 @@ def test_test_time_training_scores_the_same_on_the_fused_path(context, fused, mo
     tokens = stream(3, longest=40)
     ours, theirs = on_both_paths(lambda: torch.from_numpy(adapt(s, tokens)), monkeypatch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm", "lane_update")
+    assert fused == ways("mix_norm", "prepare_heads", "xsa_gate", "add_norm")
 
 
 # --- Products in 8-bit floats
@@ -945,9 +937,8 @@ for way in ("forward", "backward"):
               for gate, alpha in ((True, False), (False, True))]
     cases += [(f"add_norm_{way}", dict(D=512) | unit)]
     cases += [(f"add_norm_{way}", dict(D=512, y=None) | unit)] * (way == "forward")
-    cases += [(f"lane_update_{way}", dict(D=512))]
     # What keeps most rows at a time fits for wider models too.
-    cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, KEEP_STREAM=False, CHANNELS=12) | unit), (f"lane_update_{way}", dict(D=1024)),
+    cases += [(f"mix_norm_{way}", dict(D=1024, SKIP=2, KEEP_STREAM=False, CHANNELS=12) | unit),
               (f"add_norm_{way}", dict(D=1024) | unit)]
     for name, constants in cases:
         kernel = getattr(g, name + "_kernel")
