@@ -830,10 +830,18 @@ class Segments(NamedTuple):
     positions: Tensor  # (T,) int32, distance from the start of the segment
     max_seqlen: int  # upper bound on a segment's length
     previous: Tensor | None = None  # (T,) the token before each in its document, if not the left one
+    keys_cu_seqlens: Tensor | None = None  # (segments + 1,) int32, if keys of a past come before a segment's
+    keys_max_seqlen: int = 0
+
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens of queries and keys, the longest of each."""
+        if self.keys_cu_seqlens is None:
+            return self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen
+        return self.cu_seqlens, self.keys_cu_seqlens, self.max_seqlen, self.keys_max_seqlen
 
 
 def attention(heads: Heads, segments: Segments, kernel: str) -> Tensor:
-    """Causal attention inside each segment, like q (T, heads, D).
+    """Causal attention inside each segment and to its past, like q (T, heads, D).
 
     Query heads are dealt to key/value heads in order: heads / kv_heads neighbours share one. Scores are
     scaled by 1/sqrt(D). kernel: as attention_kernel() returns it, for bf16 on CUDA.
@@ -841,20 +849,46 @@ def attention(heads: Heads, segments: Segments, kernel: str) -> Tensor:
     q, k, v, *_ = heads
     if not q.is_cuda or kernel == "reference":
         return reference_attention(q, k, v, segments)
-    cu, longest = segments.cu_seqlens, segments.max_seqlen
-    if kernel == "fa4":
-        return FlashAttention4.apply(q, k, v, cu, longest, heads.copies)
-    return torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
+    if kernel == "fa4" and segments.keys_cu_seqlens is None:  # for a past PyTorch's kernel is the faster one
+        return FlashAttention4.apply(q, k, v, segments.cu_seqlens, segments.max_seqlen, heads.copies)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *segments.bounds(), 0.0, True, False)[0]
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The same, segment by segment."""
     group = q.size(1) // k.size(1)
-    lengths = segments.cu_seqlens.diff().tolist()
-    whole = q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in whole))  # (1, heads, length, D)
-    outputs = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+    of_queries, of_keys, *_ = segments.bounds()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    whole = (q, of_queries), (k, of_keys), (v, of_keys)
+    pieces = (x.transpose(0, 1)[None].split(cu.diff().tolist(), dim=2) for x, cu in whole)
+    outputs = []
+    for q, k, v in zip(*pieces):  # (1, heads, length, D)
+        mask = dict(is_causal=True)
+        if segments.keys_cu_seqlens is not None:
+            all_visible = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+            mask = dict(attn_mask=all_visible.tril(k.size(2) - q.size(2)))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, **mask))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+class WithPast(torch.autograd.Function):
+    """The K keys or values that segments see: their own (T, kv_heads, D), each behind its past.
+
+    ring (slots, room, kv_heads, D) keeps them, at the places (K,) among slots * room, own_places (T,) of
+    which are the segments' own: there `own` is stored first. Gradients reach it.
+    """
+
+    @staticmethod
+    def forward(ctx, own, ring, places, own_places):
+        ctx.save_for_backward(own_places)
+        ring = ring.flatten(0, 1)
+        ring.index_copy_(0, places[own_places], own)
+        return ring.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        own_places, = ctx.saved_tensors
+        return gradient.index_select(0, own_places), None, None, None
 
 
 FLASH_ATTENTION_4 = "flash_attn.cute.interface"
@@ -1627,247 +1661,6 @@ class FullProduct(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         weight, = ctx.saved_tensors
         return gradient.to(weight.dtype) @ weight, None
-
-
-# --- Attention with a cache ---------------------------------------------------------------------------------
-
-
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, keys: Tensor, values: Tensor,
-                     slots: Tensor, begins: Tensor, window: int) -> Tensor:
-    """Attention of packed rows to themselves (causal) and to cached keys and values of their documents' past.
-
-    q (T, heads, D), k and v (T, kv_heads, D), result like q. Row s is tokens cu[s] .. cu[s + 1] - 1; cu (S +
-    1,) int32, longest bounds a row's length. keys, values (slots, room, kv_heads, D) are rings: document
-    position p lies at index p % room of slot slots[s]. begins (S,) int64: document position of the row's
-    first token. A row of n tokens sees the cached positions from begins[s] + n - window on; room >= window.
-    Scores are scaled by 1/sqrt(D), neighbouring query heads share a key/value head. Gradients reach q, k and
-    v.
-    """
-    function = CachedAttention.apply if q.is_cuda else reference_cached_attention
-    return function(q, k, v, cu, longest, keys, values, slots, begins, window)
-
-
-def reference_cached_attention(q, k, v, cu, longest, keys, values, slots, begins, window):
-    """The same, row by row."""
-    group, room, outputs = q.size(1) // k.size(1), keys.size(1), []
-    for (a, b), slot, begin in zip(itertools.pairwise(cu.tolist()), slots.tolist(), begins.tolist()):
-        past = torch.arange(min(begin, max(0, begin + b - a - window)), begin, device=q.device) % room
-        row_k, row_v = (torch.cat((cache[slot, past], own[a:b])).repeat_interleave(group, 1).transpose(0, 1)
-                        for cache, own in ((keys, k), (values, v)))  # (heads, past + n, D) each
-        visible = torch.ones(b - a, row_k.size(1), dtype=torch.bool, device=q.device).tril(len(past))
-        y = F.scaled_dot_product_attention(q[a:b].transpose(0, 1), row_k, row_v, visible)
-        outputs.append(y.transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@jit
-def row_bounds(cu, begins, s, window, room):
-    """First token (int64) and length of row s, how many cached positions it sees, ring index of the
-    oldest."""
-    start, end = tl.load(cu + s), tl.load(cu + s + 1)
-    begin = tl.load(begins + s).to(tl.int32)
-    oldest = tl.minimum(tl.maximum(begin + (end - start) - window, 0), begin)
-    return start.to(tl.int64), end - start, begin - oldest, oldest % room
-
-
-@jit
-def cached_block(keys, values, base, j, first, count, room, TAIL: tl.constexpr, KV_HEADS: tl.constexpr,
-                 D: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys and values (BLOCK, D) of the cached positions j .. j + BLOCK - 1 after the oldest, and which are
-    seen."""
-    past = j + tl.arange(0, BLOCK)
-    seen = (past < count) | (not TAIL)  # constant in full blocks: loads and scores then need no mask
-    index = first + past
-    index = tl.where(index < room, index, index - room)  # count <= room: it wraps at most once
-    at = base + index[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
-    k = tl.load(keys + at, mask=seen[:, None], other=0.0)
-    v = tl.load(values + at, mask=seen[:, None], other=0.0)
-    return k, v, seen[None, :]
-
-
-@jit
-def softmax_block(q, k, v, visible, scale, top, total, out):
-    """One block of keys into the running softmax: maximum and sum (rows,), unnormalized output (rows, D)."""
-    scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-    return higher, total * shrink + tl.sum(p, 1), out
-
-
-@jit
-def dq_block(q, dout, k, v, visible, scale, lse, delta, dq):
-    """One block of keys into the gradient of the queries (rows, D)."""
-    scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    ds = tl.exp2(scores * scale - lse[:, None]) * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-
-# Kernels run per (tile, kv head, row). A tile of queries holds BLOCK_M / GROUP tokens times the GROUP query
-# heads that share the kv head, so that cached keys are read once for all. lse: log-sum-exp of the scores in
-# base 2. A row's own keys come first: every query sees one of them, which makes the running maximum finite.
-# Queries behind the end of a row are zeros that nobody reads. Masked loads of the cache give zeros: what was
-# never written may be NaN.
-
-
-@jit
-def attention_forward_kernel(q, k, v, out, lse, cu, keys, values, slots, begins, window, room, scale,
-                             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    head, s = tl.program_id(1), tl.program_id(2)
-    start, n, count, first = row_bounds(cu, begins, s, window, room)
-    begin = tl.program_id(0) * (BLOCK_M // GROUP)
-    if begin >= n:
-        return
-    d, m, j_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    token = begin + m // GROUP
-    line = token * (KV_HEADS * GROUP) + m % GROUP  # into (T, heads), from the row's first token on
-    base, own, cached = (start * KV_HEADS + head) * GROUP, (start * KV_HEADS + head) * D, head * D
-    cached += tl.load(slots + s).to(tl.int64) * room * (KV_HEADS * D)
-    q_m = tl.load(q + base * D + (line[:, None] * D + d), mask=(token < n)[:, None], other=0.0)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
-    for j in range(0, tl.minimum(n, begin + BLOCK_M // GROUP), BLOCK_N):
-        at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
-        k_n = tl.load(k + own + at, mask=seen, other=0.0)
-        v_n = tl.load(v + own + at, mask=seen, other=0.0)
-        visible = (j + j_n)[None, :] <= token[:, None]
-        top, total, acc = softmax_block(q_m, k_n, v_n, visible, scale, top, total, acc)
-    full = count // BLOCK_N * BLOCK_N
-    for tail in tl.static_range(2):
-        for j in range(full * tail, count if tail else full, BLOCK_N):
-            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D,
-                                          BLOCK_N)
-            top, total, acc = softmax_block(q_m, k_n, v_n, seen, scale, top, total, acc)
-    tl.store(out + base * D + (line[:, None] * D + d), (acc / total[:, None]).to(out.dtype.element_ty),
-             mask=(token < n)[:, None])
-    tl.store(lse + base + line, top + tl.log2(total), mask=token < n)
-
-
-@jit
-def attention_dq_kernel(q, k, v, out, dout, lse, delta, dq, cu, keys, values, slots, begins, window, room,
-                        scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Also writes delta (T, heads), the products of output and its gradient, for the other kernel."""
-    head, s = tl.program_id(1), tl.program_id(2)
-    start, n, count, first = row_bounds(cu, begins, s, window, room)
-    begin = tl.program_id(0) * (BLOCK_M // GROUP)
-    if begin >= n:
-        return
-    d, m, j_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    token = begin + m // GROUP
-    line = token * (KV_HEADS * GROUP) + m % GROUP
-    base, own, cached = (start * KV_HEADS + head) * GROUP, (start * KV_HEADS + head) * D, head * D
-    cached += tl.load(slots + s).to(tl.int64) * room * (KV_HEADS * D)
-    at_m, inside = base * D + (line[:, None] * D + d), (token < n)[:, None]
-    q_m = tl.load(q + at_m, mask=inside, other=0.0)
-    dout_m = tl.load(dout + at_m, mask=inside, other=0.0)
-    lse_m = tl.load(lse + base + line, mask=token < n, other=0.0)
-    delta_m = tl.sum(tl.load(out + at_m, mask=inside, other=0.0).to(tl.float32) * dout_m.to(tl.float32), 1)
-    tl.store(delta + base + line, delta_m, mask=token < n)
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
-    for j in range(0, tl.minimum(n, begin + BLOCK_M // GROUP), BLOCK_N):
-        at, seen = (j + j_n)[:, None] * (KV_HEADS * D) + d, (j + j_n < n)[:, None]
-        k_n = tl.load(k + own + at, mask=seen, other=0.0)
-        v_n = tl.load(v + own + at, mask=seen, other=0.0)
-        visible = (j + j_n)[None, :] <= token[:, None]
-        acc = dq_block(q_m, dout_m, k_n, v_n, visible, scale, lse_m, delta_m, acc)
-    full = count // BLOCK_N * BLOCK_N
-    for tail in tl.static_range(2):
-        for j in range(full * tail, count if tail else full, BLOCK_N):
-            k_n, v_n, seen = cached_block(keys, values, cached, j, first, count, room, tail, KV_HEADS, D,
-                                          BLOCK_N)
-            acc = dq_block(q_m, dout_m, k_n, v_n, seen, scale, lse_m, delta_m, acc)
-    write(dq, at_m, acc * (scale * 0.6931471805599453), inside)  # scale holds log2 e
-
-
-@jit
-def attention_dkv_kernel(q, k, v, dout, lse, delta, dk, dv, cu, scale,
-                         KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Gradients of a row's own keys and values, from its own later queries. Scores are transposed: (keys,
-    queries)."""
-    head, s, begin = tl.program_id(1), tl.program_id(2), tl.program_id(0) * BLOCK_N
-    start = tl.load(cu + s).to(tl.int64)
-    n = tl.load(cu + s + 1) - tl.load(cu + s)
-    if begin >= n:
-        return
-    d, m, token_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N)
-    base = (start * KV_HEADS + head) * GROUP
-    at_n = (start * KV_HEADS + head) * D + (token_n[:, None] * (KV_HEADS * D) + d)
-    inside = (token_n < n)[:, None]
-    k_n = tl.load(k + at_n, mask=inside, other=0.0)
-    v_n = tl.load(v + at_n, mask=inside, other=0.0)
-    dk_n = tl.zeros((BLOCK_N, D), tl.float32)
-    dv_n = tl.zeros((BLOCK_N, D), tl.float32)
-    for t in range(begin, n, BLOCK_M // GROUP):
-        token = t + m // GROUP
-        line = token * (KV_HEADS * GROUP) + m % GROUP
-        at_m = base * D + (line[:, None] * D + d)
-        q_m = tl.load(q + at_m, mask=(token < n)[:, None], other=0.0)
-        dout_m = tl.load(dout + at_m, mask=(token < n)[:, None], other=0.0)
-        lse_m = tl.load(lse + base + line, mask=token < n, other=0.0)
-        delta_m = tl.load(delta + base + line, mask=token < n, other=0.0)
-        scores = tl.dot(k_n, tl.trans(q_m), input_precision="ieee")
-        scores = tl.where(token_n[:, None] <= token[None, :], scores, float("-inf"))
-        p = tl.exp2(scores * scale - lse_m[None, :])
-        dv_n = tl.dot(p.to(dout_m.dtype), dout_m, dv_n, input_precision="ieee")
-        ds = p * (tl.dot(v_n, tl.trans(dout_m), input_precision="ieee") - delta_m[None, :])
-        dk_n = tl.dot(ds.to(q_m.dtype), q_m, dk_n, input_precision="ieee")
-    tl.store(dk + at_n, (dk_n * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + at_n, dv_n.to(dv.dtype.element_ty), mask=inside)
-
-
-FORWARD_TILE = dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
-DQ_TILE = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-DKV_TILE = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
-
-
-class CachedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, cu, longest, keys, values, slots, begins, window):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        (_, heads, size), kv_heads, room = q.shape, k.size(1), keys.size(1)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        ctx.shape = dict(KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=size)
-        ctx.longest = longest
-        ctx.scale = size ** -0.5 * 1.4426950408889634  # the kernels use base 2
-        # Not among the saved tensors: the rows may be stored before their backward pass, which overwrites
-        # nothing seen.
-        ctx.past = keys, values, slots, begins, window, room
-        tiles = triton.cdiv(longest * ctx.shape["GROUP"], FORWARD_TILE["BLOCK_M"])
-        attention_forward_kernel[tiles, kv_heads, len(slots)](
-            q, k, v, out, lse, cu, *ctx.past, ctx.scale, **ctx.shape, **FORWARD_TILE)
-        ctx.save_for_backward(q, k, v, out, lse, cu)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, out, lse, cu = ctx.saved_tensors
-        dout, delta = dout.contiguous(), torch.empty_like(lse)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tiles = triton.cdiv(ctx.longest * ctx.shape["GROUP"], DQ_TILE["BLOCK_M"])
-        attention_dq_kernel[tiles, k.size(1), len(cu) - 1](
-            q, k, v, out, dout, lse, delta, dq, cu, *ctx.past, ctx.scale, **ctx.shape, **DQ_TILE)
-        attention_dkv_kernel[triton.cdiv(ctx.longest, DKV_TILE["BLOCK_N"]), k.size(1), len(cu) - 1](
-            q, k, v, dout, lse, delta, dk, dv, cu, ctx.scale, **ctx.shape, **DKV_TILE)
-        return dq, dk, dv, *[None] * 7
-
-
-def ring_index(cu: Tensor, slots: Tensor, begins: Tensor, total: int, room: int) -> Tensor:
-    """Where each of the `total` packed tokens lies in a cache of (slots * room) places: (T,) int64."""
-    tokens = torch.arange(total, dtype=cu.dtype, device=cu.device)
-    rows = torch.searchsorted(cu[1:], tokens, right=True)
-    return slots[rows] * room + (begins[rows] + tokens - cu[rows]) % room
-
-
-def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
-    """Write k and v (T, kv_heads, D) to the places `index` of keys and values (slots, room, kv_heads, D)."""
-    for cache, new in ((keys, k), (values, v)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, index, new.detach())
 
 
 # --- AdamW per slot -----------------------------------------------------------------------------------------

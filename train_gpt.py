@@ -59,10 +59,10 @@ import online_ngram_tilt as ngram
 from env_settings import (
     PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, settings_help)
 from gpt_kernels import (
-    HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, adamw_rows, add_norm,
-    as_activation, as_matrices, attention, attention_kernel, cached_attention, computed, fp8_products_fit,
-    grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads, ring_index, rotary_tables,
-    squared_mlp, store, two_value_nll, xsa_gate)
+    HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, WithPast, adamw_rows,
+    add_norm, as_activation, as_matrices, attention, attention_kernel, computed, fp8_products_fit,
+    grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads, rotary_tables, squared_mlp,
+    two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -899,7 +899,7 @@ class Layer(NamedTuple):
     lane_post: Tensor | None  # (2, 2): [from attention, from MLP] x [to lane 0, to lane 1]
     exclusive: bool  # whether XSA is on
     adapter: Callable | None = None  # (site, x, y, u) -> y after a product; u: the block's normalized input
-    context: Callable | None = None  # (q, k, v) -> y in place of attention over the packed row alone
+    context: Callable | None = None  # (k, v) -> the same, each segment's behind those of its past
 
 
 class Hooks:
@@ -920,7 +920,8 @@ class GPT(nn.Module):
     small tensors, instead of hundreds. Parameters are float32 masters; products run in `compute_dtype`.
     """
 
-    COMPILED = ("layers", "embed", "lane_update", "final_norm")  # compiled, the rest would read activations more than once
+    # Uncompiled, these would read activations more than once.
+    COMPILED = ("layers", "embed", "lane_update", "final_norm")
 
     def __init__(self, settings: Settings, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1149,10 +1150,10 @@ class GPT(nn.Module):
         s = self.settings
         qkv = self.project("qkv", u, w, u)
         heads = prepare_heads(qkv, rope, w.q_gain, s.num_heads, s.num_kv_heads, may_copy=w.context is None)
-        if w.context is None:
-            y = attention(heads, segments, self.attention_kernel)
-        else:
-            y = w.context(heads.q, heads.k, heads.v)
+        if w.context is not None:
+            k, v = w.context(heads.k, heads.v)
+            heads = heads._replace(k=k, v=v)
+        y = attention(heads, segments, self.attention_kernel)
         own_value = heads.own_value if w.exclusive else None
         return xsa_gate(y, own_value, u.gate_input, w.head_gate, w.xsa_alpha, s.sparse_attn_gate_scale, w.out)
 
@@ -3298,14 +3299,13 @@ class Rows(NamedTuple):
     """
 
     slots: Tensor  # (R,) int64, among this rank's slots
-    begins: Tensor  # (R,) int64, where the chunk begins in its document
     continues: Tensor  # (R,) bool, whether the document continues after the chunk
     chunk_ratio: Tensor  # (R,) float32, length of the chunk over that of the document's first
-    cu_seqlens: Tensor  # (R + 1,) int32, borders of the rows in T
+    segments: Segments  # one for each row
     chunk_ends: Tensor  # (R,) int32, ends of the rows in C
     ids: Tensor  # (T,) int64
-    previous: Tensor  # (T,) int64, the token before each in its document
-    positions: Tensor  # (T,) int64
+    key_places: Tensor | None  # (K,) int64, where in the cache the keys that they see lie; None without one
+    own_keys: Tensor | None  # (T,) int64, which of the K are those of the inputs
     scored: Tensor  # (C,) int64, which of the T inputs are scored
     targets: Tensor  # (C,) int64
     weights: Tensor  # (C,) float32, of the losses: 1 / the chunk's length, 0 where the document ends
@@ -3315,7 +3315,6 @@ class Rows(NamedTuple):
     ngram_order_index: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
     visible: Tensor  # (n,) int64, which of the C lie inside their documents
     stream_positions: np.ndarray  # (n,) where these targets lie in tokens[1:]
-    max_row_len: int
     training: bool  # whether any adapter trains
 
 
@@ -3416,19 +3415,33 @@ class Text:
         def tensor(array, dtype=np.int64) -> Tensor:
             return self.runtime.to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)))
 
+        def borders(sizes) -> Tensor:
+            return tensor(np.append(0, np.cumsum(sizes)), np.int32)
+
+        inputs = end - first  # of each row
+        segments = Segments(borders(inputs), tensor(positions), int(inputs.max()), tensor(previous))
+        key_places = own_keys = None
+        if s.ttt_context == "cache":
+            window = s.ttt_eval_seq_len
+            oldest = np.maximum(0, end - window)
+            keys = end - oldest  # of each row
+            key_position, key_row = ranges(oldest, keys)  # (K,)
+            key_places = tensor(slots[key_row] * window + key_position % window)
+            own_keys = tensor(np.flatnonzero(key_position >= begin[key_row]))
+            segments = segments._replace(keys_cu_seqlens=borders(keys), keys_max_seqlen=int(keys.max()))
+
         return Rows(
-            slots=tensor(slots), begins=tensor(begin), continues=tensor(continues, bool),
+            slots=tensor(slots), continues=tensor(continues, bool),
             chunk_ratio=tensor(chunk / first_chunk, np.float32),
-            cu_seqlens=tensor(np.append(0, np.cumsum(end - first)), np.int32),
-            chunk_ends=tensor(np.cumsum(chunk), np.int32),
-            ids=tensor(ids), previous=tensor(previous), positions=tensor(positions),
-            scored=tensor(scored), targets=tensor(self.tokens[target + 1]),
+            segments=segments, chunk_ends=tensor(np.cumsum(chunk), np.int32), ids=tensor(ids),
+            key_places=key_places, own_keys=own_keys, scored=tensor(scored),
+            targets=tensor(self.tokens[target + 1]),
             weights=tensor((continues / chunk)[row[scored]], np.float32),
             hints=tensor(self.hints.ids[target]), gate=tensor(self.hints.gate[target], bool),
             boost=tensor(self.hints.boost[target], np.float32),
             ngram_order_index=tensor(self.ngram_order_index[target]),
             visible=tensor(visible), stream_positions=target[visible],
-            max_row_len=int((end - first).max()), training=bool(continues.any()) and s.ttt_lora_lr > 0)
+            training=bool(continues.any()) and s.ttt_lora_lr > 0)
 
     def phases_due(self, step: Step):
         """After a step, yield for each global phase that is due the documents completely scored by then (C3).
@@ -3526,7 +3539,7 @@ class Adapters:
         self.leaves = [part.detach().unflatten(1, shape).requires_grad_()
                        for part, shape in zip(parts, self.shapes)]
         self.pairs = dict(zip(self.sites, zip(self.leaves, self.leaves[len(self.sites):])))
-        self.row_ends = rows.cu_seqlens[1:]
+        self.row_ends = rows.segments.cu_seqlens[1:]
 
     def delta(self, site: tuple[str, int], u: Tensor, ends: Tensor) -> Tensor:
         """alpha / r B A u for packed inputs u (T, in), rows ending at `ends`: (T, out)."""
@@ -3565,27 +3578,15 @@ class ContextCache:
     """Keys and values of each slot's last TTT_EVAL_SEQ_LEN tokens, as when scored: a ring per block visit."""
 
     def __init__(self, visits: int, slots: int, s: Settings, runtime: Runtime):
-        self.window = s.ttt_eval_seq_len
-        shape = visits, 2, slots, self.window, s.num_kv_heads, s.head_dim
+        shape = visits, 2, slots, s.ttt_eval_seq_len, s.num_kv_heads, s.head_dim
         self.rings = torch.zeros(shape, dtype=runtime.compute_dtype, device=runtime.device)
 
-    def take(self, rows: Rows) -> None:
-        """The next forward pass is that of these rows."""
-        self.rows = rows
-        self.places = ring_index(rows.cu_seqlens, rows.slots, rows.begins, len(rows.ids), self.window)
-
-    def at_visit(self, visit: int) -> Callable:
-        """The Layer.context of this visit."""
-        keys, values = self.rings[visit]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = self.rows
-            y = cached_attention(q, k, v, rows.cu_seqlens, rows.max_row_len, keys, values, rows.slots,
-                                 rows.begins, self.window)
-            # Only what the rows' own window has left behind is overwritten: the backward pass finds the rest.
-            store(keys, values, k, v, self.places)
-            return y
-        return attend
+    def at_visit(self, visit: int, rows: Rows) -> Callable:
+        """The Layer.context of this visit for these rows."""
+        def context(k: Tensor, v: Tensor) -> list[Tensor]:
+            return [WithPast.apply(own, ring, rows.key_places, rows.own_keys)
+                    for own, ring in zip((k, v), self.rings[visit])]
+        return context
 
 
 class Learner(Hooks):
@@ -3603,14 +3604,14 @@ class Learner(Hooks):
         self.cache = ContextCache(visits, len(slots), s, runtime) if s.ttt_context == "cache" else None
         learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
         self.learned_boost = ngram.LearnedBoost(len(s.token_orders), runtime.device) if learned else None
-        self.scored_rows = None
+        self.rows = None  # of the last forward pass
 
     def refresh_layers(self) -> None:
         """Cut the weights into layers, once for all forward passes until they change."""
         self.view = self.model.view(trainable=False, keep_layers=True)
 
     def block(self, visit: int, layer: int) -> dict:
-        context = self.cache.at_visit(visit) if self.cache else None
+        context = self.cache.at_visit(visit, self.rows) if self.cache else None
         return dict(adapter=self.adapters.at_visit(visit, layer), context=context)
 
     def begin_step(self, step: Step) -> None:
@@ -3625,13 +3626,12 @@ class Learner(Hooks):
         self.adapters.take(rows)
         with torch.set_grad_enabled(rows.training):
             self.nll, self.log_q = self.losses(rows)
-        self.scored_rows = rows
         plain = self.nll.detach()
         return self.tilted(plain, rows)[rows.visible], plain[rows.visible]
 
     def train(self, rows: Rows) -> None:
         """Learn from the rows just scored: what hints were worth, and one AdamW step on the adapters."""
-        if rows is not self.scored_rows:
+        if rows is not self.rows:
             raise AssertionError("C3: rows must be scored before anything learns from them")
         if self.learned_boost:
             hit = rows.hints == rows.targets
@@ -3647,10 +3647,8 @@ class Learner(Hooks):
 
     def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """NLL of each target, with gradients to the leaves, and log-probability of its hint: (C,) nats."""
-        if self.cache:
-            self.cache.take(rows)
-        segments = Segments(rows.cu_seqlens, rows.positions, rows.max_row_len, rows.previous)
-        hidden = self.view(rows.ids, segments, self.looping, self)
+        self.rows = rows
+        hidden = self.view(rows.ids, rows.segments, self.looping, self)
         if not self.cache:
             hidden = hidden[rows.scored]
         scores = self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
@@ -3675,9 +3673,9 @@ class Learner(Hooks):
             return
         rows = next(text.pack(next(ttt_schedule(text.lengths, s))))
         rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
-        for max_row_len in (rows.max_row_len, s.ttt_eval_seq_len):  # attention has a kernel for short rows
+        for longest in (rows.segments.max_seqlen, s.ttt_eval_seq_len):  # short rows may have their own kernel
             for training in (False, True):
-                tried = rows._replace(max_row_len=max_row_len, training=training)
+                tried = rows._replace(segments=rows.segments._replace(max_seqlen=longest), training=training)
                 self.score(tried)
                 self.train(tried)
         self.end_step()
@@ -3806,17 +3804,10 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
     if runtime.on_cuda:
         if not HAS_TRITON:
             raise InputError("triton: test-time training on CUDA needs it; pip install triton")
-        fits = {
-            "TTT_LORA_RANK": s.ttt_lora_rank % 8 == 0,
-            "VOCAB_SIZE": s.vocab_size % 8 == 0,
-            "MODEL_DIM": s.head_dim in (16, 32, 64, 128),
-            "NUM_HEADS": s.num_heads // s.num_kv_heads in (1, 2, 4, 8),
-        }
-        for name, good in fits.items():
-            if not good:
-                raise InputError(f"{name}: test-time training on CUDA needs rank and vocabulary in multiples "
-                                 "of 8, heads of 16, 32, 64 or 128 and 1, 2, 4 or 8 query heads per "
-                                 "key/value head; set TTT_ENABLED=0")
+        for name, size in dict(TTT_LORA_RANK=s.ttt_lora_rank, VOCAB_SIZE=s.vocab_size).items():
+            if size % 8:
+                raise InputError(f"{name}: no multiple of 8, which test-time training on CUDA needs; set "
+                                 "TTT_ENABLED=0")
     if s.ngram_tilt_enabled and runtime.rank == 0:
         ngram.load()  # compiles, once for all ranks of a host
     runtime.barrier()

@@ -157,17 +157,17 @@ def test_no_host_synchronization_inside_a_step(fp8, tiny, tmp_path):
     assert torch.isfinite(figures).all() and figures[0] > 0
 
 
-def test_cached_attention_matches_the_reference():
-    lengths, begins = torch.tensor([48] * 7 + [1, 100, 512, 33]), [0, 48, 2560, 5000, 96, 2512, 2513, 0, 3000, 700, 77]
-    cu = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int().cuda()
-    total = int(lengths.sum())
-    q, k, v, out_grad = (torch.randn(total, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4, 8))
-    keys, values = torch.randn(2, 16, 2560, 4, 64, device="cuda", dtype=torch.bfloat16)
-    past = torch.randperm(16, device="cuda")[:11], torch.tensor(begins, device="cuda"), 2560
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_attention_to_the_past_matches_the_reference(kernel):
+    lengths, past = torch.tensor([48] * 7 + [1, 100, 512, 33]), torch.tensor([0, 48, 2512, 2512, 96, 9, 1, 0, 2460, 700, 77])
+    queries_cu, keys_cu = (torch.cat((x.new_zeros(1), x.cumsum(0))).int().cuda() for x in (lengths, lengths + past))
+    segments = kernels.Segments(queries_cu, None, 512, None, keys_cu, 2560)
+    q, k, v, out_grad = (torch.randn(int(cu[-1]), heads, 128, device="cuda", dtype=torch.bfloat16)
+                         for cu, heads in ((queries_cu, 4), (keys_cu, 2), (keys_cu, 2), (queries_cu, 4)))
     results = []
-    for function, dtype in ((kernels.cached_attention, torch.bfloat16), (kernels.reference_cached_attention, torch.float32)):
+    for name, dtype in ((kernels.attention_kernel(kernel), torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = function(*inputs, cu, 512, keys.to(dtype), values.to(dtype), *past)
+        out = kernels.attention(kernels.Heads(*inputs), segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-2

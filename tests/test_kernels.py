@@ -32,18 +32,34 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def keys_seen(lengths, begins, slots, room):
+    """Segments of rows that see their documents' last `room` positions, where in rings these lie, which are the rows' own."""
+    pairs = list(zip(lengths, begins))
+    seen = [torch.arange(max(0, begin + n - room), begin + n) for n, begin in pairs]
+    places = torch.cat([slot * room + positions % room for slot, positions in zip(slots, seen)])
+    own = torch.cat([positions >= begin for positions, begin in zip(seen, begins)]).nonzero()[:, 0]
+    bounds = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, map(len, seen))]
+    longest = max(map(len, seen))
+    return kernels.Segments(bounds[0], None, max(lengths), None, bounds[1], longest), places, own
+
+
+def attend(q, k, v, keys, values, segments, places, own):
+    """What the model and its cache do."""
+    k, v = (kernels.WithPast.apply(x, ring, places, own) for x, ring in ((k, keys), (v, values)))
+    return kernels.attention(kernels.Heads(q, k, v), segments, "reference")
+
+
 def attention_case(lengths, begins, heads, kv_heads, room, D=16, seed=0):
-    """Random rows with NaN wherever the cache holds nothing that a row may see."""
+    """Random rows, their slots, and rings with NaN wherever they hold nothing that a row may see."""
     g = generator(seed)
-    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    total, rows = int(cu[-1]), len(lengths)
+    rows, total = len(lengths), sum(lengths)
     q, k, v = (torch.randn(total, h, D, generator=g, requires_grad=True) for h in (heads, kv_heads, kv_heads))
     slots = torch.randperm(rows + 2, generator=g)[:rows]
     keys, values = torch.full((2, rows + 2, room, kv_heads, D), float("nan"))
     for slot, begin in zip(slots, begins):
         held = torch.arange(max(0, begin - room), begin) % room
         keys[slot, held], values[slot, held] = torch.randn(2, len(held), kv_heads, D, generator=g)
-    return q, k, v, cu, max(lengths), keys, values, slots, torch.tensor(begins)
+    return q, k, v, keys, values, slots
 
 
 def compare(function, reference, inputs, arguments, expanded=False, tolerance=2e-5):
@@ -59,51 +75,47 @@ def compare(function, reference, inputs, arguments, expanded=False, tolerance=2e
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("lengths, begins, heads, kv_heads, room, window", [
-    ([5], [0], 2, 1, 32, 32),  # one row without a past
-    ([1], [7], 2, 2, 16, 16),  # one token
-    ([3, 1, 17, 8], [0, 40, 5, 150], 4, 2, 64, 48),  # ring wraps, window below begin
-    ([70, 1, 33], [100, 0, 333], 4, 1, 160, 160),  # four heads share, several own blocks and tiles
-    ([70, 140], [200, 3], 2, 2, 256, 192),  # none share; own tokens over two tiles
-    ([20, 9], [64, 65], 4, 2, 64, 64),  # the whole room
-    ([30, 4], [50, 6], 2, 1, 40, 16),  # a row longer than the window sees no past
+@pytest.mark.parametrize("lengths, begins, heads, kv_heads, room", [
+    ([5], [0], 2, 1, 32),  # one row without a past
+    ([1], [7], 2, 2, 16),  # one token
+    ([3, 1, 17, 8], [0, 40, 5, 150], 4, 2, 48),  # the ring wraps
+    ([20, 9], [64, 65], 4, 2, 64),  # the whole room
+    ([30, 4], [50, 6], 4, 1, 30),  # a row that fills the room sees no past
 ])
-@pytest.mark.parametrize("expanded", [False, True])
-def test_attention_kernels(lengths, begins, heads, kv_heads, room, window, expanded):
-    q, k, v, *rest = attention_case(lengths, begins, heads, kv_heads, room)
-    compare(kernels.CachedAttention.apply, kernels.reference_cached_attention, (q, k, v), (*rest, window), expanded)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_attention_kernels_on_random_rows(seed):
-    g = generator(seed)
-    rows = int(torch.randint(1, 7, (1,), generator=g))
-    lengths = torch.randint(1, 80, (rows,), generator=g).tolist()
-    begins = [0 if i % 3 == 1 else int(torch.randint(400, (1,), generator=g)) for i in range(rows)]
-    kv_heads, group = 1 + seed % 2, (1, 2, 4)[seed % 3]
-    q, k, v, cu, longest, *rest = attention_case(lengths, begins, kv_heads * group, kv_heads, 131, seed=seed)
-    arguments = cu, longest + 70 * (seed % 2), *rest, (131, 100)[seed % 2]  # the bound need not be tight
-    compare(kernels.CachedAttention.apply, kernels.reference_cached_attention, (q, k, v), arguments)
-
-
-def test_attention_kernels_take_strided_inputs_and_odd_head_widths():
-    q, k, v, *rest = attention_case([9, 20], [30, 2], 4, 2, 64, D=64)
-    packed = torch.cat((q, k, v), 1).detach()
-    compare(lambda x, *a: kernels.CachedAttention.apply(*x.split((4, 2, 2), 1), *a),
-            lambda x, *a: kernels.reference_cached_attention(*x.split((4, 2, 2), 1), *a), (packed,), (*rest, 50))
+def test_attention_to_the_past(lengths, begins, heads, kv_heads, room):
+    q, k, v, keys, values, slots = attention_case(lengths, begins, heads, kv_heads, room)
+    known, first, expected = [keys.clone(), values.clone()], 0, []
+    for n, begin, slot in zip(lengths, begins, slots):
+        own = slice(first, first + n)
+        past = torch.arange(max(0, begin + n - room), begin)
+        row_k, row_v = (torch.cat((ring[slot, past % room], new[own])).repeat_interleave(heads // kv_heads, 1)
+                        for ring, new in zip(known, (k, v)))
+        scores = torch.einsum("qhd,khd->hqk", q[own], row_k) / math.sqrt(q.size(2))
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(len(past) + 1)
+        expected.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(2), row_v))
+        first += n
+    out = attend(q, k, v, keys, values, *keys_seen(lengths, begins, slots, room))
+    weights = torch.randn(out.shape, generator=generator(9))
+    results = [[y, *torch.autograd.grad(y, (q, k, v), weights)] for y in (out, torch.cat(expected))]
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    segments, places, own = keys_seen(lengths, begins, slots, room)
+    for ring, old, new in zip((keys, values), known, (k, v)):  # stored, and nothing else has changed
+        assert torch.equal(ring.flatten(0, 1)[places[own]], new)
+        ring.flatten(0, 1)[places[own]] = old.flatten(0, 1)[places[own]]
+        assert torch.equal(ring.nan_to_num(9), old.nan_to_num(9))
 
 
 def test_a_row_does_not_depend_on_the_others():
-    q, k, v, cu, longest, keys, values, slots, begins = attention_case([40, 9, 70], [100, 3, 10], 4, 2, 128)
-    together = kernels.CachedAttention.apply(q, k, v, cu, longest, keys, values, slots, begins, 128)
-    alone = kernels.CachedAttention.apply(q[40:49], k[40:49], v[40:49], cu[1:3] - cu[1], 9, keys, values, slots[1:2],
-                                          begins[1:2], 128)
-    assert torch.equal(together[40:49], alone)
+    lengths, begins = [40, 9, 70], [100, 3, 10]
+    q, k, v, keys, values, slots = attention_case(lengths, begins, 4, 2, 128)
+    together = attend(q, k, v, keys, values, *keys_seen(lengths, begins, slots, 128))
+    alone = attend(q[40:49], k[40:49], v[40:49], keys, values, *keys_seen([9], [3], slots[1:2], 128))
+    torch.testing.assert_close(together[40:49], alone)
 
 
-@pytest.mark.parametrize("function", [kernels.reference_cached_attention, kernels.CachedAttention.apply])
-def test_chunks_equal_attention_over_the_whole_document(function):
-    g, heads, kv_heads, D, room, window = generator(), 4, 2, 16, 48, 40
+def test_chunks_equal_attention_over_the_whole_document():
+    g, heads, kv_heads, D, room = generator(), 4, 2, 16, 40
     documents = [torch.randn(n, heads + 2 * kv_heads, D, generator=g) for n in (100, 37, 64)]
     keys, values = torch.full((2, 5, room, kv_heads, D), float("nan"))
     outputs, done, slots, chunk = [[] for _ in documents], [0, 0, 0], torch.tensor([4, 0, 2]), 0
@@ -111,16 +123,9 @@ def test_chunks_equal_attention_over_the_whole_document(function):
         live = [i for i, doc in enumerate(documents) if done[i] < len(doc)]
         lengths = [min(7 + 5 * i + chunk % 3, len(documents[i]) - done[i]) for i in live]
         rows = torch.cat([documents[i][done[i]:done[i] + n] for i, n in zip(live, lengths)])
-        q, k, v = (x.requires_grad_() for x in rows.split((heads, kv_heads, kv_heads), 1))
-        cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        begins = torch.tensor([done[i] for i in live])
-        index = kernels.ring_index(cu, slots[live], begins, len(rows), room)
-        out = function(q, k, v, cu, max(lengths), keys, values, slots[live], begins, window)
-        before = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
-        kernels.store(keys, values, k, v, index)
-        if function is not kernels.reference_cached_attention:  # what a row sees survives the storing of the row
-            assert all(map(torch.equal, before, torch.autograd.grad(out.square().sum(), (q, k, v))))
-        for i, piece in zip(live, out.detach().split(lengths)):
+        q, k, v = rows.split((heads, kv_heads, kv_heads), 1)
+        out = attend(q, k, v, keys, values, *keys_seen(lengths, [done[i] for i in live], slots[live], room))
+        for i, piece in zip(live, out.split(lengths)):
             outputs[i].append(piece)
             done[i] += len(piece)
         chunk += 1
@@ -129,20 +134,10 @@ def test_chunks_equal_attention_over_the_whole_document(function):
         ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
         at = torch.arange(len(doc))
         end = ends[torch.searchsorted(ends, at, right=True)]  # of the chunk a query lies in
-        visible = (at <= at[:, None]) & (at >= (end - window)[:, None])
+        visible = (at <= at[:, None]) & (at >= (end - room)[:, None])
         k, v = k.repeat_interleave(heads // kv_heads, 0), v.repeat_interleave(heads // kv_heads, 0)
         weights = (q @ k.transpose(1, 2) / D ** 0.5).masked_fill(~visible, float("-inf")).softmax(-1)
         torch.testing.assert_close(torch.cat(pieces), (weights @ v).transpose(0, 1), rtol=1e-5, atol=1e-5)
-
-
-def test_ring_index_counts_every_token():
-    cu, slots, begins = torch.tensor([0, 3, 4, 9], dtype=torch.int32), torch.tensor([2, 0, 5]), torch.tensor([0, 11, 6])
-    wanted = [2 * 8 + 0, 2 * 8 + 1, 2 * 8 + 2, 0 * 8 + 3, 5 * 8 + 6, 5 * 8 + 7, 5 * 8 + 0, 5 * 8 + 1, 5 * 8 + 2]
-    index = kernels.ring_index(cu, slots, begins, 9, 8)
-    assert index.tolist() == wanted and index.dtype == torch.int64
-    keys, values, k = torch.zeros(6, 8, 2, 4), torch.zeros(6, 8, 2, 4), torch.randn(9, 2, 4, requires_grad=True)
-    kernels.store(keys, values, k, -k, index)
-    assert torch.equal(keys.view(-1, 2, 4)[index], k) and torch.equal(values, -keys) and int((keys != 0).sum()) == 72
 
 
 def fused_nll(scores, *rest):
@@ -875,18 +870,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-KINDS = {"i32": "T M n stride v_stride room window", "fp32": "slope factor decay beta2", "*i32": "cu negative",
+KINDS = {"i32": "T M n stride v_stride", "fp32": "slope factor decay beta2", "*i32": "negative",
          "*fp8e4nv": "x_fp8 u_fp8 z_fp8 dx_fp8 dqkv_fp8 scores_fp8",
-         "*i64": "slots begins targets hints",
-         "*fp32": "lse delta nll log_q cap_pos cap_neg dnll dcaps square on debias rates weight gate mix "
-         "cos sin gain alpha gates dmix dgain dweight dgate dalpha dresid dpost resid post inverse x_scale w_scale "
+         "*i64": "slots targets hints",
+         "*fp32": "lse nll log_q cap_pos cap_neg dnll dcaps square on debias rates weight gate mix "
+         "cos sin gain alpha gates dmix dgain dweight dgate dalpha inverse x_scale w_scale "
          "unit_scale scales"}
 KINDS = {argument: kind for kind, arguments in KINDS.items() for argument in arguments.split()}
 NONE_WITHOUT = dict(GATE="gate_input gate gates dgate_input dgate", ALPHA="alpha dalpha",
                     SKIP="skip weight gate dskip dweight dgate", UNIT="x_scale w_scale out_fp8")
 
 def kind(name, argument):
-    special = dict(p="*fp32" if name == "adamw" else "*bf16", scale="fp32" if "attention" in name or "xsa" in name else "*fp32")
+    special = dict(p="*fp32" if name == "adamw" else "*bf16", scale="fp32" if "xsa" in name else "*fp32")
     return special.get(argument) or KINDS.get(argument, "*bf16")
 
 def compile(name, constants, descriptors={}, **options):
@@ -919,10 +914,7 @@ def compile(name, constants, descriptors={}, **options):
         assert first >= size * (tiles + ring) + parts * constants["BM"] * constants["BN"], (first, constants)
     print(name, len(ptx), "|".join(words))
 
-attention = dict(KV_HEADS=4, GROUP=2, D=64, BLOCK_N=64)
 compile("fp8_rows", dict(D=512, ROWS=4, STAGES=1), num_warps=4)
-for name, rows in (("attention_forward", 128), ("attention_dq", 64), ("attention_dkv", 64)):
-    compile(name, attention | dict(BLOCK_M=rows))
 compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=4)
 for caps in (False, True):
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, scores_fp8=None, scales=None), num_warps=8)
@@ -973,7 +965,7 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
                          text=True)
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 10 + 13 + 12 + 4 + 2
+    assert len(lines) == 7 + 11 + 10 + 4 + 2
     products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "fp8_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [

@@ -468,9 +468,12 @@ def test_no_shape_follows_from_where_a_document_ends(context, kind):
     endless.ngram_order_index = np.zeros(2000, np.uint8)
 
     def known(text, step):
-        return [[x.tolist() for x in (rows.slots, rows.begins, rows.positions, rows.cu_seqlens, rows.scored,
+        groups = list(text.pack(step))
+        keys = [(rows.segments.keys_cu_seqlens, rows.key_places, rows.own_keys) * (context == "cache") for rows in groups]
+        return [[x.tolist() for x in (rows.slots, rows.segments.positions, rows.segments.cu_seqlens, *seen, rows.scored,
                                       rows.chunk_ends, rows.chunk_ratio)]
-                + [rows.max_row_len, rows.ids.shape, rows.previous.shape, rows.targets.shape] for rows in text.pack(step)]
+                + [rows.segments.max_seqlen, rows.segments.keys_max_seqlen, rows.ids.shape, rows.segments.previous.shape,
+                   rows.targets.shape] for rows, seen in zip(groups, keys)]
 
     same = [known(one, step) == known(endless, step) for step in g.ttt_schedule(one.lengths, one.settings)]
     assert all(same) == (kind is g.Text)
@@ -660,7 +663,7 @@ def test_the_split_into_passes_changes_nothing(context):
     s = small(TTT_CONTEXT=context)
     split = changed(s, ttt_micro_batch_tokens=20)
     for _, groups in text_of(split).packed_steps():  # as much to a pass as fits
-        sizes = [rows.cu_seqlens.diff().tolist() for rows in groups]
+        sizes = [rows.segments.cu_seqlens.diff().tolist() for rows in groups]
         assert all(sum(size) <= 20 or len(size) == 1 for size in sizes)
         assert all(sum(one) + other[0] > 20 for one, other in itertools.pairwise(sizes))
     assert sum(len(groups) for _, groups in text_of(split).packed_steps()) > 1.5 * len(list(text_of(s).packed_steps()))
@@ -788,17 +791,13 @@ class Dense(g.Hooks):
                 return y + model.attn_scale[layer] * delta("o", u)
             return y + model.mlp_scale[layer] * delta("mlp", u) if site == "down" else y
 
-        def attend(q, k, v):
+        def context(k, v):
             keys, values = self.known.get(visit, (k[:0], v[:0]))
             if not torch.is_grad_enabled():  # when it is scored
                 self.known[visit] = torch.cat((keys, k.detach())), torch.cat((values, v.detach()))
-            keys, values = (torch.cat((old[self.first:self.begin], new)).repeat_interleave(q.size(1) // k.size(1), 1)
-                            for old, new in ((keys, k), (values, v)))
-            scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(q.size(2))
-            hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(self.begin - self.first + 1)
-            return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(2), values)
+            return [torch.cat((old[self.first:self.begin], new)) for old, new in ((keys, k), (values, v))]
 
-        return dict(adapter=add, context=attend if s.ttt_context == "cache" else None)
+        return dict(adapter=add, context=context if s.ttt_context == "cache" else None)
 
     def losses(self, text, begin: int, size: int) -> torch.Tensor:
         """NLL of the chunk that begins there in `text`, a document with the token after it, (targets,) int64."""
@@ -810,7 +809,9 @@ class Dense(g.Hooks):
         segments = g.make_segments(np.array([0, n], dtype=np.int32), n)
         if cached:
             before = torch.cat((text[:1], text))[first:end]
-            segments = segments._replace(positions=segments.positions + first, previous=before)
+            keys = end - self.first
+            segments = segments._replace(positions=segments.positions + first, previous=before,
+                                         keys_cu_seqlens=torch.tensor([0, keys], dtype=torch.int32), keys_max_seqlen=keys)
         hidden = self.model(text[first:end], segments, s.num_loops > 0, self)[begin - first:]
         a, b = self.pairs["head", 0]
         scores = self.model.scores(hidden) + s.ttt_lora_alpha / s.ttt_lora_rank * (hidden @ a.T @ b.T)
