@@ -254,14 +254,10 @@ def as_matrices(stack: Tensor, dtype: torch.dtype, fp8: bool) -> list[Matrix]:
     stack = stack.detach()
     scales = stack.abs().amax((1, 2)).float().clamp(min=1e-12) / 448
     values = (stack / scales[:, None, None]).clamp(-448, 448).to(FP8)
-    straight = map(E4M3, values.unbind(), aligned_scalars(scales))
-    transposed = map(E4M3, values.mT.contiguous().unbind(), aligned_scalars(scales))
+    aligned = scales[:, None].repeat(1, 4)[:, 0].unbind()  # 16 bytes apart, as cuBLAS wants them
+    straight = map(E4M3, values.unbind(), aligned)
+    transposed = map(E4M3, values.mT.contiguous().unbind(), aligned)
     return list(map(Matrix, matrices, straight, transposed))
-
-
-def aligned_scalars(x: Tensor) -> tuple[Tensor, ...]:
-    """The numbers of x (n,), each 16-byte aligned, as cuBLAS wants scales."""
-    return x[:, None].repeat(1, 4)[:, 0].unbind()
 
 
 def wants_fp8(reader: Matrix | None) -> bool:
@@ -863,11 +859,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     pieces = (x.transpose(0, 1)[None].split(cu.diff().tolist(), dim=2) for x, cu in whole)
     outputs = []
     for q, k, v in zip(*pieces):  # (1, heads, length, D)
-        mask = dict(is_causal=True)
+        mask = None
         if segments.keys_cu_seqlens is not None:
-            all_visible = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
-            mask = dict(attn_mask=all_visible.tril(k.size(2) - q.size(2)))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, **mask))
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+            mask = mask.tril(k.size(2) - q.size(2))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
@@ -1086,7 +1082,7 @@ class XSAGate(torch.autograd.Function):
     def forward(ctx, y, v, gate_input, gate, alpha, scale, reader):
         assert v.stride()[1:] == (v.size(2), 1)
         y = y.contiguous()
-        z = torch.empty_like(y)
+        z = torch.empty_like(y).flatten(1)
         z_fp8 = empty_fp8(z, reader)
         gates = None if gate is None else y.new_empty(y.shape[:2], dtype=torch.float32)
         channels = 1 if gate is None else gate_input.size(1)
@@ -1097,11 +1093,9 @@ class XSAGate(torch.autograd.Function):
                         PADDED=triton.next_power_of_2(channels), v_stride=v.stride(0), scale=scale)
         xsa_gate_forward_kernel(rows_of=y, y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha, z=z,
                                 gates=gates, z_fp8=z_fp8, UNIT=GATED_UNIT, **ctx.kind)
-        if z_fp8 is None:
-            return z.flatten(1), None
-        z_fp8 = z_fp8.flatten(1)
-        ctx.mark_non_differentiable(z_fp8)
-        return z.flatten(1), z_fp8
+        if z_fp8 is not None:
+            ctx.mark_non_differentiable(z_fp8)
+        return z, z_fp8
 
     @staticmethod
     def backward(ctx, dz, _):
@@ -1110,10 +1104,10 @@ class XSAGate(torch.autograd.Function):
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         dgate_input = None if gate is None else torch.empty_like(gate_input)
         partial = xsa_gate_backward_kernel.partial_sums(y, gate, alpha)
+        dgate, dalpha = partial
         xsa_gate_backward_kernel(
             rows_of=y, dz=dz.contiguous(), y=y, v=v, gate_input=gate_input, gate=gate, alpha=alpha,
-            gates=gates, dy=dy, dv=dv, dgate_input=dgate_input, dgate=partial[0], dalpha=partial[1],
-            **ctx.kind)
+            gates=gates, dy=dy, dv=dv, dgate_input=dgate_input, dgate=dgate, dalpha=dalpha, **ctx.kind)
         return dy, dv, dgate_input, *summed(partial, ctx.needs_input_grad[3:5]), None, None
 
 
@@ -1516,15 +1510,12 @@ class SquaredMLP(torch.autograd.Function):
         down_t = E4M3(*fp8_t[2:])
         fp8 = up_t.values is not None
         dy = dy.contiguous()
-        if fp8:
-            dy_fp8 = fp8_rows(dy)
-            dp, dp_fp8 = mlp_backward(dy_fp8, down_t, hidden, negative, ctx.slope)
-        else:
-            dp, _ = mlp_backward(dy, w_down, hidden, negative, ctx.slope)
+        dy_read, w_read = (fp8_rows(dy), down_t) if fp8 else (dy, w_down)
+        dp, dp_fp8 = mlp_backward(dy_read, w_read, hidden, negative, ctx.slope)
         dw_down = dy.T @ hidden  # before du, which is needed next and then still in the cache
         dw_up = dp.T @ u
         if fp8:
-            dp_fp8 = E4M3(dp_fp8, dy_fp8.scale)
+            dp_fp8 = E4M3(dp_fp8, dy_read.scale)
             du = fp8_product(dp_fp8, up_t, torch.empty_like(u), unit=DHIDDEN_UNIT, unit_scale=down_t.scale)
         else:
             du = dp @ w_up
@@ -1668,14 +1659,17 @@ class FullProduct(torch.autograd.Function):
 
 def adamw_rows(p: Tensor, work: Tensor, square: Tensor, slots: Tensor, on: Tensor, grad: Tensor,
                count: Tensor, rate: Tensor, decay: float, beta2: float) -> None:
-    """One AdamW step without a first moment, in place, on the rows slots[s] (S,) int64, all different, of p
-    (N, n) where on[s].
+    """One AdamW step without a first moment, in place, on the rows slots[s] of p (N, n) where on[s].
 
-    p and square are float32; work receives p in the dtype of the products; grad (S, n); count (S,) float32:
-    the row's steps including this one; rate (S,) float32: its learning rate.
+    p and square are float32; work receives p in the dtype of the products; slots (S,) int64, all different;
+    grad (S, n); count (S,) float32: the row's steps including this one; rate (S,) float32.
     """
-    function = triton_adamw_rows if p.is_cuda else reference_adamw_rows
-    function(p, work, square, slots, on, grad, count, rate, decay, beta2)
+    if not fusible(p):
+        return reference_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2)
+    n = p.size(1)
+    adamw_kernel[triton.cdiv(n, 1024), len(slots)](
+        p, work, square, slots, on.float(), grad.contiguous(), 1 - beta2 ** count, rate, n, float(decay),
+        float(beta2), BLOCK=1024, num_warps=4)
 
 
 def reference_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
@@ -1705,13 +1699,6 @@ def adamw_kernel(p, work, square, slots, on, grad, debias, rates, n, decay, beta
     x -= rate * g / (tl.sqrt(squares / tl.load(debias + s)) + 1e-10)
     tl.store(p + row, x, mask=inside)
     tl.store(work + row, x.to(work.dtype.element_ty), mask=inside)
-
-
-def triton_adamw_rows(p, work, square, slots, on, grad, count, rate, decay, beta2):
-    n = p.size(1)
-    adamw_kernel[triton.cdiv(n, 1024), len(slots)](
-        p, work, square, slots, on.float(), grad.contiguous(), 1 - beta2 ** count, rate, n, float(decay),
-        float(beta2), BLOCK=1024, num_warps=4)
 
 
 # --- A product per slot -------------------------------------------------------------------------------------

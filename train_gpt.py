@@ -782,6 +782,12 @@ class Batch(NamedTuple):
         return Batch(runtime.to_device(self.inputs), runtime.to_device(self.targets), segments)
 
 
+def make_batch(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, max_seqlen: int) -> Batch:
+    """A packed row (T,) on the host whose segments begin at `starts`, none longer than `max_seqlen`."""
+    segments = make_segments(segment_bounds(starts, len(inputs), max_seqlen), max_seqlen)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments)
+
+
 class TrainingData:
     """The training shards as one endless stream of tokens, dealt out to steps, micro-batches and ranks.
 
@@ -827,9 +833,8 @@ class TrainingData:
         length = self.settings.micro_batch_tokens
         index = (step * self.settings.accumulation + micro) * self.runtime.world_size + self.runtime.rank
         tokens = self.read(index * length, length + 1)  # one more: the last input's target
-        bounds = segment_bounds(np.flatnonzero(tokens[:-1] == BOS_ID), length, max_seqlen)
-        return Batch(torch.from_numpy(tokens[:-1].copy()), torch.from_numpy(tokens[1:].copy()),
-                     make_segments(bounds, max_seqlen))
+        starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+        return make_batch(tokens[:-1].copy(), tokens[1:].copy(), starts, max_seqlen)
 
     def stream(self, max_seqlen: int, first: int = 0):
         """Yield this rank's micro-batches on the device, from step `first` on."""
@@ -2084,12 +2089,9 @@ def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
     """The windows as one packed batch; attention stays inside documents."""
     text = np.stack(windows)
     ids = text[:, :-1]
-    targets = text[:, 1:].flatten()
     begins = ids == BOS_ID
     begins[:, 0] = True
-    bounds = segment_bounds(np.flatnonzero(begins), ids.size, s.eval_seq_len)
-    segments = make_segments(bounds, s.eval_seq_len)
-    return Batch(torch.from_numpy(ids.flatten()), torch.from_numpy(targets), segments)
+    return make_batch(ids.flatten(), text[:, 1:].flatten(), np.flatnonzero(begins), s.eval_seq_len)
 
 
 def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
@@ -3131,15 +3133,11 @@ def log_matrices(problems: Problems, quantized: QuantizedRoles, s: Settings, log
         for i, codes in enumerate(q.codes):
             rows, columns = codes.shape
             code_bytes = order0_bytes(codes)
-            log.event(
-                "matrix",
-                name=name if name == "tok_emb" else f"blocks.{i}.{name}",
-                rows=rows,
-                columns=columns,
-                predicted_loss=float(f"{losses[i]:.4g}") if q.by_loss else None,
-                bits_per_weight=round(8 * code_bytes / codes.numel(), 4),
-                bytes=round(code_bytes),
-                lqer=i in q.low_rank)
+            full_name = name if name == "tok_emb" else f"blocks.{i}.{name}"
+            predicted_loss = float(f"{losses[i]:.4g}") if q.by_loss else None
+            log.event("matrix", name=full_name, rows=rows, columns=columns, predicted_loss=predicted_loss,
+                      bits_per_weight=round(8 * code_bytes / codes.numel(), 4), bytes=round(code_bytes),
+                      lqer=i in q.low_rank)
     return round(total_loss, 6) if s.step_rule == "loss" else None
 
 
@@ -3206,9 +3204,7 @@ class Evaluator:
         inputs = np.pad(self.data.tokens[place].astype(np.int64), padding, constant_values=BOS_ID)
         targets = np.pad(self.data.tokens[place + 1].astype(np.int64), padding)
         scored = np.pad(place >= first_scored[window], padding)
-        bounds = segment_bounds(np.cumsum(end - begin), len(inputs), s.eval_seq_len)
-        segments = make_segments(bounds, s.eval_seq_len)
-        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments)
+        batch = make_batch(inputs, targets, np.cumsum(end - begin), s.eval_seq_len)
         return batch.to(self.runtime), torch.from_numpy(scored).to(self.runtime.device)
 
     @torch.no_grad()
@@ -3459,9 +3455,8 @@ class Text:
         """The tokens at these places of the stream (T,), and their targets, in segments by document."""
         ids = self.tokens[inputs].astype(np.int64)
         targets = self.tokens[inputs + 1].astype(np.int64)
-        bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), self.settings.eval_seq_len)
-        segments = make_segments(bounds, self.settings.eval_seq_len)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), segments).to(self.runtime)
+        starts = np.flatnonzero(ids == BOS_ID)
+        return make_batch(ids, targets, starts, self.settings.eval_seq_len).to(self.runtime)
 
 
 class AdapterSite(NamedTuple):
@@ -3806,8 +3801,8 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
             raise InputError("triton: test-time training on CUDA needs it; pip install triton")
         for name, size in dict(TTT_LORA_RANK=s.ttt_lora_rank, VOCAB_SIZE=s.vocab_size).items():
             if size % 8:
-                raise InputError(f"{name}: no multiple of 8, which test-time training on CUDA needs; set "
-                                 "TTT_ENABLED=0")
+                raise InputError(f"{name}: {size} is no multiple of 8, as test-time training on CUDA wants; "
+                                 "change it or set TTT_ENABLED=0")
     if s.ngram_tilt_enabled and runtime.rank == 0:
         ngram.load()  # compiles, once for all ranks of a host
     runtime.barrier()

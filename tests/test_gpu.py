@@ -498,7 +498,7 @@ def test_adamw_of_slots_matches_the_reference():
     slots, on, grad = torch.randperm(20).cuda()[:9], torch.rand(9).cuda() > 0.3, torch.randn(9, 5000).bfloat16().cuda()
     count, rate = torch.arange(1.0, 10).cuda(), torch.rand(9).cuda() / 100
     ours, theirs = ([x.clone() for x in (p, p.bfloat16(), square)] for _ in range(2))
-    kernels.triton_adamw_rows(*ours, slots, on, grad, count, rate, 2.0, 0.99)
+    kernels.adamw_rows(*ours, slots, on, grad, count, rate, 2.0, 0.99)
     kernels.reference_adamw_rows(*theirs, slots, on, grad, count, rate, 2.0, 0.99)
     assert all(relative_error(a, b) < 1e-4 for a, b in zip(ours, theirs))
 

@@ -14,13 +14,13 @@ from tests.synthetic import ROOT
 
 RULE = dict(tokens_per_line=12.0, columns=110, wide_functions=0, dense=0)
 EXCEPTIONS = {
-    "gpt_kernels.py": dict(tokens_per_line=15.0, wide_functions=40, dense=10),
+    "gpt_kernels.py": dict(tokens_per_line=14.3, wide_functions=28),
     "lossless_caps.py": dict(dense=1),
     "tools/submission.py": dict(dense=2),
     "train_gpt.py": dict(wide_functions=1),
     "verify_submission.py": dict(tokens_per_line=12.6, dense=4),
 }
-MOST_LINES = {"train_gpt.py": 4125, "gpt_kernels.py": 2080, "verify_submission.py": 1440}
+MOST_LINES = {"train_gpt.py": 4125, "gpt_kernels.py": 1737, "verify_submission.py": 1440}
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
            tokenize.ENDMARKER}
