@@ -418,6 +418,11 @@ class Settings(FromEnvironment):
         return self.ttt_chunk_size
 
     @property
+    def calibration_len(self) -> int:
+        """Tokens of a window of calibration; the published quantizers take training's."""
+        return self.train_seq_len if self.step_rule == "sigma" else self.eval_seq_len
+
+    @property
     def ttt_slots(self) -> int:
         return 8 * self.ttt_batch_size
 
@@ -1880,12 +1885,12 @@ def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData
 
 def calibration_count(s: Settings) -> int:
     """How many windows calibration reads."""
-    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)
+    return math.ceil(s.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.calibration_len)
 
 
 def calibration_pass(s: Settings, runtime: Runtime) -> int:
     """How many windows of calibration go through the model at once."""
-    return max(1, (32768 if runtime.on_cuda else 4096) // s.eval_seq_len)
+    return max(1, (32768 if runtime.on_cuda else 4096) // s.calibration_len)
 
 
 def calibration_reserve(calibration: Callable, s: Settings, runtime: Runtime) -> float:
@@ -2079,19 +2084,19 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
-    """Windows of EVAL_SEQ_LEN + 1 tokens from anywhere in the training text, whatever the number of ranks."""
+    """Windows from anywhere in the training text, (calibration_len + 1,) each, whatever the number of ranks."""
     draw = np.random.default_rng(0)
     starts = [int(draw.integers(data.total)) for _ in range(calibration_count(s))]
-    return [data.read(start, s.eval_seq_len + 1) for start in starts[:max_windows]]
+    return [data.read(start, s.calibration_len + 1) for start in starts[:max_windows]]
 
 
 def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
-    """The windows as one packed batch; attention stays inside documents."""
+    """The windows in one batch. Attention stays inside documents, as published only inside windows."""
     text = np.stack(windows)
     ids = text[:, :-1]
-    begins = ids == BOS_ID
+    begins = (ids == BOS_ID) & (s.step_rule == "loss")
     begins[:, 0] = True
-    return make_batch(ids.flatten(), text[:, 1:].flatten(), np.flatnonzero(begins), s.eval_seq_len)
+    return make_batch(ids.flatten(), text[:, 1:].flatten(), np.flatnonzero(begins), s.calibration_len)
 
 
 def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
@@ -2112,7 +2117,7 @@ def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
             if gradients:
                 plain.head_losses(hidden, batch.targets).sum().backward()
         observer.head(plain, hidden.detach())
-    tokens = len(windows) * s.eval_seq_len
+    tokens = len(windows) * s.calibration_len
     hessian = observer.hessian
     curvature = observer.curvature
     for sums in (hessian, curvature):
@@ -3381,7 +3386,10 @@ class Text:
         own = self.own_slots[slots]
         first = step.begin[own]  # of each row's inputs, in its document
         if s.ttt_context == "recompute":
-            first = np.maximum(0, step.end[own] - s.ttt_eval_seq_len)
+            end = step.end[own]
+            if s.ttt_order == "length":  # as published: the last window ends where its document does
+                end = np.minimum(end, self.lengths[step.document[own]])
+            first = np.maximum(0, end - s.ttt_eval_seq_len)
         # grouped_product takes fewer than 1,024 matrices
         for some in pack(step.end[own] - first, s.ttt_micro_batch_tokens, most=1000):
             yield self.pack_rows(step, slots[some], first[some])

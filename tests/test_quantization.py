@@ -821,6 +821,20 @@ def test_windows_come_from_the_stream_whatever_the_number_of_ranks(stream_of):
     assert sum(window[0] == BOS for window in windows) < len(windows) / 2
 
 
+def test_published_calibration_attends_across_documents(stream_of):
+    """The published systems cut windows of TRAIN_SEQ_LEN without separators; ours end at documents too."""
+    stream = np.concatenate(documents(60, 1)).astype(np.int64)
+    s = stream_of(stream, TRAIN_SEQ_LEN=64, EVAL_SEQ_LEN=100, GPTQ_CALIBRATION_BATCHES=3)
+    for rule, length in (("sigma", 64), ("loss", 100)):
+        s = changed(s, step_rule=rule)
+        windows = read_windows(s)
+        assert len(windows) == math.ceil(3 * 256 / length) and {len(w) for w in windows} == {length + 1}
+        inside = sum(int((w[1:-1] == BOS).sum()) for w in windows)  # documents that begin inside a window
+        assert inside > 3
+        bounds = g.calibration_batch(windows, s).segments.cu_seqlens.tolist()
+        assert len(bounds) == len(windows) + 1 + (inside if rule == "loss" else 0)
+
+
 # --- Settings
 
 

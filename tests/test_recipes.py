@@ -470,7 +470,7 @@ def rates_fall_to_the_floor(lab, recipe):
 def codes_make_good_of_each_other(lab, recipe, run=None):
     run = run or lab.run(recipe)
     published, s = settings_of(recipe), run.settings
-    assert run.windows == [math.ceil(published.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.eval_seq_len)]
+    assert run.windows == [math.ceil(published.gptq_calibration_batches * (s.train_batch_tokens // 8) / s.calibration_len)]
     if s.step_rule == "loss":
         assert run.arrays["attn.c_q.column_scale"].std() > 0  # without Hessians all columns would be alike
         return

@@ -629,7 +629,8 @@ def plain_scores(model: g.GPT, tokens, s: g.Settings) -> np.ndarray:
     for a, b in zip(starts, [*starts[1:], last]):
         for begin in range(a, b, s.ttt_chunk_size):
             end = begin + s.ttt_chunk_size
-            first, end = max(a, end - s.ttt_eval_seq_len), min(end, b)
+            inside = min(end, b)
+            first, end = max(a, (inside if s.ttt_order == "length" else end) - s.ttt_eval_seq_len), inside
             segments = g.make_segments(np.array([0, end - first], dtype=np.int32), end - first)
             ids, targets = (torch.from_numpy(tokens[first + k:end + k].astype(np.int64)) for k in (0, 1))
             with torch.no_grad():
@@ -649,10 +650,15 @@ def test_without_learning_the_scores_are_those_of_a_plain_loop(context, order):
     np.testing.assert_array_equal(untilted[:, 1], scores[:, 1])
 
 
-@pytest.mark.parametrize("context, layers", [("recompute", {}), ("cache", ONE_LAYER)])
-def test_windows_slide_over_long_documents(context, layers):
-    """A layer has no memory beyond its window, so that with a single one the cache agrees too."""
-    s, tokens = small(TTT_CONTEXT=context, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=9, **FROZEN, **layers), stream(4, 1, 150)
+@pytest.mark.parametrize("context, order, layers", [("recompute", "stream", {}), ("recompute", "length", {}),
+                                                    ("cache", "stream", ONE_LAYER)])
+def test_windows_slide_over_long_documents(context, order, layers):
+    """A layer has no memory beyond its window, so that with a single one the cache agrees too.
+
+    The last window ends where a whole chunk would, or in length order, as published, where the document does.
+    """
+    s = small(TTT_CONTEXT=context, TTT_ORDER=order, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=9, **FROZEN, **layers)
+    tokens = stream(4, 1, 150)
     scores = plain_scores(model_of(s), tokens, s)
     np.testing.assert_allclose(adapt(s, tokens)[:, 1], scores, atol=1e-4)
     assert np.abs(scores - plain_scores(model_of(s), tokens, changed(s, ttt_eval_seq_len=64))).max() > 0.01
