@@ -2084,7 +2084,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def calibration_windows(data: TrainingData, s: Settings, max_windows: int | None = None) -> list[np.ndarray]:
-    """Windows from anywhere in the training text, (calibration_len + 1,) each, whatever the number of ranks."""
+    """Windows (calibration_len + 1,) from anywhere in the training text, whatever the number of ranks."""
     draw = np.random.default_rng(0)
     starts = [int(draw.integers(data.total)) for _ in range(calibration_count(s))]
     return [data.read(start, s.calibration_len + 1) for start in starts[:max_windows]]
