@@ -555,7 +555,7 @@ def test_logs_of_subfolders_count_and_a_copy_counts_once(ours, tmp_path):
 def test_help_lists_the_checks(capsys):
     assert v.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out and check.__doc__ in out for name, (check, _) in v.CHECKS.items())
+    assert all(name in out and check.__doc__ in out for name, check in v.CHECKS.items())
 
 
 def test_plain_evaluation_is_a_score_too(ours):
@@ -959,4 +959,3 @@ def test_welch_t_test_against_integration():
     t, freedom = 2 / math.sqrt(1 + 1 / 3), (4 / 3) ** 2 / (1 + 1 / 18)
     assert v.t_test([3.0, 5.0], [1.0, 2.0, 3.0], False, 0.0) == pytest.approx(integrated(t, freedom), abs=1e-9)
     assert v.t_test([3.5, 5.5], [1.0, 2.0, 3.0], False, 0.5) == pytest.approx(integrated(t, freedom), abs=1e-9)
-    assert v.t_test([3.0, 5.0], [1.0, 2.0, 3.0], False, 0.0, "two-sided") == pytest.approx(2 * integrated(t, freedom), abs=1e-9)
