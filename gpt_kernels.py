@@ -177,10 +177,9 @@ class Activation(NamedTuple):
 
 
 class Product(NamedTuple):
-    """x W^T, not computed yet: x (T, d), W (n, d).
+    """x W^T of x (T, d) and W (n, d), not computed yet.
 
-    The operation that takes it computes it; its backward kernel rounds the gradient, while in registers, to
-    8 bits.
+    The operation that takes it computes it, and rounds its gradient to 8 bits while that is in registers.
     """
 
     x: Activation

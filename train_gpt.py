@@ -998,9 +998,9 @@ class GPT(nn.Module):
             mlp_down_bank=0, attn_scale=1, mlp_scale=1, q_gain=s.qk_gain_init, attn_gate=0, xsa_alpha=0,
             skip_weights=1, skip_gates=0, smear_gate=0, smear_lambda=0, parallel_post_lambdas=1,
             parallel_resid_lambdas=1.1, softcap_pos=s.logit_softcap, softcap_neg=s.logit_softcap)
-        for name, value in constants.items():
-            if getattr(self, name) is not None:
-                getattr(self, name).fill_(value)
+        for name, p in self.named_parameters():
+            if name in constants:
+                p.fill_(constants[name])
         self.tok_emb.normal_(0, s.tied_embed_init_std, generator=draw)
         for matrix in itertools.chain(self.qo_bank[:n], self.kv_bank, self.mlp_up_bank):
             nn.init.orthogonal_(matrix, generator=draw)
@@ -2030,15 +2030,12 @@ class Observer(Hooks):
     """Accumulates sums for Statistics inside the forward pass and, through hooks, in the backward pass."""
 
     def __init__(self, model: GPT, gradients: bool):
+        s = model.settings
         self.gradients = gradients
-        n = model.settings.num_layers
-        d = model.settings.model_dim
+        embedding = 1, *model.tok_emb.shape
         shapes = dict(  # layers, rows, columns of each site's matrices
-            head=(1, *model.tok_emb.shape),
-            embed=(1, *model.tok_emb.shape),
-            qkv=(n, d + 2 * model.settings.kv_dim, d),
-            out=(n, d, d),
-            up=model.mlp_up_bank.shape,
+            head=embedding, embed=embedding, qkv=(s.num_layers, s.model_dim + 2 * s.kv_dim, s.model_dim),
+            out=(s.num_layers, s.model_dim, s.model_dim), up=model.mlp_up_bank.shape,
             down=model.mlp_down_bank.shape)
         zeros = model.tok_emb.detach().new_zeros
         self.hessian = {site: zeros(n, columns, columns) for site, (n, _, columns) in shapes.items()}
