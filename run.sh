@@ -16,6 +16,7 @@ usage() {
                         these seeds one after another into runs/RECIPE, a finished one not again; then the results, compared
                         with FILE's, the submission folder, its audit and the report
 ./run.sh retest [RECIPE]            score the artifacts of these seeds again
+./run.sh decode [RECIPE] [ARGS]     code documents with the artifact of a run and read them back (tools/decode.py --help)
 ./run.sh submission DIR [RECIPE]    write the folder that can be copied as a record
 ./run.sh diff A B       what two recipes set differently: names, or files like recipes/*.env
 ./run.sh report [RUN...]            an HTML page of run records: files, or folders that hold them
@@ -138,6 +139,11 @@ case ${1:-} in
     [[ -n ${2:-} ]] || fail "name the folder to write; see ./run.sh help"
     known "${3:-record}"; setup; runs_of "${3:-record}"
     exec "$PY" tools/submission.py folder "$base" "$(from_caller "$2")" ;;
+  decode)
+    recipe=demo
+    if [[ ${2:-} != "" && ${2:-} != --* ]]; then recipe=$2; shift; fi
+    shift; known "$recipe"; setup; prepare "$recipe"
+    exec "$PY" tools/decode.py "$@" ;;
   retest)
     known "${2:-record}"; setup; runs_of "${2:-record}"; prepare "${2:-record}"
     exec "$PY" tools/submission.py retest "$base" -- "${launch[@]}" ;;

@@ -39,7 +39,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -238,11 +238,13 @@ class Settings(FromEnvironment):
     ttt_order: str = setting(
         "stream", "stream: documents in order, each in the first free slot; length: the longest first, hints "
         "in the text's order, as published, for which no decoder exists", choices=("stream", "length"))
-    ttt_batch_size: int = setting(64, "an eighth of the slots, each of which holds a document", low=1)
+    ttt_batch_size: int = setting(64, "an eighth of the slots, a document in each; 0: one slot", low=0)
     ttt_chunk_size: int = setting(48, "scored before each update", unit="tokens", low=1)
     ttt_chunk_growth: float = setting(
         0.03125, "chunks grow to this share of the text before them, in whole TTT_CHUNK_SIZE", low=0, high=1)
     ttt_chunk_max: int = setting(96, "largest chunk then", unit="tokens", low=1)
+    ttt_far_growth: float = setting(
+        0.0, "or of what follows a document's first 20,000 tokens, up to TTT_EVAL_SEQ_LEN / 4", low=0, high=1)
     ttt_eval_seq_len: int = setting(3072, "longest context, chunk included", unit="tokens", low=1)
     ttt_micro_batch_tokens: int = setting(32768, "inputs of one forward pass at most", unit="tokens", low=1)
     ttt_lora_rank: int = setting(32, "rank of an adapter", low=1)
@@ -263,8 +265,7 @@ class Settings(FromEnvironment):
     ttt_weight_decay: float = setting(2.0, "AdamW weight decay of the adapters", low=0)
     ttt_beta2: float = setting(0.99, "AdamW second-moment coefficient of the adapters", low=0, below=1)
     ttt_short_score_first_enabled: bool = setting(
-        False, "1: chunks by the document's length, which TTT_ORDER=length knows in advance",
-        implies="TTT_ORDER=length", only_with="TTT_ORDER=length")
+        False, "1: chunks by a document's length", implies="TTT_ORDER=length", only_with="TTT_ORDER=length")
     ttt_short_score_first_steps: str = setting(
         "", "then: length:chunk pairs, lengths with both BOS; the first that is not exceeded counts",
         pattern=list_of(r"[1-9]\d*[:=][1-9]\d*"), form="a list like 256:16,2000:32")
@@ -424,7 +425,7 @@ class Settings(FromEnvironment):
 
     @property
     def ttt_slots(self) -> int:
-        return 8 * self.ttt_batch_size
+        return max(1, 8 * self.ttt_batch_size)
 
     @property
     def backoff_orders(self) -> list[int]:
@@ -3223,9 +3224,8 @@ class Evaluator:
             losses = model.token_losses(*batch, looping)
             nats += (losses.double() * scored).sum()
         nats = self.runtime.sum(nats).item()
-        seconds = time.perf_counter() - began
-        figures = loss_and_bpb(nats, self.targets, self.bytes, "training diverged")
-        return figures | dict(seconds=round(seconds, 3))
+        seconds = round(time.perf_counter() - began, 3)
+        return loss_and_bpb(nats, self.targets, self.bytes, "training diverged") | dict(seconds=seconds)
 
 
 def loss_and_bpb(nats: float, targets: int, size: int, cause: str) -> dict:
@@ -3260,11 +3260,10 @@ class Step(NamedTuple):
 def ttt_schedule(lengths: np.ndarray, s: Settings):
     """Yield the Steps that score every target of documents of these `lengths` once (C4).
 
-    The next document takes the first slot whose document has ended: in corpus order with TTT_ORDER=stream,
-    the longest first with TTT_ORDER=length. C1: a chunk's end follows from its begin; only TTT_ORDER=length
-    lets it follow from the document's length. `lengths` is read after a step, when a decoder too knows which
-    documents ended in it: at a BOS. In advance it must be told only how many documents there are, and the
-    length of the last, which no BOS ends.
+    The next document takes the first free slot: in corpus order with TTT_ORDER=stream, the longest first with
+    TTT_ORDER=length. C1: a chunk's end follows from its begin; only TTT_ORDER=length lets it follow from the
+    document's length. `lengths` is read after a step, when a decoder too knows which documents ended: at a
+    BOS. In advance it must be told how many there are, and the length of the last, which no BOS ends.
     """
     documents = np.arange(len(lengths))
     if s.ttt_order == "length":
@@ -3282,8 +3281,9 @@ def ttt_schedule(lengths: np.ndarray, s: Settings):
         begin = end.copy()
         for slot in active:
             first_chunk = s.first_chunk(lengths[document[slot]])
-            grown = min(int(begin[slot] * s.ttt_chunk_growth), s.ttt_chunk_max)
-            end[slot] += max(first_chunk, grown // first_chunk * first_chunk)
+            near = min(begin[slot] * s.ttt_chunk_growth, s.ttt_chunk_max)
+            far = min((begin[slot] - 20_000) * s.ttt_far_growth, s.ttt_eval_seq_len / 4)
+            end[slot] += max(first_chunk, int(max(near, far)) // first_chunk * first_chunk)
         yield Step(document.copy(), begin, end.copy())
         ended = end >= lengths[document]  # never in an idle slot, whose end is 0
         document[ended] = -1
@@ -3313,7 +3313,6 @@ class Rows(NamedTuple):
     ngram_order_index: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
     visible: Tensor  # (n,) int64, which of the C lie inside their documents
     stream_positions: np.ndarray  # (n,) where these targets lie in tokens[1:]
-    training: bool  # whether any adapter trains
 
 
 def ranges(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -3337,8 +3336,9 @@ class Text:
         self.own_slots = np.arange(runtime.rank, min(s.ttt_slots, documents), runtime.world_size)
         self.finished = np.zeros(documents, bool)
         # The numbers of finished documents at which a global phase is due.
-        prefix = min(documents, s.phased_ttt_prefix_docs)
-        phases = s.phased_ttt_num_phases
+        prefix, phases = s.phased_ttt_prefix_docs, s.phased_ttt_num_phases
+        if s.ttt_order == "length":
+            prefix = min(documents, prefix)  # as published
         self.phase_points = {prefix * (k + 1) // phases for k in range(phases)}
 
         self.hints = ngram.no_hints(count)
@@ -3370,6 +3370,10 @@ class Text:
             end = first + np.minimum(end, self.lengths[document])
             targets, _ = ranges(begin, end - begin)
             found = [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams]
+        self.enter_hints(targets, found)
+
+    def enter_hints(self, targets: np.ndarray, found: list[ngram.Hints]) -> None:
+        """Keep what the orders found for these targets."""
         for index, hints in reversed(list(enumerate(found))):  # the longest context has the last word
             at = targets[hints.gate]
             for kept, new in zip(self.hints, hints):
@@ -3441,13 +3445,12 @@ class Text:
             hints=tensor(self.hints.ids[target]), gate=tensor(self.hints.gate[target], bool),
             boost=tensor(self.hints.boost[target], np.float32),
             ngram_order_index=tensor(self.ngram_order_index[target]),
-            visible=tensor(visible), stream_positions=target[visible],
-            training=bool(continues.any()) and s.ttt_lora_lr > 0)
+            visible=tensor(visible), stream_positions=target[visible])
 
     def phases_due(self, step: Step):
         """After a step, yield for each global phase that is due the documents completely scored by then (C3).
 
-        None is due after the last document: nothing is left to score.
+        None is due after the last. Adapters and cached context of documents under way stay.
         """
         before = self.finished.sum()
         self.finished[step.document[step.end >= self.lengths[step.document]]] = True
@@ -3624,10 +3627,11 @@ class Learner(Hooks):
     def score(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Nats of the rows' targets, tilted and not, (n,) each. Keeps the graph for `train`."""
         self.adapters.take(rows)
-        with torch.set_grad_enabled(rows.training):
+        # C1: also where no document continues, since a pass without gradients may round otherwise
+        with torch.set_grad_enabled(self.settings.ttt_lora_lr > 0):
             self.nll, self.log_q = self.losses(rows)
         plain = self.nll.detach()
-        return self.tilted(plain, rows)[rows.visible], plain[rows.visible]
+        return self.tilted(plain, self.log_q, rows)[rows.visible], plain[rows.visible]
 
     def train(self, rows: Rows) -> None:
         """Learn from the rows just scored: what hints were worth, and one AdamW step on the adapters."""
@@ -3636,7 +3640,7 @@ class Learner(Hooks):
         if self.learned_boost:
             hit = rows.hints == rows.targets
             self.learned_boost.observe(self.log_q, rows.boost, rows.ngram_order_index, hit, rows.gate)
-        if rows.training:
+        if self.nll.requires_grad:
             loss = (self.nll * rows.weights).sum()
             self.adapters.update(rows, torch.autograd.grad(loss, self.adapters.leaves))
 
@@ -3647,35 +3651,38 @@ class Learner(Hooks):
 
     def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """NLL of each target, with gradients to the leaves, and log-probability of its hint: (C,) nats."""
+        return two_value_nll(self.scores(rows), *self.view.caps(), rows.targets, rows.hints)
+
+    def scores(self, rows: Rows) -> Tensor:
+        """Logits (C, vocab) of the targets before the soft cap."""
         self.rows = rows
         hidden = self.view(rows.ids, rows.segments, self.looping, self)
         if not self.cache:
             hidden = hidden[rows.scored]
-        scores = self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
-        return two_value_nll(scores, *self.view.caps(), rows.targets, rows.hints)
+        return self.view.scores(hidden) + self.adapters.delta(("head", 0), hidden, rows.chunk_ends)
 
-    def tilted(self, nll: Tensor, rows: Rows) -> Tensor:
+    def tilted(self, nll: Tensor, log_q: Tensor, rows: Rows) -> Tensor:
         """Nats (C,) under the tilted distribution. C2: neither hint nor boost nor gate knows the target."""
         boost = rows.boost
         if self.learned_boost:
-            boost = self.learned_boost(self.log_q, rows.boost, rows.ngram_order_index)
-        return -ngram.tilt(-nll, self.log_q, rows.hints == rows.targets, boost, rows.gate)
+            boost = self.learned_boost(log_q, rows.boost, rows.ngram_order_index)
+        return -ngram.tilt(-nll, log_q, rows.hints == rows.targets, boost, rows.gate)
 
     def rehearse(self, text: Text) -> None:
-        """Compile the kernels on the rows of the first pass, from which nothing is learned."""
+        """Compile the kernels on a first pass over documents without text, from which nothing is learned."""
         s = self.settings
         if not self.runtime.on_cuda:
             return
+        text = copy.copy(text)
+        text.tokens = np.zeros_like(text.tokens)
         if s.phased_ttt_prefix_docs:
             few = np.arange(min(s.eval_seq_len, len(text.tokens) - 1))
             weight_gradient(self.model, text.batch(few), self.looping)
-        if not len(self.slots):  # fewer documents than ranks
-            return
-        rows = next(text.pack(next(ttt_schedule(text.lengths, s))))
-        rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
-        for longest in (rows.segments.max_seqlen, s.ttt_eval_seq_len):  # short rows may have their own kernel
-            for training in (False, True):
-                tried = rows._replace(segments=rows.segments._replace(max_seqlen=longest), training=training)
+        first_step = next(ttt_schedule(text.lengths, s))
+        for rows in itertools.islice(text.pack(first_step), 1):  # a rank may have none
+            rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
+            for longest in (rows.segments.max_seqlen, s.ttt_eval_seq_len):  # short rows may have another kernel
+                tried = rows._replace(segments=rows.segments._replace(max_seqlen=longest))
                 self.score(tried)
                 self.train(tried)
         self.end_step()
@@ -3756,10 +3763,9 @@ class Score:
         share = min(1.0, self.runtime.world_size * self.seen_targets / self.targets)
         if share >= self.logged_share + 0.05:
             self.logged_share = share
-            seconds = time.perf_counter() - self.began
             nats = float(self.nats[0])  # the one place where the host waits for the device
             val_bpb = round(nats / math.log(2) / max(1, self.seen_bytes), 8)
-            eta_seconds = round(seconds * (1 / share - 1), 1)
+            eta_seconds = round((time.perf_counter() - self.began) * (1 / share - 1), 1)
             self.log.event("progress", share=round(share, 3), val_bpb=val_bpb, eta_seconds=eta_seconds)
 
     def results(self) -> dict:
@@ -3772,28 +3778,31 @@ class Score:
             process_seconds=round(process_seconds(), 3))
 
 
+def adapt(learner: Learner, text: Text, packed_steps: Iterable, add: Callable) -> list[dict]:
+    """Score step after step and learn from each; `add` gets rows and nats. Returns the phases' figures."""
+    phases = []
+    for step, groups in packed_steps:
+        learner.begin_step(step)
+        for rows in groups:
+            add(rows, *learner.score(rows))  # C3: scored ...
+            learner.train(rows)  # ... before anything has learned from it
+        learner.end_step()
+        for documents in text.phases_due(step):
+            phases.append(train_all_weights(learner.model, text, documents, learner.looping, learner.settings,
+                                            learner.runtime))
+            learner.refresh_layers()
+    return phases
+
+
 def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Settings, runtime: Runtime,
                        log: RunLog) -> dict:
-    """Score the text once (C4), adapting to what has been scored; returns the figures.
-
-    After the step in which a share of PHASED_TTT_PREFIX_DOCS documents is complete, all weights of `model`
-    train on the complete ones. Adapters and cached context of documents that are under way stay.
-    """
+    """Score the text once (C4), adapting to what has been scored; returns the figures."""
     text = Text(data, s, runtime)
     learner = Learner(model, looping, text.own_slots, s, runtime)
     total = Score(data, runtime, log)
-    phases = []
     learner.rehearse(text)
     with total.timer(), closing(ahead(text.packed_steps(), 4)) as packed_steps:
-        for step, groups in packed_steps:
-            learner.begin_step(step)
-            for rows in groups:
-                total.add(rows, *learner.score(rows))  # C3: scored ...
-                learner.train(rows)  # ... before anything has learned from it
-            learner.end_step()
-            for documents in text.phases_due(step):
-                phases.append(train_all_weights(model, text, documents, looping, s, runtime))
-                learner.refresh_layers()
+        phases = adapt(learner, text, packed_steps, total.add)
     return total.results() | dict(
         documents=len(text.lengths), whole_text=s.val_doc_fraction == 1, phases=phases,
         hints=int(text.hints.gate.sum()), hints_inside_timer=True, decodable=s.ttt_order == "stream")

@@ -543,3 +543,32 @@ def test_test_time_training_scores_like_float32_on_the_host(context):
     assert got["hints"] == expected["hints"] > 100
     for name in ("val_loss", "untilted_bpb"):
         assert abs(got[name] - expected[name]) < 2e-3 * expected[name]
+
+
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_scores_are_the_same_bits_whether_their_documents_end_or_go_on(context):
+    """A decoder cannot know before it has read a chunk whether any of its rows trains afterwards."""
+    s = g.Settings(vocab_size=512, model_dim=128, num_heads=2, num_kv_heads=1, num_layers=5, xsa_last_n=5, num_loops=1,
+                   loop_start=1, loop_end=2, parallel_start_layer=3, ttt_context=context, ttt_batch_size=1, ttt_lora_rank=8,
+                   ttt_lora_lr=1e-3, ttt_eval_seq_len=256)
+    tokens = np.random.default_rng(0).integers(2, 512, 8 * 97 + 1).astype(np.uint16)
+    tokens[::97] = g.BOS_ID
+    found = []
+    for length in (96, 97):  # two whole chunks of 48, or one target more
+        data = Stream(0)
+        data.tokens = np.append(tokens[:-1].reshape(8, 97)[:, :length], tokens[:1])
+        model = g.GPT(s, torch.bfloat16)
+        liven(model)
+        text = g.Text(data, s, runtime)
+        learner = g.Learner(model.cuda(), True, text.own_slots, s, runtime)
+        scores = []
+        for step, groups in text.packed_steps():
+            learner.begin_step(step)
+            for rows in groups:
+                scores.append(torch.stack([*learner.score(rows), learner.log_q[rows.visible]]))
+                learner.train(rows)
+            learner.end_step()
+        found.append(scores)
+    assert len(found[0]) == 2 and len(found[1]) == 3
+    kept = torch.arange(8 * 48).view(8, 48)[:, :47].flatten()  # the 48th target of the second chunk differs
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1][:, kept], found[1][1][:, kept])

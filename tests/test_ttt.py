@@ -4,6 +4,7 @@ A decoder that reads the text back proves that the scores are code lengths. The 
 and that adapters and weights learn what a plain loop learns.
 """
 import contextlib
+import io
 import itertools
 import math
 import re
@@ -12,7 +13,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import constriction
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import online_ngram_tilt as ngram
 import train_gpt as g
 from tests.synthetic import (BOS, ROOT, bytes_of, changed, environment, events, launch, record, runtime, tiny,
-                             write_corpus)
+                             write_corpus, write_data)
+from tools import decode
 
 torch.set_num_threads(1)
 VOCAB = 64
@@ -153,49 +154,16 @@ def adapt(s: g.Settings, tokens=None, **parts) -> np.ndarray:
     return result
 
 
-class Open(g.Learner):
+class Open(decode.OpenLearner):
     """Keeps the whole distribution of each score, `tables`: (n, vocab) for each pass."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.tables = []
 
-    def losses(self, rows):
-        function = g.two_value_nll
-
-        def watched(scores, *others):
-            self.seen = scores.detach(), others[:2]
-            return function(scores, *others)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(g, "two_value_nll", watched)
-            return super().losses(rows)
-
-    def tilted(self, nll, rows):
-        function, self.boost = ngram.tilt, rows.boost
-
-        def watched(log_p, log_q, hit, boost, gate):
-            self.boost = boost
-            return function(log_p, log_q, hit, boost, gate)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ngram, "tilt", watched)
-            return super().tilted(nll, rows)
-
-    def distribution(self, seen, hints, gate, boost) -> torch.Tensor:
-        """Tilted log-probabilities (n, vocab) of all tokens, by the functions and from the scores of the loss."""
-        scores, caps = seen
-        n, size = scores.shape
-        target = torch.arange(size).repeat(n)
-        scores, hints, gate, boost = (x.repeat_interleave(size, 0) for x in (scores, hints, gate, boost))
-        nll, log_q = g.two_value_nll(scores, *caps, target, hints)
-        if not self.settings.ngram_tilt_enabled:
-            return -nll.view(n, size)
-        return ngram.tilt(-nll, log_q, hints == target, boost, gate).view(n, size)
-
     def score(self, rows):
         tilted, plain = super().score(rows)
-        table = self.distribution(self.seen, rows.hints, rows.gate, self.boost)[rows.visible]
+        table = torch.stack([self.distribution(rows, at) for at in rows.visible.tolist()])
         torch.testing.assert_close(-table[range(len(tilted)), rows.targets[rows.visible]], tilted, rtol=0, atol=1e-6)
         self.tables.append(table)
         return tilted, plain
@@ -243,113 +211,27 @@ MUTANTS = dict(updates_first=dict(learner=UpdatesFirst), hints_in_text_order=dic
 # --- The decoder
 
 
-class Encoder(Open):
-    """Codes each target with the distribution of its score."""
+class BoundedDecoder(decode.Decoder):
+    """Gives up where the text of a wrong decoder does not end."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.coder = constriction.stream.queue.RangeEncoder()
+    left = 2000
 
-    def score(self, rows):
-        result = super().score(rows)
-        for token, log_p in zip(rows.targets[rows.visible].tolist(), self.tables[-1]):
-            self.coder.encode(token, categorical(log_p))
-        return result
+    def next_token(self, rows, at):
+        self.left -= 1
+        if not self.left:
+            raise ValueError("more targets than there are")
+        return super().next_token(rows, at)
 
 
-def categorical(log_p: torch.Tensor):
-    p = log_p.double().exp().numpy()
-    return constriction.stream.model.Categorical(p / p.sum(), perfect=False)
-
-
-class Decoder:
-    """Reads the text back from the code words, the initial model and the settings.
-
-    Its header: the number of documents and of targets, and the length of the last document, which no BOS follows.
-    Document i is written from token i * stride on.
-    """
-
-    def __init__(self, words, documents: int, targets: int, last: int, model: g.GPT, s: g.Settings):
-        stride = targets + 2 * s.ttt_eval_seq_len
-        self.text = text_of(s, np.full(documents * stride + 1, BOS, np.uint16))
-        self.text.starts, self.text.lengths = np.arange(documents) * stride, np.full(documents, 1 << 40)
-        self.text.lengths[-1], self.left = last, targets
-        self.model, self.settings = model, s
-        self.learner = learner_of(s, self.text, Open, model)
-        self.coder = constriction.stream.queue.RangeDecoder(words)
-
-    def next_token(self, step: g.Step, slot: int, position: int) -> int:
-        """The token after the position: from a pass over all chunks of the step, BOS where nothing is decoded yet."""
-        learner = self.learner
-        for rows in self.text.pack(step):
-            if slot in rows.slots:
-                at = int(rows.chunk_ends[rows.slots.tolist().index(slot)]) - int(step.end[slot]) + position
-                learner.adapters.take(rows)
-                with torch.no_grad():
-                    _, log_q = learner.losses(rows)
-                boost = rows.boost
-                if learner.learned_boost:
-                    boost = learner.learned_boost(log_q, rows.boost, rows.ngram_order_index)
-                scores, hints, gate, boost = (x[at:at + 1] for x in (learner.seen[0], rows.hints, rows.gate, boost))
-                table = learner.distribution((scores, learner.seen[1]), hints, gate, boost)
-                return int(self.coder.decode(categorical(table[0])))
-
-    def decode_step(self, step: g.Step) -> None:
-        for slot in np.flatnonzero(step.document >= 0).tolist():
-            document, begin = int(step.document[slot]), int(step.begin[slot])
-            start = self.text.starts[document]
-            text = self.text.tokens[start:]
-            for state in self.text.ngrams:
-                state.restart()
-            fed = [text[max(0, begin - order + 2):begin + 1] for order in self.settings.token_orders]
-            for position in range(begin, int(step.end[slot])):
-                if not self.left:
-                    raise ValueError("more targets than there are")
-                self.left -= 1
-                found = [state.feed(tokens) for state, tokens in zip(self.text.ngrams, fed)]
-                for number in reversed(range(len(found))):
-                    if found[number].gate[-1]:
-                        self.text.ngram_order_index[start + position] = number
-                        for array, entries in zip(self.text.hints, found[number]):
-                            array[start + position] = entries[-1]
-                text[position + 1] = self.next_token(step, slot, position)
-                fed = [text[position + 1:position + 2]] * len(fed)
-                if fed[0][0] == BOS or position + 1 == self.text.lengths[document]:
-                    self.text.lengths[document] = position + 1
-                    break
-            for state, tokens in zip(self.text.ngrams, fed):
-                state.feed(tokens)
-
-    def run(self):
-        s, text, learner = self.settings, self.text, self.learner
-        finished = np.zeros(len(text.lengths), bool)
-        prefix, phases = min(len(finished), s.phased_ttt_prefix_docs), s.phased_ttt_num_phases
-        pauses = [prefix * (k + 1) // phases for k in range(phases)] if prefix else []
-        for step in g.ttt_schedule(text.lengths, s):
-            learner.begin_step(step)
-            self.decode_step(step)
-            for rows in text.pack(step):
-                learner.score(rows)
-                learner.train(rows)
-            learner.end_step()
-            finished[step.document[(step.document >= 0) & (step.end >= text.lengths[step.document])]] = True
-            while pauses and pauses[0] <= finished.sum() < len(finished):
-                pauses.pop(0)
-                g.train_all_weights(self.model, text, np.flatnonzero(finished), s.num_loops > 0, s, runtime())
-                learner.refresh_layers()
-        return np.concatenate([text.tokens[a:a + n] for a, n in zip(text.starts, text.lengths)]
-                              + [text.tokens[text.starts[-1] + text.lengths[-1]:][:1]])
-
-
-def coded(s: g.Settings, tokens: np.ndarray, text=g.Text, learner=Open) -> tuple[SimpleNamespace, Decoder]:
-    """The encoder's run, and the decoder before its own."""
-    class EncodingLearner(Encoder, learner):
+def coded(s: g.Settings, tokens: np.ndarray, text=g.Text, learner=Open) -> tuple[SimpleNamespace, tuple]:
+    """The coder's run, and what a decoder gets."""
+    class EncodingLearner(decode.Encoder, learner):
         pass
 
-    encoder = run_of(s, tokens, text, EncodingLearner)
-    encoder.words = encoder.learner.coder.get_compressed()
-    header = len(encoder.text.starts), len(tokens) - 1, int(encoder.text.lengths[-1])
-    return encoder, Decoder(encoder.words, *header, model_of(s), s)
+    run = run_of(s, tokens, text, EncodingLearner)
+    run.words = run.learner.coder.get_compressed()
+    header = decode.Header(len(run.text.starts), int(run.text.lengths[-1]))
+    return run, (header, run.words, model_of(s), s.num_loops > 0, s)
 
 
 CODED = dict(TTT_MICRO_BATCH_TOKENS=50, PHASED_TTT_PREFIX_DOCS=8, PHASED_TTT_NUM_PHASES=2)
@@ -364,13 +246,14 @@ CODED = dict(TTT_MICRO_BATCH_TOKENS=50, PHASED_TTT_PREFIX_DOCS=8, PHASED_TTT_NUM
 def test_a_decoder_reads_the_text_back(changes):
     """It has only the code words and a header, repeats every update, and ends with the same weights, bit for bit."""
     s, tokens = small(**CODED | changes), stream(10, 6, 40)
-    encoder, decoder = coded(s, tokens)
-    np.testing.assert_array_equal(decoder.run(), tokens)
+    encoder, given = coded(s, tokens)
+    read, decoder = decode.decode(*given)
+    np.testing.assert_array_equal(read.stream(), tokens)
     for name in ("value", "work", "square", "count"):
-        assert torch.equal(*(getattr(run.learner.adapters, name) for run in (encoder, decoder))), name
+        assert torch.equal(*(getattr(learner.adapters, name) for learner in (encoder.learner, decoder))), name
     for (name, ours), theirs in zip(encoder.model.named_parameters(), decoder.model.parameters()):
         assert torch.equal(ours, theirs), name
-    boosts = encoder.learner.learned_boost, decoder.learner.learned_boost
+    boosts = encoder.learner.learned_boost, decoder.learned_boost
     assert not boosts[0] or torch.equal(*(boost.weights for boost in boosts))
     assert encoder.learner.adapters.count.sum() > 0 and not torch.equal(encoder.model.qo_bank, model_of(s).qo_bank)
     assert encoder.text.hints.gate.sum() > 20
@@ -380,14 +263,15 @@ def test_a_decoder_reads_the_text_back(changes):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_decoder_fails_on_what_looks_ahead(mutant):
+def test_the_decoder_fails_on_what_looks_ahead(mutant, monkeypatch):
+    monkeypatch.setattr(decode, "Decoder", BoundedDecoder)
     s, tokens = small(**CODED | dict(PHASED_TTT_PREFIX_DOCS=1, PHASED_TTT_NUM_PHASES=1)), stream(10, 6, 30)
-    _, decoder = coded(s, tokens, **MUTANTS[mutant])
+    _, given = coded(s, tokens, **MUTANTS[mutant])
     try:
-        read = decoder.run()
+        read, _ = decode.decode(*given)
     except (AssertionError, ValueError):  # no such code word, or a text that does not end
         return
-    assert not np.array_equal(read, tokens)
+    assert not np.array_equal(read.stream(), tokens)
 
 
 # --- C1: what a score may depend on
@@ -486,15 +370,20 @@ def test_no_shape_follows_from_where_a_document_ends(context, kind):
 def test_c2_the_tilted_distribution_sums_to_one(scale):
     draw, n = torch.Generator().manual_seed(7), 200
     s = small()
-    learner = learner_of(s, text_of(s), Open)
+    text = text_of(s)
+    learner = learner_of(s, text, Open)
+    learner.view.softcap_neg.fill_(17.0)
     scores = scale * torch.randn(n, VOCAB, generator=draw)
-    caps = torch.tensor(30.0), torch.tensor(17.0)
     hints, gate = torch.randint(VOCAB, (n,), generator=draw), torch.rand(n, generator=draw) < 0.8
     hints[:50] = scores[:50].argmax(1)
     boost = 4 * torch.rand(n, generator=draw)
-    table = learner.distribution((scores, caps), hints, gate, boost)
+    _, [rows] = next(text.packed_steps())
+    rows = rows._replace(hints=hints, gate=gate, boost=boost, ngram_order_index=torch.zeros_like(hints))
+    learner.seen = scores
+    table = torch.stack([learner.distribution(rows, at) for at in range(n)])
     np.testing.assert_allclose(table.double().exp().sum(1), 1, atol=1e-6)
-    plain = learner.distribution((scores, caps), hints, torch.zeros_like(gate), boost)
+    rows = rows._replace(gate=torch.zeros_like(gate))
+    plain = torch.stack([learner.distribution(rows, at) for at in range(n)])
     np.testing.assert_allclose(plain.double().exp().sum(1), 1, atol=1e-6)
     moved = table[range(n), hints] - plain[range(n), hints]
     assert (moved[~gate] == 0).all() and (moved >= -1e-6).all()
@@ -591,6 +480,24 @@ def test_schedule_scores_every_target_once(order, count, batch, chunk, growth):
     for begin, end in ends.items():
         assert end - begin == max(chunk, min(begin * growth, 37) // chunk * chunk)
     assert (max(end - begin for begin, end in ends.items()) > chunk) == bool(growth)
+
+
+def test_chunks_grow_far_into_a_document_alone():
+    """The first 20,000 targets are cut as without TTT_FAR_GROWTH, with which later chunks follow from their begin too."""
+    lengths = np.array([50_000, 19_000, 300])
+    usual, far = (small(TTT_CHUNK_SIZE=48, TTT_CHUNK_GROWTH=0.03125, TTT_CHUNK_MAX=96, TTT_EVAL_SEQ_LEN=3072,
+                        TTT_FAR_GROWTH=growth) for growth in (0, 0.125))
+    steps = [[(step.begin[0], step.end[0]) for step in g.ttt_schedule(lengths, s)] for s in (usual, far)]
+    same = sum(begin < 20_000 for begin, _ in steps[0])
+    assert steps[0][:same] == steps[1][:same] and len(steps[1]) < 0.75 * len(steps[0])
+    for begin, end in steps[1][same:]:
+        grown = min((begin - 20_000) / 8, 3072 / 4)
+        assert end == 0 or end - begin == max(96, grown // 48 * 48)
+
+
+def test_a_single_slot_keeps_the_order_of_the_text():
+    order = run_of(small(TTT_BATCH_SIZE=0, **FROZEN)).order
+    assert np.array_equal(order, np.arange(len(stream()) - 1))
 
 
 def test_schedule_learns_where_documents_end_after_their_steps():
@@ -1003,11 +910,12 @@ def test_reset_touches_only_its_slots(warm):
 # --- Global phases
 
 
-@pytest.mark.parametrize("prefix, number, due", [(9, 3, [3, 6, 9]), (50, 5, [4, 8, 12, 16])])
-def test_global_phases_train_on_what_is_scored_completely(prefix, number, due, monkeypatch):
-    """Each comes right after the step in which enough documents end, unless they were the last. A prefix above their number
-    is that number."""
-    s = small(PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=number, GLOBAL_TTT_CHUNK_TOKENS=1000)
+@pytest.mark.parametrize("order, prefix, number, due", [
+    ("stream", 9, 3, [3, 6, 9]), ("stream", 50, 5, [10]), ("length", 50, 5, [4, 8, 12, 16])])
+def test_global_phases_train_on_what_is_scored_completely(order, prefix, number, due, monkeypatch):
+    """Each comes right after the step in which enough documents end, unless they were the last. In the published order a
+    prefix above their number is that number."""
+    s = small(TTT_ORDER=order, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=number, GLOBAL_TTT_CHUNK_TOKENS=1000)
     phases, model, tokens = [], model_of(s), stream(20)
     text, train, scored = text_of(s, tokens), g.train_all_weights, np.zeros(len(tokens) - 1, bool)
 
@@ -1173,6 +1081,67 @@ def test_a_run_adapts_and_reports(finished):
     assert "test-time training" in g.summary(run)
 
 
+def decode_here(folder, *arguments, **changes) -> tuple[int, str, str]:
+    """The tool on a tiny artifact, in this process: exit code, stdout, stderr."""
+    values = environment(folder, **TTT | dict(TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=128, PHASED_TTT_PREFIX_DOCS=2) | changes)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = decode.main(list(arguments), values)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_tool_codes_and_reads_back(finished):
+    code, out, err = decode_here(finished, "--documents", "4", "--code", str(finished / "code"))
+    assert code == 0 and out.splitlines()[-1].endswith("identical"), out + err
+    size, bits = re.search(r"code: ([\d,]+) bytes, of which 36 of header: ([\d.]+) bits per byte", out).groups()
+    [reported] = re.findall(r"reported by the evaluation: ([\d.]+) bits per byte", out)
+    text_bytes = int(re.search(r"4 documents, .* targets, ([\d,]+) bytes of text", out)[1].replace(",", ""))
+    size = int(size.replace(",", ""))
+    assert size == (finished / "code").stat().st_size and float(bits) == pytest.approx(8 * size / text_bytes, abs=1e-5)
+    assert size - 36 == pytest.approx(float(reported) * text_bytes / 8, abs=8, rel=2e-3)
+
+
+def test_the_tool_says_when_a_text_differs(finished, monkeypatch):
+    stream = decode.DecodedText.stream
+    monkeypatch.setattr(decode.DecodedText, "stream", lambda text: stream(text)[::-1])
+    code, out, _ = decode_here(finished, "--documents", "1", "--code", str(finished / "other"))
+    assert code == 1 and "DIFFERENT" in out
+
+
+def test_a_file_of_code_is_bound_to_all_that_made_it(finished):
+    s = decode.settings_from(environment(finished, **TTT))
+    assert s.ttt_micro_batch_tokens == 1
+    key, path = decode.fingerprint(s.artifact_path, s), finished / "bound"
+    words = np.arange(5, dtype=np.uint32)
+    path.write_bytes(decode.pack_code(decode.Header(3, 7), words, key))
+    header, read = decode.open_code(str(path), key)
+    assert header == (3, 7) and np.array_equal(read, words)
+    for changes in (dict(seed=5), dict(ttt_lora_lr=0.5), dict(token_order=5), dict(eval_seq_len=64)):
+        with pytest.raises(g.InputError, match="made with another artifact, code, setting"):
+            decode.open_code(str(path), decode.fingerprint(s.artifact_path, changed(s, **changes)))
+    for damaged in (b"", path.read_bytes()[:-1], b"x" + path.read_bytes()[1:], path.read_bytes() + b"1234"):
+        path.write_bytes(damaged)
+        with pytest.raises(g.InputError, match="no whole file of tools/decode.py"):
+            decode.open_code(str(path), key)
+
+
+def test_the_tool_refuses_what_no_decoder_can_follow(finished, tmp_path):
+    code, _, err = decode_here(finished, TTT_ORDER="length")
+    assert code == 2 and err.startswith("decode.py: TTT_ORDER: no decoder exists")
+    code, _, err = decode_here(finished, "--artifact", str(tmp_path / "none"))
+    assert code == 2 and "train first" in err
+    write_data(tmp_path / "data", np.full(500, 5), np.full(500, 5))
+    code, _, err = decode_here(finished, DATA_PATH=tmp_path / "data")
+    assert code == 2 and "does not begin with BOS" in err
+
+
+@pytest.mark.parametrize("size", [2, 64, 8192])
+def test_frequencies_leave_no_token_without_a_code(size):
+    log_p = torch.randn(size, generator=torch.Generator().manual_seed(size)).mul(9).log_softmax(0).numpy()
+    counts = decode.frequencies(log_p)
+    assert counts.sum() == decode.TOTAL and counts.min() >= 1
+    np.testing.assert_allclose(counts / decode.TOTAL, np.exp(log_p), atol=2 * size / decode.TOTAL)
+
+
 def test_length_order_is_reported_as_not_decodable(finished):
     run = run_here(finished, RUN_ID="length", TTT_EVAL_ONLY=1, TTT_ORDER="length", NGRAM_TILT_ENABLED=0)
     result = run["results"]["ttt"]
@@ -1237,6 +1206,28 @@ def test_published_command_lines_are_accepted():
     s = small(TTT_ORDER="length", TTT_SHORT_SCORE_FIRST_ENABLED=1, TTT_SHORT_SCORE_FIRST_STEPS="256:16,32=8")
     assert [s.first_chunk(length) for length in (31, 32, 255, 256)] == [8, 16, 16, 8]
     assert changed(s, ttt_short_score_first_enabled=False).first_chunk(40) == 8
+
+
+# --- The warm-up before the clock
+
+
+def test_the_warm_up_reads_no_text_and_learns_nothing():
+    """As on CUDA, where alone there is something to compile."""
+    s = small(**BOOSTS["learned"])
+    text, learner = parts_of(s)
+    score, seen = learner.score, []
+    learner.runtime = SimpleNamespace(on_cuda=True, sum=lambda tensor: tensor)
+    learner.score = lambda rows: seen.append(rows) or score(rows)
+    learner.rehearse(text)
+    assert len(seen) == 2
+    for rows in seen:
+        assert rows.ids.max() <= BOS and rows.segments.previous.max() <= BOS and not rows.targets.any()
+    fresh = learner_of(s, text)
+    for name in ("value", "work", "square", "count"):
+        assert torch.equal(getattr(learner.adapters, name), getattr(fresh.adapters, name)), name
+    assert torch.equal(learner.learned_boost.weights, fresh.learned_boost.weights)
+    [rows] = next(text.packed_steps())[1]
+    assert rows.targets.any() and all(map(torch.equal, score(rows), fresh.score(rows)))
 
 
 # --- Work ahead of the device
