@@ -3681,7 +3681,7 @@ class Learner(Hooks):
         first_step = next(ttt_schedule(text.lengths, s))
         for rows in itertools.islice(text.pack(first_step), 1):  # a rank may have none
             rows = rows._replace(continues=torch.zeros_like(rows.continues), gate=torch.zeros_like(rows.gate))
-            for longest in (rows.segments.max_seqlen, s.ttt_eval_seq_len):  # short rows may have another kernel
+            for longest in (rows.segments.max_seqlen, s.ttt_eval_seq_len):  # for short rows another kernel
                 tried = rows._replace(segments=rows.segments._replace(max_seqlen=longest))
                 self.score(tried)
                 self.train(tried)
