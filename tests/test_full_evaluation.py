@@ -36,8 +36,8 @@ def test_the_text_goes_on_with_training_shards(folder):
     assert len(short.tokens) == 501 and short.from_training == 0
     np.testing.assert_array_equal(short.bytes, val.bytes[:501])
     assert len(long.tokens) == len(val.tokens) + 701 and long.from_training == 701
-    shard = g.open_shard(g.shard_files(s.shards_dir, "train")[0])
-    np.testing.assert_array_equal(long.tokens, np.append(val.tokens, shard[:701]))
+    shards = np.concatenate([g.open_shard(path) for path in g.shard_files(s.shards_dir, "train")])
+    np.testing.assert_array_equal(long.tokens, np.append(val.tokens, shards[:701]))
     known = {int(t): int(b) for t, b in zip(val.tokens, val.bytes)}  # here a token has its bytes wherever it stands
     found = [(known[t], b) for t, b in zip(long.tokens[-701:].tolist(), long.bytes[-701:].tolist()) if t in known]
     assert len(found) > 300 and all(a == b for a, b in found)
