@@ -564,10 +564,11 @@ def test_scores_are_the_same_bits_whether_their_documents_end_or_go_on(context):
         scores = []
         for step, groups in text.packed_steps():
             learner.begin_step(step)
+            if not scores:  # adapters that are not zero, in the place of training, whose sums may come in any order
+                draw = torch.Generator("cuda").manual_seed(0)
+                learner.adapters.work.normal_(0, 0.02, generator=draw)
             for rows in groups:
                 scores.append(torch.stack([*learner.score(rows), learner.log_q[rows.visible]]))
-                learner.train(rows)
-            learner.end_step()
         found.append(scores)
     assert len(found[0]) == 2 and len(found[1]) == 3
     kept = torch.arange(8 * 48).view(8, 48)[:, :47].flatten()  # the 48th target of the second chunk differs
