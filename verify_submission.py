@@ -250,7 +250,7 @@ class Run:
 
     def figures(self, name: str) -> list[Fact]:
         """What the log states last of a figure or setting; of scores one of each label, latest first."""
-        found = self.all(name)[-1:]
+        found = self.all(name)[::-1] if name.endswith("_bytes") else self.all(name)[-1:]
         kind = {"pre_quant_bpb": "before", "quantized_bpb": "quantized"}.get(name)
         if kind:
             found = [score for score in self.all("val_bpb") if score.kind == kind][-1:]
@@ -553,7 +553,7 @@ class Folder:
         names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
         names = [name for name in names if not re.search(r"(^|/)(\.|__)", name)]
         self.names = sorted(names, key=lambda name: (name.count("/"), name))
-        self.broken: list[tuple[str, str]] = []  # JSON files beside a log, and what is wrong with them
+        self.broken = []  # JSON files beside a log, and what is wrong with them
         self.every_run = self.read_runs()
         if not self.every_run:
             raise VerifyError(f"{path}: no log (*.log, *.txt) in this folder; name the folder of one record")
@@ -792,7 +792,7 @@ def read_code(folder: Path, names: set[str]) -> Code:
     """The folder's script, the files of `names` that it imports or reads, and those that these do."""
     script = (folder / "train_gpt.py").read_bytes()
     waiting = [("train_gpt.py", decode(script))]
-    helpers: dict[str, int] = {}
+    helpers = {}
     brought = {"train_gpt.py", "submission.json"}  # and the files that the script holds itself
     parsed, closed = True, 0
     while waiting:
@@ -878,7 +878,7 @@ def record_fault(run: Run) -> tuple | None:
             apart = next(pair for pair in pairs if pair[0] != pair[1])
             said = f"the log says {apart[0][-60:]}, the record {apart[1][-60:]}"
             return FAIL, said, run, where, f"{run.record_name}: events[{index}]"
-    last = {event["event"]: (where, event) for (where, _), event in zip(lines, events)}
+    last = {str(event["event"]): (where, event) for (where, _), event in zip(lines, events)}
     for kind, fields in run.record["results"].items():
         where, event = last.get(kind, (run.name, {}))
         if fields != {name: value for name, value in event.items() if name != "event"}:
@@ -893,28 +893,28 @@ def record_fault(run: Run) -> tuple | None:
 def check_bytes(f: Folder, run: Run) -> Iterator[tuple]:
     """Artifact and code of every seed below the cap and adding up; the text's own bytes counted."""
     paths = [run.get(name) for name in ("data_path", "datasets_dir", "tokenizer_path", "folder", "manifest")]
-    # prepare_caseops_data.py alone writes a manifest.
     caseops = [fact for fact in paths if fact and re.search("caseops|manifest.json$", fact.text.lower())]
     off = caseops and run.having("caseops_enabled", False)
     said = "CASEOPS_ENABLED=0 over CaseOps shards counts bytes of the transformed text, not of the original"
     yield FAIL, said, off and off + caseops
-    total, artifact = run.get("total_bytes"), run.get("artifact_bytes")
+    total, artifacts = run.get("total_bytes"), run.facts.get("artifact_bytes", [])
     packed, shipped = run.get("packed_bytes"), run.get("shipped_bytes")
     if not total:
         yield UNKNOWN, "no total submission size; it would decide", [run]
         return
     codes = run.last("code_bytes") + run.last("raw_code_bytes")
-    sums = [(artifact.value + code.value, code) for code in codes if artifact]
-    adding = [code for value, code in sums if value == total.value]
-    for value, code in sums if not adding else ():
-        said = f"artifact and code are {value:,} bytes, the log says {total.value:,}"
+    # A log may state the sizes of several compressors.
+    pairs = [(artifact, code) for artifact in artifacts for code in codes]
+    adding = [pair for pair in pairs if pair[0].value + pair[1].value == total.value]
+    for artifact, code in pairs[-1:] if not adding else ():
+        said = f"artifact and code are {artifact.value + code.value:,} bytes, the log says {total.value:,}"
         yield FAIL, said, [total, artifact, code]
     for code in codes if packed and packed.value not in [code.value for code in codes] else ():
         said = f"{code.value:,} bytes of code counted, the packed script has {packed.value:,}"
         yield FAIL, said, [code, packed]
     if total.value < BYTES_CAP:
-        parts = f"{artifact.value:,} + {adding[0].value:,} = " if adding else ""
-        yield PASS, f"{parts}{total.value:,} bytes", adding and [total]
+        for artifact, code in adding:
+            yield PASS, f"{artifact.value:,} + {code.value:,} = {total.value:,} bytes", [total]
         yield UNKNOWN, f"{total.value:,} bytes; a line with those of the code would decide", [total]
     if shipped and shipped.value < BYTES_CAP and shipped.value in f.claimed_totals:
         said = f"{shipped.value:,} bytes with the script shipped here, as submission.json says"

@@ -282,6 +282,16 @@ def test_all_runs_in_one_file(tmp_path, dialect):
     assert_told(folder)
 
 
+@pytest.mark.parametrize("chosen", ["first", "last"])
+def test_sizes_of_several_compressors(tmp_path, chosen):
+    def edit(text):
+        other = "Serialized model int6+zstd: 15990000 bytes\n"
+        return text.replace("Serialized model int6", other + "Serialized model int6") if chosen == "last" else text.replace(
+            "Total submission size int6", other + "Total submission size int6")
+
+    assert_told(folder_of(tmp_path, "banked", edit=edit, submission=JSONS["list of seeds"]))
+
+
 # --- What lies beside the logs
 
 
