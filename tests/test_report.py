@@ -120,8 +120,9 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def summary(self) -> dict[str, list[str]]:
-        """The cells of each row of the first table: a number's exact value, else the text."""
-        return {row[0]: row[1:] for row in self.rows["table 0"]}
+        """The cells of each row of the table of figures: a number's exact value, else the text."""
+        figures = next(rows for rows in self.rows.values() if rows[1][0] == "status")
+        return {row[0]: row[1:] for row in figures}
 
 
 def build(paths: list, out: Path) -> Page:
@@ -595,3 +596,22 @@ def test_settings_of_this_version_are_known():
     names = {field.name for field in dataclasses.fields(g.Settings)}
     assert names >= {*report.NEEDED, *report.OWN}
     assert g.matrix_roles(synthetic.tiny()).keys() == report.ROLES.keys()
+
+
+def test_runs_are_named_by_recipe_and_seed_unless_somebody_named_them(tmp_path):
+    path = make(tmp_path / "a")
+    ids = {"20260430_120001_77": "runs/record", "train_seed42": "/x/runs/record/seed42", "eval_seed7": "", "mine": "runs/record/seed42"}
+    copies = [change(path, f"copy{number}", lambda record: (record.update(run_id=run_id), record["settings"].update(
+        seed=42, artifact_dir=folder))) for number, (run_id, folder) in enumerate(ids.items())]
+    assert [run.label for run in runs_of(*copies)] == ["record, seed 42 (copy0)", "record, seed 42 (copy1)", "eval_seed7", "mine"]
+    assert [run.label for run in runs_of(*copies[1:])] == ["record, seed 42", "eval_seed7", "mine"]
+
+
+def test_first_table_shows_what_differs(tmp_path):
+    one = make(tmp_path / "a")
+    two = change(one, "two", lambda record: record["settings"].update(seed=7, matrix_lr="<0.5>", run_id="b", artifact_dir="b"))
+    text, _ = report.page(runs_of(one, two), 0)
+    first = text[text.index("<table>"):text.index("</table>")]
+    assert re.findall(r'<th scope="row">(\w+)</th>', first) == ["matrix_lr", "seed"] and "&lt;0.5&gt;" in first
+    same, _ = report.page(runs_of(one, change(one, "same", lambda record: None)), 0)
+    assert "All settings are the same." in same and "What differs" not in report.page(runs_of(one), 0)[0]

@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -85,6 +86,8 @@ GONE = dict(lr_warmup_steps=0, warmdown_iters=0, midrun_cap_schedule="", train_s
 NEEDED = "max_wallclock_seconds", "iterations", "warmdown_frac", "min_lr", "train_seq_len"
 # Settings in which the runs of one experiment may differ.
 OWN = "seed", "run_id", "artifact_dir", "rank", "local_rank"
+# Names of runs that nobody chose: time and process, or those of run.sh.
+GIVEN_ID = re.compile(r"\d{8}_\d{6}_\d+|(?:train|eval)_seed\d+")
 
 
 class InputError(Exception):
@@ -192,12 +195,20 @@ def is_run_record(record) -> bool:
     return isinstance(record.get("settings"), dict) and isinstance(record.get("events"), list)
 
 
+def own_name(run: Run) -> str:
+    """The run_id; recipe and seed where run.sh or the clock chose that; runs/RECIPE holds its runs."""
+    folder = Path(str(run.settings.get("artifact_dir", "")))
+    recipe = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+    if not recipe or not GIVEN_ID.fullmatch(run.run_id):
+        return run.run_id
+    return plain(f"{recipe}, seed {run.settings.get('seed')}", 80)
+
+
 def name_runs(runs: list[Run]) -> None:
-    """Label runs by run_id; where several share that, the file's name and then a number tell them apart."""
-    ids = [run.run_id for run in runs]
-    for run in runs:
-        unique = ids.count(run.run_id) == 1
-        run.label = run.run_id if unique else f"{run.run_id} ({plain(run.path.stem, 60)})"
+    """Label runs; where several share a name, the file's name and then a number tell them apart."""
+    names = [own_name(run) for run in runs]
+    for run, name in zip(runs, names):
+        run.label = name if names.count(name) == 1 else f"{name} ({plain(run.path.stem, 60)})"
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
@@ -841,6 +852,23 @@ def total_seconds(run: Run):
     return seconds if whole else None
 
 
+def differences(runs: list[Run]) -> str:
+    """A section with the settings that are not the same in all runs; nothing for one run."""
+    if len(runs) == 1:
+        return ""
+    names = {name for run in runs for name in run.settings} - {"run_id", "artifact_dir", "rank", "local_rank"}
+    rows = []
+    for name in sorted(names):
+        values = [plain(run.settings.get(name, LOST)) or "empty" for run in runs]
+        if len(set(values)) > 1:
+            rows.append((html.escape(plain(name)), [html.escape(value) for value in values]))
+    shown = "<p>All settings are the same.</p>"
+    if rows:
+        shown = table("Settings that are not the same in all runs", ["setting", *map(heading, runs)], rows)
+    return ('<section id="differences" aria-labelledby="differences-title">'
+            f'<h2 id="differences-title">What differs</h2>\n{shown}\n</section>')
+
+
 def summary_table(runs: list[Run]) -> str:
     rows = [("status", [status_cell(run) for run in runs])]
 
@@ -1174,6 +1202,7 @@ def page(runs: list[Run], others: int) -> tuple[str, list[Picture]]:
         f'<nav aria-label="Sections">{links}</nav>',
         "</header>",
         "<main>",
+        differences(runs),
         '<section id="summary" aria-labelledby="summary-title"><h2 id="summary-title">Summary</h2>',
         summary_table(runs),
         "</section>",
