@@ -7,16 +7,24 @@ A settings class is a frozen dataclass whose fields are declared with `setting`:
         num_layers: int = setting(11, "distinct transformer blocks", low=1, group="Model")
 
 num_layers is then read from NUM_LAYERS. The code knows nothing of what the settings are for; only the table
-at the end is of this project.
+at the end is of this project. Before it stands what programs share beside settings: refusals of one line,
+files that are whole, the lock of a folder, a log with its record, and a console that may go away.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
+import json
 import math
+import os
 import re
+import sys
+import tempfile
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
+from typing import TextIO
 
 
 class InputError(Exception):
@@ -369,6 +377,161 @@ def fixed_variables(table: str) -> dict[str, tuple[str | None, str]]:
             name, given, accepted = variable.partition("=")
             result[name] = (accepted if given else None, " ".join(why.split()))
     return result
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file so that `path` always holds its old content or all of `data`, even after a power cut."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        if isinstance(error, OSError):
+            error.filename = path  # the user knows no temporary file
+        raise
+
+
+def sync_folder(folder: str) -> None:
+    """Wait until the disk knows the folder's names, where its file system can tell."""
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)
+
+
+def hold(folder: str, refusal: str, shared: bool = False) -> int:
+    """Lock the folder, made if it is not there, until the process ends or closes the returned handle.
+
+    Raises InputError, beginning with `refusal`, if nothing can be written there or someone else holds it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not shared:
+            tempfile.TemporaryFile(dir=folder).close()
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{refusal}: nothing can be written in {folder} ({error.strerror}); choose another "
+                         "folder") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"{refusal}: another run is writing in {folder}; wait for its end, or choose "
+                         "another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+class EventLog:
+    """A log and a record, written together: each log line is the text form of an event.
+
+    They are `path`.txt and `path`.json; the record's `status` is running, finished or failed. Where it is not
+    active the calls write nothing.
+    """
+
+    def __init__(self, path: str, record: dict, active: bool):
+        self.path = path
+        self.record = record
+        self.active = active
+
+    def begin(self, lock: int) -> None:
+        """Begin both files, under a lock that the end gives back; InputError if an earlier run has them."""
+        self.lock = lock
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        if os.path.exists(self.path + ".json"):
+            os.close(lock)
+            raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another "
+                             "RUN_ID or remove it")
+        # No buffer, so that a run that is killed leaves all it has said.
+        self.file = open(self.path + ".txt", "wb", buffering=0)
+        self.save()
+
+    def event(self, kind: str, **fields) -> None:
+        """Log and record one event. Floats appear as given; NaN and infinity, which JSON lacks, as text."""
+        if not self.active:
+            return
+        for name, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                fields[name] = str(value)
+        self.record["events"].append({"event": kind, **fields})
+        self.write(" ".join([kind] + [f"{name}:{value}" for name, value in fields.items()]))
+
+    def result(self, kind: str, **fields) -> None:
+        """An event whose fields are also figures of the run: results[kind]."""
+        self.record["results"][kind] = fields
+        self.event(kind, **fields)
+        self.save()
+
+    def write(self, text: str) -> None:
+        if not self.active:
+            return
+        try:
+            self.file.write((text + "\n").encode(errors="backslashreplace"))
+        except OSError as error:
+            error.filename = self.path + ".txt"
+            raise
+        print(text)
+
+    def save(self) -> None:
+        if self.active:
+            write_whole(self.path + ".json", (json.dumps(self.record, indent=1) + "\n").encode())
+
+    def close(self, status: str, **fields) -> None:
+        """Say how the run ended, in log and record, each even if the other cannot be written."""
+        self.record["status"] = status
+        try:
+            self.event(status, **fields)
+        finally:
+            if self.active:
+                self.save_end()
+                self.file.close()
+                os.close(self.lock)
+
+    def save_end(self) -> None:
+        """Save the record; on a full disk, which has no room for another, at least its status."""
+        try:
+            self.save()
+        except OSError:
+            with open(self.path + ".json", "r+b") as file:
+                text = file.read()
+                file.seek(0)
+                file.write(text.replace(b'"status": "running",', b'"status": "failed", ', 1))
+            if self.record["status"] == "finished":
+                raise
+
+
+class Console:
+    """A stream that outlives its terminal, pipe or disk: the files matter, not the lines about them."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except OSError:
+            # What is still in the stream's buffer goes where it cannot fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_console():
+    """Decorates a program: whatever becomes of its standard streams, it goes on."""
+    with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
+        yield
 
 
 # Variables of the published systems that are no settings here: NAME=VALUE if that value is accepted, NAME if

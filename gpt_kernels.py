@@ -824,7 +824,7 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor  # (segments + 1,) int32, 0 .. T
     positions: Tensor  # (T,) int32, distance from the start of the segment
     max_seqlen: int  # upper bound on a segment's length
-    previous: Tensor | None = None  # (T,) the token before each in its document, if not the left one
+    previous: Tensor | None = None  # (T,) the token before each, -1 if none; None: its left neighbour
     keys_cu_seqlens: Tensor | None = None  # (segments + 1,) int32, if keys of a past come before a segment's
     keys_max_seqlen: int = 0
 

@@ -248,15 +248,15 @@ def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
         command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
         version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise NgramError(f"no working C compiler ({error}): install gcc, or another compiler as cc") from None
+        raise NgramError(f"no working C compiler ({error}): install gcc, or another compiler "
+                         "as cc; NGRAM_TILT_ENABLED=0 needs none") from None
     try:
         source = SOURCE.read_bytes()
         made_from = repr((source, command, FLAGS, version, os.uname().machine))
         key = hashlib.sha256(made_from.encode()).hexdigest()[:32]
         # Another compiler, source or machine makes another file, so that none is ever out of date.
-        library = Path(cache or Path.home() / ".cache" / "online_ngram") / f"{key}.so"
-        if not library.exists():
-            _compile(source, command, library)
+        folder = Path(cache or Path.home() / ".cache" / "online_ngram")
+        library = _kept(folder, key) or _compile(source, command, folder, key)
         functions = ctypes.CDLL(str(library))  # not PyDLL: other threads run while it counts
     except subprocess.CalledProcessError as error:
         first_line = error.stderr.decode(errors="replace").strip().split("\n")[0]
@@ -264,8 +264,8 @@ def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
         raise NgramError(f"{command[0]} cannot compile {SOURCE.name} ({reason}): install another compiler "
                          "as cc") from None
     except (OSError, RuntimeError) as error:
-        folder = cache or "~/.cache/online_ngram"
-        raise NgramError(f"no library from {SOURCE.name} in {folder} ({error}): make that folder "
+        place = cache or "~/.cache/online_ngram"
+        raise NgramError(f"no library from {SOURCE.name} in {place} ({error}): make that folder "
                          "writable") from None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     functions.ngram_create.restype = pointer
@@ -279,14 +279,30 @@ def load(compiler: str = "", cache: Path | None = None) -> ctypes.CDLL:
     return functions
 
 
-def _compile(source: bytes, command: list[str], library: Path) -> None:
-    """Compile the source to `library`. Any number of processes may: each renames a file of its own."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(".tmp", dir=library.parent)
+def _kept(folder: Path, key: str) -> Path | None:
+    """The library of this key, if it is as it was written. Loading one that was cut would end the process."""
+    for library in folder.glob(f"{key}-*.so"):
+        if library.stem == f"{key}-{_digest(library)}":
+            return library
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _compile(source: bytes, command: list[str], folder: Path, key: str) -> Path:
+    """Compile the source into the folder. Any number of processes may: each renames a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(".tmp", dir=folder)
     os.close(handle)
     try:
         build = [*command, *FLAGS, "-x", "c", "-", "-o", temporary]
         subprocess.run(build, input=source, capture_output=True, check=True)
+        library = folder / f"{key}-{_digest(Path(temporary))}.so"
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, library)
+        return library
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-import fcntl
 import functools
 import glob
 import hashlib
@@ -57,7 +56,8 @@ from torch import Tensor, nn
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, setting, settings_help)
+    PUBLISHED, EventLog, FromEnvironment, InputError, fields_by_group, fixed_variables, hold, lasting_console,
+    list_of, setting, settings_help, write_whole)
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, WithPast, adamw_rows,
     add_norm, as_activation, as_matrices, attention, attention_kernel, computed, fp8_products_fit,
@@ -90,7 +90,8 @@ class Settings(FromEnvironment):
     vocab_size: int = setting(8192, "rows of the embedding", unit="tokens", low=2, high=65536)
     train_batch_tokens: int = setting(786432, "one optimizer step over all ranks", unit="tokens", low=1)
     grad_accum_steps: int = setting(
-        0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8", low=0)
+        0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8; another "
+        "size cuts other documents, so that losses differ slightly", low=0)
     eval_include_tail: bool = setting(True, "1: score every validation token; 0: whole windows, as #2135")
 
     # Run
@@ -574,23 +575,6 @@ def process_seconds() -> float:
     return time.perf_counter() - STARTED
 
 
-def write_atomically(path: str, data: bytes) -> None:
-    """Write a file so that `path` always holds its old content or all of `data`, even after a crash."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = path  # the user knows no temporary file
-        raise
-
-
 def ahead(items, depth: int):
     """Yield the items, computed up to `depth` ahead by a thread that ends with this generator.
 
@@ -611,78 +595,19 @@ def ahead(items, depth: int):
             thread.shutdown(wait=False, cancel_futures=True)
 
 
-class RunLog:
-    """The log and the run record, written together: each log line is the text form of an event.
-
-    Rank 0 writes `<run_id>.txt` and `<run_id>.json` in Settings.log_dir; on other ranks the calls do nothing.
-    The record's `status` is running, finished or failed.
-    """
+class RunLog(EventLog):
+    """The log `<run_id>.txt` and run record `<run_id>.json` in Settings.log_dir, which rank 0 writes."""
 
     def __init__(self, settings: Settings, runtime: Runtime):
-        run_id = settings.run_id or f"{datetime.datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"
-        self.active = runtime.rank == 0
-        self.path = os.path.join(settings.log_dir, run_id)
-        if self.active and os.path.exists(self.path + ".json"):
-            raise InputError(f"RUN_ID: {self.path}.json is the record of an earlier run; choose another "
-                             "RUN_ID or remove it")
-        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self.record = dict(run_id=run_id, status="running", started=started,
-                           settings=dataclasses.asdict(settings), machine=runtime.describe(), results={},
-                           events=[])
+        now = datetime.datetime.now().astimezone()
+        run_id = settings.run_id or f"{now:%Y%m%d_%H%M%S}_{os.getpid()}"
+        record = dict(run_id=run_id, status="running", started=now.isoformat(timespec="seconds"),
+                      settings=dataclasses.asdict(settings), machine=runtime.describe(), results={},
+                      events=[])
+        super().__init__(os.path.join(settings.log_dir, run_id), record, runtime.rank == 0)
         if self.active:
-            os.makedirs(settings.log_dir, exist_ok=True)
-            folder = os.path.dirname(settings.artifact_path) or "."
-            self.lock = self.lock_folder(folder, settings.ttt_eval_only)
-            # Line by line, so that a run that is killed leaves all it has said.
-            self.file = open(self.path + ".txt", "w", buffering=1, encoding="utf-8")
-            self.save()
-
-    def lock_folder(self, folder: str, reads_only: bool) -> int:
-        """Lock the artifact's folder until the process ends; runs that only read it share the lock."""
-        handle = os.open(folder, os.O_RDONLY)
-        kind = fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX
-        try:
-            fcntl.flock(handle, fcntl.LOCK_NB | kind)
-        except BlockingIOError:
-            os.close(handle)
-            raise InputError(f"ARTIFACT_DIR: another run is writing its artifact in {folder}; wait for its "
-                             "end, or choose another folder") from None
-        except OSError:  # a file system without locks
-            pass
-        return handle
-
-    def event(self, kind: str, **fields) -> None:
-        """Log and record one event. Floats appear as given; NaN and infinity, which JSON lacks, as text."""
-        if not self.active:
-            return
-        for name, value in fields.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                fields[name] = str(value)
-        self.record["events"].append({"event": kind, **fields})
-        self.write(" ".join([kind] + [f"{name}:{value}" for name, value in fields.items()]))
-
-    def result(self, kind: str, **fields) -> None:
-        """An event whose fields are also figures of the run: results[kind]."""
-        self.record["results"][kind] = fields
-        self.event(kind, **fields)
-        self.save()
-
-    def write(self, text: str) -> None:
-        if self.active:
-            self.file.write(text + "\n")
-            print(text, flush=True)
-
-    def save(self) -> None:
-        if self.active:
-            write_atomically(self.path + ".json", (json.dumps(self.record, indent=1) + "\n").encode())
-
-    def close(self, status: str, **fields) -> None:
-        self.record["status"] = status
-        self.event(status, **fields)
-        self.save()
-        if self.active:
-            self.file.close()
-            os.close(self.lock)
+            # Runs that only read the artifact share its folder.
+            self.begin(hold(settings.artifact_dir or ".", "ARTIFACT_DIR", shared=settings.ttt_eval_only))
 
 
 # ============================================================================================================
@@ -693,6 +618,7 @@ class RunLog:
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+TEXT_BYTES = "fineweb_val_bytes_*.bin, their sum"
 
 
 def open_shard(path: str) -> np.ndarray:
@@ -729,11 +655,37 @@ def check_tokens(path: str, tokens: np.ndarray, settings: Settings) -> None:
                          "VOCAB_SIZE to the tokenizer's")
 
 
-def check_manifest(settings: Settings) -> dict:
-    """Compare the settings with the data set's manifest.json; returns what the run record should say of it.
+def check_start(path: str, tokens: np.ndarray) -> None:
+    """Raise InputError unless a text, in this file, begins with a document: else it cannot be decoded."""
+    if tokens[0] != BOS_ID:
+        raise InputError(f"{path}: it begins with token {tokens[0]}, not with a document's start ({BOS_ID}); "
+                         "begin with the set's first shard, made with this tokenizer")
 
-    A data set may have none. Raises InputError if it is broken, if it belongs to another vocabulary, and if
-    training and validation share documents.
+
+def check_shards(settings: Settings, stated: dict[str, int]) -> None:
+    """Raise InputError unless names and tokens of the shards, and the text's bytes, are as stated."""
+    folder = settings.shards_dir
+    kinds = ["val", "val_bytes"] if settings.ttt_eval_only else ["val", "val_bytes", "train"]
+    paths = [path for kind in kinds for path in shard_files(folder, kind)]
+    found = {os.path.basename(path): len(open_shard(path)) for path in paths}
+    sidecar = shard_files(folder, "val_bytes")
+    found[TEXT_BYTES] = sum(int(open_shard(path).sum(dtype=np.int64)) for path in sidecar)
+    unread = "fineweb_train_" if settings.ttt_eval_only else "\0"
+    stated = {name: count for name, count in stated.items() if not name.startswith(unread)}
+    differing = sorted({name for name, _ in found.items() ^ stated.items()})
+    if differing:
+        name = differing[0]
+        path = os.path.join(folder, name)
+        raise InputError(f"{path}: {found.get(name, 'missing')}, but manifest.json says "
+                         f"{stated.get(name, 'nothing of it')}, one of {len(differing)} differences; put "
+                         "back the shards of this data set, and no others")
+
+
+def check_manifest(settings: Settings) -> dict:
+    """Compare settings and shards with the data set's manifest.json; returns what the record says of it.
+
+    A data set may have none. Raises InputError if it is broken, if it belongs to another vocabulary or other
+    shards, and if training and validation share documents.
     """
     path = os.path.join(settings.shards_dir, "manifest.json")
     if not os.path.exists(path):
@@ -744,6 +696,8 @@ def check_manifest(settings: Settings) -> dict:
         pieces = manifest["tokenizer"]["vocab_size"]
         disjoint = manifest["splits_disjoint"]
         prepared_here = manifest["source"]["sha256"] is not None
+        stated = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+        stated[TEXT_BYTES] = manifest["splits"]["val"]["bytes"]
         facts = dict(manifest=path, train_docs=manifest["splits"]["train"]["docs"],
                      val_docs=manifest["splits"]["val"]["docs"], splits_disjoint=disjoint)
     except (ValueError, KeyError, TypeError):
@@ -751,6 +705,7 @@ def check_manifest(settings: Settings) -> dict:
     if pieces != settings.vocab_size:
         raise InputError(f"VOCAB_SIZE: {settings.vocab_size}, but {path} was made with a tokenizer of "
                          f"{pieces} pieces; set VOCAB_SIZE to that")
+    check_shards(settings, stated)
     # The published sets do overlap and cannot be prepared again: there the record says so.
     if prepared_here and not disjoint:
         raise InputError(f"{path}: training and validation documents overlap; prepare the data again")
@@ -785,12 +740,20 @@ class Batch(NamedTuple):
         cu_seqlens = runtime.to_device(self.segments.cu_seqlens)
         positions = runtime.to_device(self.segments.positions)
         segments = self.segments._replace(cu_seqlens=cu_seqlens, positions=positions)
+        if segments.previous is not None:
+            segments = segments._replace(previous=runtime.to_device(segments.previous))
         return Batch(runtime.to_device(self.inputs), runtime.to_device(self.targets), segments)
 
 
-def make_batch(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, max_seqlen: int) -> Batch:
-    """A packed row (T,) on the host whose segments begin at `starts`, none longer than `max_seqlen`."""
+def make_batch(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, max_seqlen: int,
+               before: np.ndarray | None = None) -> Batch:
+    """A packed row (T,) on the host whose segments begin at `starts`, none longer than `max_seqlen`.
+
+    before: the token before each if that is not its left neighbour, -1 if none.
+    """
     segments = make_segments(segment_bounds(starts, len(inputs), max_seqlen), max_seqlen)
+    if before is not None:
+        segments = segments._replace(previous=torch.from_numpy(before))
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), segments)
 
 
@@ -815,9 +778,7 @@ class TrainingData:
         # Data of another tokenizer shows at once, not when training has come to it.
         for path, shard in zip(self.files, self.shards):
             check_tokens(path, shard[:self.SAMPLE], settings)
-        if BOS_ID not in self.shards[0][:self.SAMPLE]:
-            raise InputError(f"{self.files[0]}: no document start (token {BOS_ID}) in it; it was made for "
-                             "another tokenizer")
+        check_start(self.files[0], self.shards[0])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the endless stream, int64."""
@@ -860,6 +821,7 @@ class ValidationData:
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
         check_tokens(files[0], self.tokens, settings)
+        check_start(files[0], self.tokens)
         # Counted by prepare_caseops_data.py in the original text.
         sidecar = shard_files(settings.shards_dir, "val_bytes")
         self.bytes = np.concatenate([open_shard(path) for path in sidecar])
@@ -879,10 +841,11 @@ class ValidationData:
         self.bytes = self.bytes[:windows * window + 1]
 
     def sample(self, fraction: float, seed: int) -> ValidationData:
-        """That fraction of the documents, at least one, drawn without replacement and kept in order."""
+        """That fraction of the documents that have bytes, at least one, without replacement, in order."""
         starts = document_starts(self.tokens[:-1])
-        count = max(1, round(fraction * len(starts)))
-        chosen = np.random.default_rng(seed).choice(len(starts), count, replace=False)
+        size = np.add.reduceat(np.where(self.tokens == BOS_ID, 0, self.bytes), starts, dtype=np.int64)
+        count = max(1, round(fraction * np.count_nonzero(size)))
+        chosen = np.random.default_rng(seed).choice(np.flatnonzero(size), count, replace=False)
         document = np.searchsorted(starts, np.arange(len(self.tokens)), side="right") - 1  # of each token
         kept = np.isin(document, chosen)
         sampled = copy.copy(self)
@@ -1110,18 +1073,21 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, positions: Tensor, previous: Tensor | None = None,
               hooks: Hooks | None = None) -> Tensor:
-        """Normalized embeddings (T, d); SmearGate adds a gated share of the segment's previous token's."""
+        """Normalized embeddings (T, d); SmearGate adds a gated share of the previous token's."""
         s = self.settings
         x = F.embedding(ids, self.tok_emb)
         if hooks is not None:
             hooks.embedding(ids, x)
         if s.smear_gate_enabled:
             first = int(previous is None)  # a packed row's first token has no left neighbour
-            leak = previous is None and not s.smear_gate_bos_fix
-            keep = torch.ones_like(positions[first:]) if leak else positions[first:] > 0
+            keep = positions > 0 if s.smear_gate_bos_fix else torch.ones_like(positions, dtype=torch.bool)
             score = (x[first:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
-            before = x[:-1] if previous is None else F.embedding(previous, self.tok_emb)
-            smear = self.smear_lambda * torch.sigmoid(score) * keep[:, None] * before
+            if previous is None:
+                before = x[:-1]
+            else:
+                before = F.embedding(previous.clamp(min=0), self.tok_emb)
+                keep = keep & (previous >= 0)
+            smear = self.smear_lambda * torch.sigmoid(score) * keep[first:, None] * before
             x = torch.cat((x[:first], x[first:] + smear))
         return norm(x).to(self.compute_dtype)
 
@@ -1589,8 +1555,11 @@ def schedule(progress: float, step: int, context_start: int, s: Settings) -> Mom
     calls this function).
     """
     lr_factor = linear_warmdown(progress, s) * warmup_after_change(step, context_start, s)
-    looping = s.num_loops > 0 and progress >= s.enable_looping_at
-    return Moment(context_length(progress, s), looping, lr_factor, muon_momentum(step, s))
+    return Moment(context_length(progress, s), is_looping(progress, s), lr_factor, muon_momentum(step, s))
+
+
+def is_looping(progress: float, s: Settings) -> bool:
+    return s.num_loops > 0 and progress >= s.enable_looping_at
 
 
 def context_length(progress: float, s: Settings) -> int:
@@ -1647,6 +1616,8 @@ class TrainingClock:
         self.marks: dict[int, torch.cuda.Event] = {}
         self.progress = 0.0
         self.completed: list[float] = []  # training time at which each step was seen to be complete
+        self.looping: list[bool] = []  # of each step that has begun
+        self.longest: dict[bool, float] = {}  # seconds of the longest complete step, by whether it looped
         runtime.synchronize()
         self.origin = time.perf_counter()
 
@@ -1670,13 +1641,15 @@ class TrainingClock:
             else:
                 start = self.elapsed()
             progress = start / self.budget
-            is_over = start + self.step_seconds() > self.budget
+            looping = is_looping(progress, s)
+            is_over = start + self.longest.get(looping, self.step_seconds()) > self.budget
         else:
             progress = step / s.iterations
             is_over = False
         progress, is_over = self.runtime.from_rank0([progress, float(is_over)])
         # Estimates may step back, schedules must not.
         self.progress = min(1.0, max(self.progress, progress))
+        self.looping.append(is_looping(self.progress, s))
         last = min(s.iterations, s.force_stop_step or s.iterations)
         return self.progress, bool(is_over) or step >= last
 
@@ -1691,6 +1664,8 @@ class TrainingClock:
             if self.runtime.on_cuda:
                 self.marks.pop(step).synchronize()
             self.completed.append(self.elapsed())
+            looping = self.looping[step]
+            self.longest[looping] = max(self.longest.get(looping, 0.0), self.step_seconds())
 
     @contextmanager
     def paused(self, step: int):
@@ -2625,7 +2600,7 @@ def packed_code() -> bytes:
 
 
 class OverCapError(Exception):
-    """The finished artifact is too large for a record."""
+    """The finished run is too long or its artifact too large for a record."""
 
 
 # What reading a damaged or forged file can raise on the way: RuntimeError by lrzip and for deep nesting.
@@ -2984,7 +2959,7 @@ def container(table: dict, arrays: Arrays, compressor: str) -> bytes:
 
 def write_container(path: str, table: dict, arrays: Arrays, compressor: str) -> None:
     """Write the container to `path`, all or nothing."""
-    write_atomically(path, container(table, arrays, compressor))
+    write_whole(path, container(table, arrays, compressor))
 
 
 def read_container(path: str, model: GPT, s: Settings) -> tuple[dict, Arrays]:
@@ -3119,7 +3094,7 @@ def save_artifact(model: GPT, looping: bool, statistics: Statistics | None, code
     _, arrays = artifact_arrays(model, quantized, s)
     if any(decoded[name].tobytes() != array.tobytes() for name, array in arrays.items()):
         raise AssertionError(f"COMPRESSOR={s.compressor} does not give back what it got; nothing was written")
-    write_atomically(s.artifact_path, data)
+    write_whole(s.artifact_path, data)
     predicted_loss = log_matrices(problems, quantized, s, log)
     log.result("artifact", file=s.artifact_path, compressor=s.compressor, seconds=round(packed - began, 1),
                unpacking_seconds=round(finished - packed, 1), predicted_loss=predicted_loss,
@@ -3207,7 +3182,12 @@ class Evaluator:
         inputs = np.pad(self.data.tokens[place].astype(np.int64), padding, constant_values=BOS_ID)
         targets = np.pad(self.data.tokens[place + 1].astype(np.int64), padding)
         scored = np.pad(place >= first_scored[window], padding)
-        batch = make_batch(inputs, targets, np.cumsum(end - begin), s.eval_seq_len)
+        before = None
+        if not s.smear_gate_bos_fix:
+            # What leaks comes from the text, wherever a batch begins; else its packing would decide scores.
+            before = np.where(place > 0, self.data.tokens[place - 1].astype(np.int64), -1)
+            before = np.pad(before, padding, constant_values=-1)
+        batch = make_batch(inputs, targets, np.cumsum(end - begin), s.eval_seq_len, before)
         return batch.to(self.runtime), torch.from_numpy(scored).to(self.runtime.device)
 
     @torch.no_grad()
@@ -3414,8 +3394,8 @@ class Text:
         scored = np.flatnonzero(position >= begin[row])  # (C,)
         target, visible = place[scored], np.flatnonzero(inside[scored])  # (C,), (n,)
         ids = np.where(inside, self.tokens[place], BOS_ID)
-        previous = np.where(inside & (position > 0), self.tokens[place - 1], BOS_ID)
         positions = position if s.ttt_context == "cache" else position - first[row]
+        previous = np.where(inside & (positions > 0), self.tokens[place - 1].astype(np.int64), -1)
 
         def tensor(array, dtype=np.int64) -> Tensor:
             return self.runtime.to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)))
@@ -3459,12 +3439,17 @@ class Text:
             if before < point <= len(finished) < len(self.starts):
                 yield finished
 
-    def batch(self, inputs: np.ndarray) -> Batch:
-        """The tokens at these places of the stream (T,), and their targets, in segments by document."""
+    def batch(self, inputs: np.ndarray, low: int = 0, high: int | None = None) -> Batch:
+        """The tokens at these places of the stream, from number `low` to before `high`, and their targets.
+
+        Segments go by document. What leaks across them with SMEAR_GATE_BOS_FIX=0 is the same for any part.
+        """
         ids = self.tokens[inputs].astype(np.int64)
-        targets = self.tokens[inputs + 1].astype(np.int64)
+        before = None if self.settings.smear_gate_bos_fix else np.append(-1, ids[:-1])[low:high]
+        ids = ids[low:high]
+        targets = self.tokens[inputs[low:high] + 1].astype(np.int64)
         starts = np.flatnonzero(ids == BOS_ID)
-        return make_batch(ids, targets, starts, self.settings.eval_seq_len).to(self.runtime)
+        return make_batch(ids, targets, starts, self.settings.eval_seq_len, before).to(self.runtime)
 
 
 class AdapterSite(NamedTuple):
@@ -3514,27 +3499,31 @@ class Adapters:
         self.square = torch.zeros(shape, device=runtime.device)  # AdamW's running mean of squared gradients
         self.count = torch.zeros(len(slots), device=runtime.device)  # its steps
         for row, slot in enumerate(slots.tolist()):
-            self.draw(row, slot)
+            self.value[row, :self.first_b] = self.drawn(slot)
+        self.work.copy_(self.value)
 
-    @torch.no_grad()
-    def draw(self, row: int, key: int) -> None:
-        """Draw every A of a slot uniformly from +-1/sqrt(in), seeded by (SEED, key)."""
+    def drawn(self, key: int) -> Tensor:
+        """Every A of a slot (n,), drawn uniformly from +-1/sqrt(in), seeded by (SEED, key)."""
         sequence = np.random.SeedSequence((self.settings.seed, key))
         seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
         bound = 1 / math.sqrt(self.settings.model_dim)
-        self.value[row, :self.first_b].uniform_(-bound, bound, generator=generator)
-        self.work[row] = self.value[row]
+        return self.value.new_empty(self.first_b).uniform_(-bound, bound, generator=generator)
 
     @torch.no_grad()
     def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
-        """Start slots over for new documents: B and the optimizer's state are 0, A is kept or drawn anew."""
+        """Start slots over for new documents: B and the optimizer's state are 0, A is kept or drawn anew.
+
+        An A that training has broken, with NaN or infinity in it, is never kept.
+        """
         index = self.runtime.to_device(torch.from_numpy(rows))
         for state in (self.value[:, self.first_b:], self.work[:, self.first_b:], self.square, self.count):
             state.index_fill_(0, index, 0)
-        if not self.settings.ttt_warm_start_a:
-            for row, document in zip(rows.tolist(), documents.tolist()):
-                self.draw(row, document)
+        for row, document in zip(rows.tolist(), documents.tolist()):
+            a = self.value[row, :self.first_b]
+            keeps = self.settings.ttt_warm_start_a & a.isfinite().all()
+            a.copy_(torch.where(keeps, a, self.drawn(document)))
+            self.work[row, :self.first_b] = a
 
     def take(self, rows: Rows) -> None:
         """The next forward passes are those of these rows: their A and B become leaves of the graph."""
@@ -3715,7 +3704,7 @@ def train_all_weights(model: GPT, text: Text, documents: np.ndarray, looping: bo
         low, high = bounds[np.searchsorted(bounds, share)]
         gradient = torch.zeros_like(momentum)
         if high > low:
-            gradient = weight_gradient(model, text.batch(chunk[low:high]), looping) / len(chunk)
+            gradient = weight_gradient(model, text.batch(chunk, low, high), looping) / len(chunk)
         runtime.sum(gradient)
         rate = s.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * step / len(chunks)))
         with torch.no_grad():
@@ -3849,10 +3838,11 @@ def check_tools(s: Settings, runtime: Runtime) -> None:
 
 def load_data(s: Settings, runtime: Runtime, log: RunLog) -> tuple[TrainingData | None, Evaluator]:
     """The training stream, where there is anything to train or quantize, and the validation stream."""
+    facts = check_manifest(s)
     data = None if s.ttt_eval_only else TrainingData(s, runtime)
     validation = Evaluator(ValidationData(s), s, runtime)
     log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0,
-              val_targets=validation.targets, **check_manifest(s))
+              val_targets=validation.targets, **facts)
     return data, validation
 
 
@@ -3861,6 +3851,8 @@ def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
     packed = packed_code() if runtime.rank == 0 and not s.prequant_only else b""
     sha256 = hashlib.sha256(packed).hexdigest() if packed else "not packed"
     log.event("code", sha256=sha256, packed_bytes=len(packed))
+    if s.step_rule == "loss" and len(packed) >= s.target_bytes:
+        raise InputError(f"TARGET_BYTES: {s.target_bytes}, but the code alone takes {len(packed)}; raise it")
     return len(packed)
 
 
@@ -3936,6 +3928,8 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     s = settings
     # What can be wrong with the machine or the data shows here, before the first step.
     log_setup(log)
+    if not (s.ttt_eval_only or s.prequant_only) and os.path.exists(s.artifact_path):
+        log.event("replaces", artifact=s.artifact_path, to_keep_it="choose another ARTIFACT_DIR")
     check_tools(s, runtime)
     data, validation = load_data(s, runtime, log)
     code_bytes = measure_code(s, runtime, log)
@@ -3948,7 +3942,7 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         else:
             looping, statistics = train(model, data, validation.score, calibration, s, runtime, log)
         if s.prequant_only:
-            return
+            return check_caps(s, log)
         if runtime.rank == 0:
             if not s.quantize_only:
                 save_checkpoint(model, looping, s, log)
@@ -3964,11 +3958,23 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         if s.val_doc_fraction < 1:
             text = text.sample(s.val_doc_fraction, s.seed)
         log.result("ttt", **test_time_training(model, text, looping, s, runtime, log))
-    # Last of all: a run that misses the cap is no record, but its scores are worth having.
-    size = log.record["results"].get("size")  # rank 0 alone has it
+    check_caps(s, log)
+
+
+def check_caps(s: Settings, log: RunLog) -> None:
+    """Last of all, since its scores are worth having: raise OverCapError if the run is too long or large."""
+    results = log.record["results"]
+    times, size = results.get("training"), results.get("size")
+    faults = []
+    if times and not times["within_cap"]:
+        faults.append(f"training took {times['clock_seconds']} s, the cap is {times['cap_seconds']}")
     if size and not size["within_cap"]:
-        raise OverCapError(f"artifact and code take {size['total_bytes']:,} bytes, not below {SIZE_CAP:,}: "
-                           "no valid record")
+        faults.append(f"artifact and code take {size['total_bytes']:,} bytes, not below {SIZE_CAP:,}")
+    elif size and "artifact" in results and s.step_rule == "loss" and size["total_bytes"] > s.target_bytes:
+        faults.append(f"artifact and code cannot be less than {size['total_bytes']:,} bytes, TARGET_BYTES is "
+                      f"{s.target_bytes}")
+    if faults and log.active:
+        raise OverCapError("; ".join(faults) + ": no valid record")
 
 
 STAGES = {"raw": "raw weights", "averaged": "averaged weights", "quantized": "from the artifact",
@@ -4011,12 +4017,14 @@ def ignore_signals() -> None:
 def run_with_record(settings: Settings) -> None:
     """Join the other ranks and run; the record says how it ended."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop_on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop_on_signal)
     with Runtime.start(settings) as runtime:
         log = RunLog(settings, runtime)
         began = time.perf_counter()
         try:
             run(settings, runtime, log)
+            log.write(summary(log.record) + "\n")
         except BaseException as error:
             # A signal that has arrived but is not handled yet is raised by the first call.
             try:
@@ -4028,7 +4036,6 @@ def run_with_record(settings: Settings) -> None:
             seconds = round(time.perf_counter() - began, 1)
             log.close("failed", error=f"{type(error).__name__}: {error}", seconds=seconds)
             raise
-        log.write(summary(log.record) + "\n")
         log.close("finished", seconds=round(time.perf_counter() - began, 1),
                   process_seconds=round(process_seconds(), 1))
 
@@ -4057,6 +4064,7 @@ Settings are environment variables.
 """
 
 
+@lasting_console()
 def main(arguments: list[str], environ: dict[str, str]) -> int:
     """The program; returns its exit code: 0 done, 1 the run failed, 2 something the user gave is wrong."""
     if arguments in (["--help"], ["-h"]):
@@ -4094,8 +4102,6 @@ if __name__ == "__main__":
     # FlashAttention 4 keeps what it compiles for the next run.
     environment.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     exit_code = main(sys.argv[1:], dict(environment))
-    sys.stdout.flush()
-    sys.stderr.flush()
     if environment.get("WORLD_SIZE", "1") != "1":
         os._exit(exit_code)  # Gloo's threads can outlive the interpreter and abort a run that is complete
     sys.exit(exit_code)

@@ -1056,6 +1056,16 @@ def test_packed_code_is_kept_for_the_same_files_alone(tmp_path, monkeypatch):
     assert [pack.packed_code.__wrapped__() for _ in range(2)] == [b"packed 3", b"packed 4"]
 
 
+@pytest.mark.parametrize("damaged", [b"", b"packed", b"packed 9"])
+def test_damaged_packed_code_is_made_again(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(pack, "minified", lambda texts: b"packed 1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pack.packed_code.__wrapped__() == b"packed 1"
+    [kept] = (tmp_path / ".cache" / "parameter_golf").iterdir()
+    kept.write_bytes(damaged)
+    assert pack.packed_code.__wrapped__() == kept.read_bytes() == b"packed 1"
+
+
 def test_pack_code_says_how_many_bytes(tmp_path, capsys):
     assert pack.main([str(tmp_path / "p.py")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'p.py'}: {len(g.packed_code()):,} bytes\n"

@@ -768,10 +768,20 @@ def test_failing_compiler_leaves_nothing_behind(mutant, tmp_path):
 def test_unusable_cache_folder(tmp_path):
     (tmp_path / "file").write_text("")
     assert "make that folder writable" in one_line(cache=tmp_path / "file")
-    ngram.load(cache=tmp_path / "good")
-    [library] = (tmp_path / "good").iterdir()
-    (tmp_path / library.name).write_bytes(library.read_bytes()[:100])
-    assert library.name in one_line(cache=tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:3000], lambda data: bytes(len(data)),
+                                    lambda data: data[:-1] + b"x"], ids=["empty", "cut", "zeros", "one byte"])
+def test_a_damaged_library_is_made_again(tmp_path, damage):
+    ngram.load.cache_clear()
+    ngram.load(cache=tmp_path)
+    [library] = tmp_path.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # it is mapped into this process: another file has to take its place
+    library.write_bytes(damage(whole))
+    ngram.load.cache_clear()
+    assert token_hints(np.zeros(99, np.uint16), cache=tmp_path).gate.sum() == 83
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
 
 
 # --- Sanitizers

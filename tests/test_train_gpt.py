@@ -554,6 +554,7 @@ def training_data(folder, rank=0, world_size=1, **changes):
 
 def test_reading_runs_across_shards_and_around_the_end(tmp_path):
     stream = np.random.default_rng(0).integers(1, 256, 5000)
+    stream[0] = BOS
     write_data(tmp_path / "data", stream, [1, 2, 3], shards=4)
     data = training_data(tmp_path)
     assert data.total == 5000
@@ -623,7 +624,6 @@ def wrong_magic(path):
     (lambda p: write_shard(p, np.append(np.array(documents(1, 2)[0]), 256)), "fineweb_val_000000.bin", "token 256"),
     (lambda p: write_shard(p, [0, 1, 2]), "fineweb_val_bytes_000000.bin", "3 values"),
     (lambda p: write_shard(p, [1]), "fineweb_val_000000.bin", "fewer than two"),
-    (lambda p: write_shard(p, [5, 6, 7]), "fineweb_train_000000.bin", "no document start"),
     (lambda p: write_shard(p, []), "fineweb_train_000000.bin", "empty")])
 def test_check_names_the_damaged_shard(tmp_path, run_main, damage, file, words):
     write_corpus(tmp_path / "data", 60, 4)
@@ -704,14 +704,75 @@ def test_broken_manifest_is_named(corpus, tmp_path, run_main, text):
     assert code == 2 and "manifest.json" in err and len(err.splitlines()) == 1
 
 
+def with_manifest(folder, **changes) -> None:
+    """Describe the shards of the folder as prepare_caseops_data.py does."""
+    shards = {path.name: g.open_shard(str(path)) for path in folder.glob("fineweb_*.bin")}
+    size = sum(int(values.sum(dtype=np.int64)) for name, values in shards.items() if "bytes" in name)
+    (folder / "manifest.json").write_text(json.dumps(dict(
+        tokenizer=dict(vocab_size=256, lossless=True), splits_disjoint=True, source=dict(sha256="ab"),
+        splits=dict(train=dict(docs=60), val=dict(docs=4, bytes=size)),
+        shards=[dict(file=name, tokens=len(values)) for name, values in shards.items()]) | changes))
+
+
+def remove_a_part_of_validation(folder):
+    (folder / "fineweb_val_000001.bin").unlink()
+    (folder / "fineweb_val_bytes_000001.bin").unlink()
+
+
+def train_on_validation(folder):
+    (folder / "fineweb_train_000999.bin").write_bytes((folder / "fineweb_val_000000.bin").read_bytes())
+
+
+def count_other_bytes(folder):
+    path = folder / "fineweb_val_bytes_000000.bin"
+    write_shard(path, g.open_shard(str(path)) + np.uint16(1))
+
+
+@pytest.mark.parametrize("change, file", [
+    (remove_a_part_of_validation, "fineweb_val_000001.bin"), (train_on_validation, "fineweb_train_000999.bin"),
+    (lambda folder: (folder / "fineweb_train_000002.bin").unlink(), "fineweb_train_000002.bin"),
+    (lambda folder: write_shard(folder / "fineweb_train_000001.bin", documents(1, 5)[0]), "fineweb_train_000001.bin"),
+    (count_other_bytes, "fineweb_val_bytes_*.bin")], ids=["gone", "leak", "less", "other", "bytes"])
+def test_other_shards_than_the_manifest_names_are_refused(tmp_path, run_main, change, file):
+    """They would be scored, or trained on, as if they were the data set: before the first step, and with --check."""
+    folder = write_corpus(tmp_path / "data", 60, 4)
+    write_shard(folder / "fineweb_val_000001.bin", documents(1, 7)[0])
+    write_shard(folder / "fineweb_val_bytes_000001.bin", bytes_of(documents(1, 7)[0]))
+    with_manifest(folder)
+    assert run_main(environment(tmp_path), "--check")[0] == 0
+    change(folder)
+    for arguments in (["--check"], []):
+        code, out, err = run_main(environment(tmp_path), *arguments)
+        [line] = err.splitlines()
+        assert code == 2 and str(folder / file) in line and "manifest.json says" in line and "model " not in out
+
+
+def test_scoring_an_artifact_compares_validation_alone(tmp_path, run_main):
+    folder = write_corpus(tmp_path / "data", 60, 4)
+    with_manifest(folder)
+    for path in folder.glob("fineweb_train_*"):
+        path.unlink()
+    assert run_main(environment(tmp_path, TTT_EVAL_ONLY=1), "--check")[0] == 0
+    count_other_bytes(folder)
+    assert run_main(environment(tmp_path, TTT_EVAL_ONLY=1), "--check")[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_a_text_that_begins_inside_a_document_is_refused(tmp_path, run_main, kind):
+    folder = write_corpus(tmp_path / "data", 60, 4)
+    for path in sorted(folder.glob(f"fineweb_{kind}*_000000.bin")):
+        write_shard(path, g.open_shard(str(path))[1:].copy())
+    code, _, err = run_main(environment(tmp_path), "--check")
+    [line] = err.splitlines()
+    assert code == 2 and f"fineweb_{kind}_000000.bin: it begins with token" in line
+
+
 @pytest.mark.parametrize("vocab_size, disjoint, source, word", [
     (256, True, "ab", None), (512, True, "ab", "VOCAB_SIZE"), (256, False, "ab", "overlap"), (256, False, None, None)],
     ids=["fits", "other tokenizer", "own set overlaps", "published set overlaps"])
 def test_manifest_must_fit(tmp_path, run_main, vocab_size, disjoint, source, word):
-    write_corpus(tmp_path / "data", 60, 4)
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(dict(
-        tokenizer=dict(vocab_size=vocab_size, lossless=True), splits_disjoint=disjoint, source=dict(sha256=source),
-        splits=dict(train=dict(docs=60), val=dict(docs=4)))))
+    with_manifest(write_corpus(tmp_path / "data", 60, 4), tokenizer=dict(vocab_size=vocab_size, lossless=True),
+                  splits_disjoint=disjoint, source=dict(sha256=source))
     code, _, err = run_main(environment(tmp_path), "--check")
     assert (code, err) == (0, "") if word is None else (code == 2 and word in err and len(err.splitlines()) == 1)
 
@@ -860,6 +921,56 @@ def test_a_sample_holds_whole_documents_in_order(corpus):
     assert sorted(map(whole.index, chosen)) == list(map(whole.index, chosen))
     assert np.array_equal(some.bytes, bytes_of(some.tokens))
     assert not np.array_equal(some.tokens, data.sample(0.5, seed=6).tokens)
+
+
+def test_a_sample_always_has_bytes_to_score(tmp_path):
+    """Of documents that are a BOS alone, or stand for no bytes, none is drawn."""
+    val = np.array([BOS, BOS, 5, 6, BOS, BOS, 7, BOS], np.uint16)
+    sidecar = np.array([0, 0, 2, 3, 0, 0, 0, 0], np.uint16)
+    write_data(tmp_path / "data", np.concatenate(documents(60, 1)), val, sidecar=sidecar)
+    for seed in range(20):
+        some = g.ValidationData(tiny(tmp_path)).sample(0.01, seed)
+        assert some.tokens.tolist() == [BOS, 5, 6] and some.bytes.tolist() == [0, 2, 3]
+
+
+# --- SMEAR_GATE_BOS_FIX=0, #2135's leak
+
+
+def leaking_model() -> g.GPT:
+    model = random_model(tiny(SMEAR_GATE_BOS_FIX=0))
+    with torch.no_grad():
+        model.smear_lambda.fill_(0.8)
+    return model
+
+
+def losses_of(validation: g.Evaluator, model: g.GPT) -> torch.Tensor:
+    """The nats of every target, in the text's order."""
+    losses = []
+    with torch.no_grad():
+        for index in range(len(validation.batches)):
+            batch, scored = validation.batch(index)
+            losses.append(model.token_losses(*batch, True)[scored])
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("stride", [0, 64])
+def test_a_leak_scores_alike_in_any_packing(corpus, stride):
+    model = leaking_model()
+    common = dict(SMEAR_GATE_BOS_FIX=0, EVAL_SEQ_LEN=100, EVAL_STRIDE=stride)
+    few, many = (evaluator(corpus, VAL_BATCH_TOKENS=tokens, **common) for tokens in (800, 8000))
+    assert len(few.batches) > 2 * len(many.batches)
+    torch.testing.assert_close(losses_of(few, model), losses_of(many, model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_leak_is_one_from_the_past(tmp_path):
+    """Scores of a text's first part do not tell what follows it, although batches end where documents do."""
+    docs = documents(8, 2)
+    for name, last in (("one", [BOS, 9, 9]), ("two", [BOS] + [7] * 200)):
+        write_data(tmp_path / name / "data", np.concatenate(documents(60, 1)), np.concatenate([*docs, last]))
+    common = dict(SMEAR_GATE_BOS_FIX=0, EVAL_SEQ_LEN=100, VAL_BATCH_TOKENS=1600)
+    one, two = (losses_of(evaluator(tmp_path / name, **common), leaking_model()) for name in ("one", "two"))
+    before = sum(map(len, docs)) - 1
+    torch.testing.assert_close(one[:before], two[:before], rtol=1e-4, atol=1e-5)
 
 
 def test_tail_cut_of_a_stream_shorter_than_a_window_is_refused_by_name(corpus, tmp_path):
@@ -1247,6 +1358,14 @@ def test_clock_stops_before_the_cap(monkeypatch, lengths):
     assert seen == pytest.approx((ends[:-1] / 10).tolist())
 
 
+def test_clock_looks_ahead_by_the_longest_step_of_its_state(monkeypatch):
+    """The first step of 3 s was a plain one; of the looped ones, which take 1 s, one took 2 s."""
+    fake = FakeTime(monkeypatch)
+    clock = g.TrainingClock(tiny(MAX_WALLCLOCK_SECONDS=20.5, ITERATIONS=1000), runtime(), 0.5)
+    seen, seconds = drive(clock, fake, lambda step: {0: 3.0, 10: 2.0}.get(step, 1.0))
+    assert clock.longest == {False: 3.0, True: 2.0} and seconds == 19.0
+
+
 def test_clock_counts_iterations_without_a_cap(monkeypatch):
     clock = g.TrainingClock(tiny(ITERATIONS=4), runtime(), 0.0)
     seen, _ = drive(clock, FakeTime(monkeypatch), lambda step: 100.0)
@@ -1307,5 +1426,5 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(type(error)):
-        g.write_atomically(str(path), b"new")
+        g.write_whole(str(path), b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

@@ -766,7 +766,7 @@ def scores_by_hand(s: g.Settings, tokens) -> np.ndarray:
             if s.ttt_warm_start_a:
                 pairs = {site: (kept.get((slot, site), a), b) for site, (a, b) in pairs.items()}
             else:
-                adapters.draw(0, document)
+                adapters.value[0, :adapters.first_b] = adapters.drawn(document)
                 pairs = pairs_of(adapters, 0)
             dense, a, length = Dense(model, pairs, s), text.starts[document], text.lengths[document]
             result[a:a + length] = torch.cat(list(dense.run(torch.from_numpy(tokens[a:a + length + 1].astype(np.int64))))).numpy()
@@ -1026,6 +1026,37 @@ def test_ranks_share_the_work_and_agree(tmp_path):
         assert result["targets"] == alone["targets"] == len(stream()) - 1 and result["hints"] == alone["hints"]
         for ours, p in zip(weights, model.parameters()):
             torch.testing.assert_close(ours, p.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(0, 25, 90), (0, 1, 2, 3, 90)])
+def test_a_leak_trains_alike_in_any_share(cuts):
+    """SMEAR_GATE_BOS_FIX=0: the gradient of a global phase's chunk is the sum of those of its parts."""
+    s = small(SMEAR_GATE_BOS_FIX=0, EVAL_SEQ_LEN=64)
+    text, model = text_of(s), model_of(s)
+    chunk = np.arange(5, 95)
+    whole = g.weight_gradient(model, text.batch(chunk), True)
+    starts = text.tokens[chunk] == BOS
+    ends = [next((at for at in range(cut, 90) if starts[at]), 90) for cut in cuts]  # segments are not cut
+    parts = [g.weight_gradient(model, text.batch(chunk, low, high), True)
+             for low, high in zip(ends, ends[1:]) if high > low]
+    rest = [g.weight_gradient(model, text.batch(chunk, 0, ends[0]), True)] if ends[0] else []
+    torch.testing.assert_close(sum(rest + parts), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_what_broke_an_adapter_ends_with_its_document(warm):
+    """NaN or infinity in A, also where it is kept; the next document begins as it does elsewhere."""
+    s = small(TTT_WARM_START_A=warm)
+    text, learner = parts_of(s)
+    adapters = learner.adapters
+    sound = adapters.value[1].clone()
+    for broken in (math.nan, math.inf):
+        adapters.value[0, 3] = adapters.work[0, 3] = broken
+        adapters.reset(np.array([0, 1]), np.array([7, 8]))
+        for state in (adapters.value, adapters.work):
+            assert state[0, :adapters.first_b].equal(adapters.drawn(7)) and not state[0, adapters.first_b:].any()
+        expected = sound[:adapters.first_b] if warm else adapters.drawn(8)
+        assert adapters.value[1, :adapters.first_b].equal(expected)
 
 
 def test_ranks_beyond_the_documents_have_nothing_to_score():

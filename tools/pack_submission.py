@@ -24,7 +24,7 @@ UNPACKED = ROOT / "source"  # where a submission keeps the unpacked files
 SOURCE = UNPACKED if UNPACKED.is_dir() else ROOT
 sys.path[:0] = [str(SOURCE), str(ROOT)]
 
-from env_settings import InputError  # noqa: E402
+from env_settings import InputError, lasting_console, write_whole  # noqa: E402
 
 EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "online_ngram_tilt.py",
                     "online_ngram_state.c")
@@ -65,24 +65,16 @@ def packed_code() -> bytes:
     versions = platform.python_version(), importlib.metadata.version("python-minifier"), brotli.version
     packer = LOADER, Path(__file__).read_text(encoding="utf-8")
     stamp = hashlib.sha256(json.dumps([texts, versions, packer]).encode()).hexdigest()
-    kept = Path.home() / ".cache" / "parameter_golf" / f"{stamp}.py"
-    if kept.exists():
-        return kept.read_bytes()
+    folder = Path.home() / ".cache" / "parameter_golf"
+    for kept in folder.glob(f"{stamp}-*.py"):
+        packed = kept.read_bytes()
+        if kept.stem.endswith(hashlib.sha256(packed).hexdigest()):  # else it is damaged and made again
+            return packed
     packed = minified(texts)
     with suppress(OSError):  # without a home to write to it takes the same seconds next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, packed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(str(folder / f"{stamp}-{hashlib.sha256(packed).hexdigest()}.py"), packed)
     return packed
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """`path` holds all of `data` or what it held before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def minified(texts: dict[str, str]) -> bytes:
@@ -131,12 +123,13 @@ def minified_c(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", text)
 
 
+@lasting_console()
 def main(arguments: list[str]) -> int:
     path = Path(arguments[0] if arguments else "packed/train_gpt.py")
     try:
         packed = packed_code()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, packed)
+        write_whole(str(path), packed)
     except (InputError, OSError) as error:
         print(f"pack_submission.py: {error}", file=sys.stderr)
         return 2
