@@ -1521,18 +1521,18 @@ class SquaredMLP(torch.autograd.Function):
         return du, dw_up, dw_down, dy if ctx.added else None, None, None, None, None
 
 
-# --- Losses of target and hint ------------------------------------------------------------------------------
+# --- Losses of target and hints -----------------------------------------------------------------------------
 
 
 def two_value_nll(scores: Product | Tensor, cap_pos: Tensor | float, cap_neg: Tensor | float, targets: Tensor,
                   hints: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-log p(target) and log p(hint), (T,) float32 each, of raw logits `scores` (T, V) under the soft caps.
+    """-log p(target) (T,) and log p(hint) (T, K), float32, of raw logits `scores` (T, V) under the soft caps.
 
     Logits become c tanh(x / c), c = cap_pos where x >= 0, cap_neg elsewhere (0-dim float32 tensors or
     numbers). Gradients reach scores and caps, through the first result alone. On CUDA the backward pass
     writes the gradient over `scores`, which nothing else may need then. hints None: the targets.
     """
-    hints = targets if hints is None else hints
+    hints = targets[:, None] if hints is None else hints
     first, weight, product = for_autograd(scores)
     if not fusible(first):
         return reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints)
@@ -1544,7 +1544,7 @@ def reference_two_value_nll(scores, cap_pos, cap_neg, targets, hints):
     cap_pos, cap_neg = (torch.as_tensor(cap, dtype=torch.float32) for cap in (cap_pos, cap_neg))
     caps = torch.where(scores >= 0, cap_pos, cap_neg)
     logs = (caps * torch.tanh(scores.float() / caps)).log_softmax(-1)
-    return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints[:, None])[:, 0].detach()
+    return -logs.gather(1, targets[:, None])[:, 0], logs.gather(1, hints).detach()
 
 
 @jit
@@ -1559,14 +1559,14 @@ def soft_cap(x, cap_pos, cap_neg):
 
 @jit
 def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, log_q, lse, V: tl.constexpr,
-                       BLOCK: tl.constexpr):
+                       BLOCK: tl.constexpr, HINTS: tl.constexpr, PLACES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     scores += row * stride
-    cap_pos = tl.load(cap_pos)
-    cap_neg = tl.load(cap_neg)
+    cap_pos, cap_neg = tl.load(cap_pos), tl.load(cap_neg)
     target = tl.load(scores + tl.load(targets + row))
-    hint = tl.load(scores + tl.load(hints + row))
+    place = tl.arange(0, PLACES)  # a power of two
+    hint = tl.load(scores + tl.load(hints + row * HINTS + place, place < HINTS, 0))
     t, _, _, cap = soft_cap(read(scores, at, at < V), cap_pos, cap_neg)
     logit = tl.where(at < V, t * cap, float("-inf"))
     top = tl.max(logit, 0)
@@ -1574,7 +1574,7 @@ def nll_forward_kernel(scores, stride, cap_pos, cap_neg, targets, hints, nll, lo
     t, _, _, cap = soft_cap(target.to(tl.float32), cap_pos, cap_neg)
     tl.store(nll + row, (top - t * cap) * 0.6931471805599453)
     t, _, _, cap = soft_cap(hint.to(tl.float32), cap_pos, cap_neg)
-    tl.store(log_q + row, (t * cap - top) * 0.6931471805599453)
+    tl.store(log_q + row * HINTS + place, (t * cap - top) * 0.6931471805599453, place < HINTS)
     tl.store(lse + row, top)
 
 
@@ -1586,8 +1586,7 @@ def nll_backward_kernel(scores, stride, cap_pos, cap_neg, targets, lse, dnll, dc
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     scores += row * stride
-    cap_pos = tl.load(cap_pos)
-    cap_neg = tl.load(cap_neg)
+    cap_pos, cap_neg = tl.load(cap_pos), tl.load(cap_neg)
     x = read(scores, at, at < V)
     dnll = tl.load(dnll + row)
     target = tl.load(targets + row).to(tl.int32)
@@ -1614,12 +1613,13 @@ class TwoValueNLL(torch.autograd.Function):
             scores = scores.contiguous()
         caps = [cap_pos, cap_neg]
         caps = [cap if isinstance(cap, Tensor) else constant(cap, scores.device) for cap in caps]
-        nll, log_q, lse = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
+        nll, log_q, lse = (scores.new_empty(x.shape, dtype=torch.float32) for x in (targets, hints, targets))
         ctx.row = dict(V=scores.size(1), BLOCK=triton.next_power_of_2(scores.size(1)))  # a row in registers
         ctx.warps = min(16, max(2, ctx.row["BLOCK"] // 4096))
         nll_forward_kernel[len(scores),](
             scores=scores, stride=scores.stride(0), cap_pos=caps[0], cap_neg=caps[1], targets=targets,
-            hints=hints, nll=nll, log_q=log_q, lse=lse, **ctx.row, num_warps=2 * ctx.warps)
+            hints=hints, nll=nll, log_q=log_q, lse=lse, HINTS=hints.size(1),
+            PLACES=triton.next_power_of_2(hints.size(1)), **ctx.row, num_warps=2 * ctx.warps)
         ctx.save_for_backward(scores, *caps, targets, lse, *operands)
         ctx.mark_non_differentiable(log_q)
         return nll, log_q

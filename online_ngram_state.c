@@ -1,33 +1,12 @@
-/* Causal n-gram state over a stream of token ids: which token has followed the last `width` tokens most
- * often, in what share of their occurrences, and how often such hints came true. The token expert of the
- * published tilt.
+/* What follows the present context, by two kinds of count over a stream of token ids, for the n-gram tilt.
  *
- * Entry i of a feed belongs to the token after the i-th fed one and is computed from the tokens up to and
- * including the i-th (C1). Counts change only when a token is fed (C3), so the state cannot know more than
- * a decoder does.
+ *   ngram_...    exact: the token that has followed the last `width` tokens most often, and in what share of
+ *                their occurrences; the token expert of the published tilt, over a stream in its order
+ *   experts_...  several contexts at once, of the whole text or of the document alone, in fixed memory; each
+ *                hints one token and says how often such hints came true; in the order of scoring
  *
- * Restarts. Contexts never reach back past the last restart: the first `width` tokens after it are context
- * alone, neither hinted nor counted. So rows of targets of several documents can take turns, each fed after
- * the context of its first target, which is stored once more but not counted again.
- *
- * Contexts. `slots` is an open-addressing table with linear probing, 8 bytes a slot, at most 3/4 full. The
- * upper half of a slot is the 32-bit hash of the context, whose leading bits are its home; the lower half
- * says where the context stands: once seen, the position of its continuation in `tokens`; seen again, OFTEN
- * plus its index in `contexts`. Equal hashes only nominate a slot: it counts as found when all `width`
- * tokens before that position equal the present ones. So hints, gates and odds are exact for every stream;
- * a poor hash would cost time, never a wrong count.
- *
- * Continuations. The count of the most frequent one is kept in its context, the counts of the others in
- * `pairs`, keyed by (index of the context, token): 48 bits that are the pair itself, not a hash of it. A
- * token becomes the hint when its count exceeds the hint's; of equals the earlier one stays.
- *
- * Odds. Every context that is found puts its hint into a bucket by its occurrences and the hint's share of
- * them. The odds of a hint are hits : misses of its bucket so far, plus PRIOR imaginary hints split like
- * (top_count + 1/2) : (rest + 1/2).
- *
- * Speed. The hash is a polynomial over the window, modulo 2^64, updated in constant time and mixed. Slots
- * are known up to AHEAD positions before they are read, and prefetched; a feed makes room for all its
- * tokens first, so that slots stay where they are.
+ * A hint for the token after position i is computed from the tokens up to and including i (C1), and counts
+ * change only when that token is learned (C3): the state cannot know more than a decoder does.
  */
 #ifdef __linux__
 #define _DEFAULT_SOURCE /* madvise */
@@ -46,12 +25,25 @@
 #define OFTEN (UINT32_C(1) << 31)
 #define MAX_TOKENS (INT64_C(1) << 31)
 #define FACTOR UINT64_C(0x9e3779b97f4a7c15)
-#define COUNTS 37 /* 0 to 7 one by one, then by powers of two below 2^31 */
-#define SHARES 21 /* steps of 1/20; the last one is for unanimous contexts */
-#define PRIOR 8
-
 enum { OK, TOO_MANY_TOKENS, OUT_OF_MEMORY };
 
+/* --- Exact counts
+ *
+ * Contexts. `slots` is an open-addressing table with linear probing, 8 bytes a slot, at most 3/4 full. The
+ * upper half of a slot is the 32-bit hash of the context, whose leading bits are its home; the lower half
+ * says where the context stands: once seen, the position of its continuation in `tokens`; seen again, OFTEN
+ * plus its index in `contexts`. Equal hashes only nominate a slot: it counts as found when all `width`
+ * tokens before that position equal the present ones. So hints and gates are exact for every stream; a poor
+ * hash would cost time, never a wrong count.
+ *
+ * Continuations. The count of the most frequent one is kept in its context, the counts of the others in
+ * `pairs`, keyed by (index of the context, token): 48 bits that are the pair itself, not a hash of it. A
+ * token becomes the hint when its count exceeds the hint's; of equals the earlier one stays.
+ *
+ * Speed. The hash is a polynomial over the window, modulo 2^64, updated in constant time and mixed. Slots
+ * are known up to AHEAD positions before they are read, and prefetched; a feed makes room for all its
+ * tokens first, so that slots stay where they are.
+ */
 typedef struct {
     uint32_t position, total, top_count; /* position: of the first continuation in tokens */
     uint16_t top;
@@ -63,14 +55,10 @@ typedef struct {
 } Pair;
 
 typedef struct {
-    int64_t hits, misses;
-} Bucket;
-
-typedef struct {
     int width, slot_bits, pair_bits;
     float threshold;
     uint16_t *tokens;
-    int64_t length, token_room, origin; /* origin: where the last restart was */
+    int64_t length, token_room;
     uint64_t hash, leading; /* polynomial of the last width tokens hashed; FACTOR^width */
     uint64_t *slots;
     int64_t n_slots_used;
@@ -78,12 +66,10 @@ typedef struct {
     uint32_t n_contexts, context_room;
     Pair *pairs;
     int64_t n_pairs;
-    Bucket buckets[COUNTS][SHARES];
     /* The present context; slot is NULL while it has fewer than width tokens. total is 0 if it is new. */
     uint64_t *slot;
     uint32_t key, total, top_count;
     uint16_t hint;
-    Bucket *bucket;
 } State;
 
 static void *zeros(int64_t count, size_t size) {
@@ -116,6 +102,11 @@ static int reserve_slots(State *s, int64_t contexts) {
     s->slots = slots;
     s->slot_bits = bits;
     return 1;
+}
+
+static uint64_t mixed(uint64_t hash) {
+    hash = (hash ^ hash >> 32) * FACTOR;
+    return (hash ^ hash >> 29) * FACTOR;
 }
 
 static Pair *find_pair(Pair *pairs, int bits, uint64_t key) {
@@ -160,10 +151,6 @@ static void look_up(State *s, uint32_t key) {
         s->hint = often ? c->top : s->tokens[value];
         s->total = c->total;
         s->top_count = c->top_count;
-        uint32_t count = s->total;
-        if (count >= 8)
-            for (count = 5; s->total >> (count - 5); count++) {}
-        s->bucket = &s->buckets[count][(uint64_t)s->top_count * (SHARES - 1) / s->total];
         break;
     }
     s->slot = &s->slots[i];
@@ -177,8 +164,6 @@ static int learn(State *s, uint16_t token) {
         s->n_slots_used++;
         return 1;
     }
-    if (token == s->hint) s->bucket->hits++;
-    else s->bucket->misses++;
     uint32_t value = (uint32_t)*s->slot;
     if (!(value & OFTEN)) {
         if (s->n_contexts == s->context_room) {
@@ -231,8 +216,8 @@ void ngram_destroy(void *state) {
     free(s);
 }
 
-/* Makes room for n tokens and so many contexts more. */
-static int make_room(State *s, int64_t n, int64_t contexts) {
+/* Makes room for n tokens, each of which may end a new context. */
+static int make_room(State *s, int64_t n) {
     if (n > MAX_TOKENS - s->length) return TOO_MANY_TOKENS;
     const int64_t needed = s->length + n;
     if (needed > s->token_room) {
@@ -242,89 +227,232 @@ static int make_room(State *s, int64_t n, int64_t contexts) {
         s->tokens = tokens;
         s->token_room = room;
     }
-    return reserve_slots(s, s->n_slots_used + contexts) ? OK : OUT_OF_MEMORY;
+    return reserve_slots(s, s->n_slots_used + n) ? OK : OUT_OF_MEMORY;
 }
 
-/* Feeds n tokens, for which there is room, and writes the entries first to last - 1. */
-static int feed(State *s, const uint16_t *fed, int64_t n, int64_t first, int64_t last, uint16_t *hints,
-                uint8_t *gates, float *odds) {
-    const int64_t before = s->length - s->origin, lag = n < AHEAD ? n : AHEAD;
+/* Feeds n tokens; hints and gates get n entries each. Ungated entries are 0. After OUT_OF_MEMORY the state
+ * may only be destroyed. */
+int ngram_feed(void *state, const uint16_t *fed, int64_t n, uint16_t *hints, uint8_t *gates) {
+    State *s = state;
+    if (n < 1) return OK;
+    const int problem = make_room(s, n);
+    if (problem) return problem;
+    if (s->slot) look_up(s, s->key); /* slots may have moved */
+    const int64_t before = s->length, lag = n < AHEAD ? n : AHEAD;
     const uint16_t *tokens = memcpy(s->tokens + s->length, fed, (size_t)n * sizeof *fed);
     uint32_t keys[AHEAD];
     for (int64_t ahead = 0; ahead < n + lag; ahead++) {
         const int64_t i = ahead - lag;
         if (i >= 0) {
             if (s->slot && !learn(s, tokens[i])) return OUT_OF_MEMORY;
-            if (++s->length - s->origin >= s->width) look_up(s, keys[i % AHEAD]);
-        }
-        if (i >= first && i < last) {
+            if (++s->length >= s->width) look_up(s, keys[i % AHEAD]);
             const int gated = s->total && (float)((double)s->top_count / s->total) >= s->threshold;
-            gates[i - first] = (uint8_t)gated;
-            hints[i - first] = gated ? s->hint : 0;
-            if (odds) {
-                const double prior = gated ? PRIOR * (s->top_count + .5) / (s->total + 1.) : 0;
-                const Bucket *b = s->bucket;
-                odds[i - first] = gated ? (float)((b->hits + prior) / (b->misses + PRIOR - prior)) : 0;
-            }
+            gates[i] = (uint8_t)gated;
+            hints[i] = gated ? s->hint : 0;
         }
         if (ahead < n) {
             s->hash = s->hash * FACTOR + tokens[ahead] + 1;
             if (before + ahead >= s->width) s->hash -= s->leading * (tokens[ahead - s->width] + UINT64_C(1));
-            const uint64_t mixed = (s->hash ^ s->hash >> 32) * FACTOR;
-            const uint32_t key = keys[ahead % AHEAD] = (uint32_t)((mixed ^ mixed >> 29) * FACTOR >> 32);
+            const uint32_t key = keys[ahead % AHEAD] = (uint32_t)(mixed(s->hash) >> 32);
             if (before + ahead + 1 >= s->width) PREFETCH(&s->slots[key >> (32 - s->slot_bits)]);
         }
     }
     return OK;
 }
 
-/* Feeds n tokens; hints, gates and odds get n entries each, odds may be NULL. Ungated entries are 0. After
- * OUT_OF_MEMORY the state may only be destroyed. */
-int ngram_feed(void *state, const uint16_t *fed, int64_t n, uint16_t *hints, uint8_t *gates, float *odds) {
-    State *s = state;
-    if (n < 1) return OK;
-    const int problem = make_room(s, n, n);
-    if (problem) return problem;
-    if (s->slot) look_up(s, s->key); /* slots may have moved */
-    return feed(s, fed, n, 0, n, hints, gates, odds);
+/* --- Experts
+ *
+ * An expert keeps for each context, the last `width` tokens within their document, one token that has
+ * followed it: its hint. The hint's confidence grows by one when it comes true and is halved when it does
+ * not; at 0 the token that came instead takes its place. So it is the most frequent continuation where there
+ * is one, the latest where there is none. With `in_document` the document is part of the context.
+ *
+ * Entries stand in buckets of WAYS, 32 bytes each, of two tables: a small one for contexts in documents,
+ * which are of no use once the document has ended. The leading bits of a context's 64-bit hash name its
+ * bucket, the last 32 mark its entry; where a bucket is full, the entry with the fewest occurrences makes
+ * way. Two contexts taken for one, or one forgotten, make a worse hint, never an invalid one: a table is a
+ * function of what was learned, the same for a decoder.
+ *
+ * Odds. Hints of an expert share a rate if they have about the same confidence, occurrences and run: how many
+ * of its hints for the document's last targets came true in a row. A long run means a passage that is copied.
+ * The odds are hits : misses so far, plus PRIOR imaginary hints split like (confidence + 1/2) :
+ * (occurrences - confidence + 1/2).
+ */
+#define WAYS 4
+#define RUNS 9
+#define LEVELS 5
+#define PRIOR 8
+#define EXPERTS 16       /* at most */
+#define DOCUMENT_BITS 22 /* at most */
+#define WINDOW 32  /* targets whose buckets are prefetched */
+
+typedef struct {
+    uint32_t mark; /* 0: empty */
+    uint16_t hint;
+    uint8_t confidence, occurrences; /* up to 255 */
+} Entry;
+
+typedef struct {
+    int64_t hits, misses;
+} Rate;
+
+typedef struct {
+    int width, in_document, bits;
+    Entry *entries; /* 2^bits, of one of the tables */
+    uint64_t leading; /* FACTOR^width */
+    Rate rates[RUNS][LEVELS][LEVELS];
+} Expert;
+
+typedef struct {
+    int count, widest;
+    uint8_t level[256], run_level[256];
+    uint8_t *runs; /* (documents, count), up to 255 */
+    Entry *tables[2]; /* of the text, of documents */
+    Expert experts[EXPERTS];
+} Experts;
+
+typedef struct {
+    Entry *bucket;
+    uint32_t mark; /* 0: the document has no such context yet */
+} Place;
+
+typedef struct {
+    Entry *entry; /* that of the context if it was found, else the one that makes way; NULL without context */
+    Rate *rate;   /* NULL if it was not found */
+} Answer;
+
+static void fill_levels(uint8_t *levels, int count, const int *first) {
+    for (int i = 0, level = 0; i < 256; i++) {
+        if (level + 1 < count && i == first[level + 1]) level++;
+        levels[i] = (uint8_t)level;
+    }
 }
 
-/* Forgets the present context, not the counts: what is fed next does not continue what was fed before. */
-void ngram_restart(void *state) {
-    State *s = state;
-    s->origin = s->length;
-    s->hash = 0;
-    s->slot = NULL;
-    s->total = 0;
+void experts_destroy(void *state) {
+    Experts *s = state;
+    free(s->tables[0]);
+    free(s->tables[1]);
+    free(s->runs);
+    free(s);
 }
 
-/* Tokens of context that target t has in a document whose first token is stream[first]. */
-static int64_t context_length(const State *s, int64_t first, int64_t t) {
-    return t - first < s->width ? t - first + 1 : s->width;
+/* Experts of these widths; those of the whole text share 2^bits entries, bits >= 2. NULL if memory ran
+ * out. */
+void *experts_create(int count, const int32_t *widths, const int32_t *in_document, int bits,
+                     int64_t documents) {
+    Experts *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    const int table_bits[2] = {bits, bits < DOCUMENT_BITS ? bits : DOCUMENT_BITS};
+    for (int i = 0; i < 2; i++) s->tables[i] = zeros(INT64_C(1) << table_bits[i], sizeof **s->tables);
+    s->runs = zeros(documents + 1, (size_t)count);
+    if (!s->tables[0] || !s->tables[1] || !s->runs) {
+        experts_destroy(s);
+        return NULL;
+    }
+    s->count = count;
+    for (int e = 0; e < count; e++) {
+        Expert *x = &s->experts[e];
+        x->width = widths[e];
+        x->in_document = in_document[e];
+        x->bits = table_bits[x->in_document];
+        x->entries = s->tables[x->in_document];
+        x->leading = 1;
+        for (int i = 0; i < x->width; i++) x->leading *= FACTOR;
+        if (x->width > s->widest) s->widest = x->width;
+    }
+    fill_levels(s->level, LEVELS, (const int[LEVELS]){0, 1, 2, 3, 8});
+    fill_levels(s->run_level, RUNS, (const int[RUNS]){0, 1, 2, 4, 8, 16, 32, 64, 255});
+    return s;
 }
 
-/* Feeds rows of targets, target t being stream[t + 1]: restarts for each row r, feeds the context of target
- * begin[r] within the document whose first token is stream[first[r]], then targets begin[r] to end[r] - 1,
- * each of which gets an entry. Reads nothing past stream[end[r]], the last of them. 0 <= first[r] <=
- * begin[r] <= end[r]. Otherwise as ngram_feed. */
-int ngram_feed_rows(void *state, const uint16_t *stream, int64_t n_rows, const int64_t *first,
-                    const int64_t *begin, const int64_t *end, uint16_t *hints, uint8_t *gates, float *odds) {
-    State *s = state;
-    int64_t targets = 0, contexts = 0;
+/* The expert's hint in this place and the odds that it comes true, 0 if it has none. run: of the expert in
+ * the document. */
+static Answer ask(const Experts *s, Expert *x, Place place, const uint8_t *run, uint16_t *hint, float *odds) {
+    *hint = 0;
+    *odds = 0;
+    if (!place.mark) return (Answer){NULL, NULL};
+    Entry *found = NULL, *rarest = place.bucket;
+    for (int way = 0; way < WAYS; way++) { /* without a branch: which way it is cannot be foreseen */
+        Entry *one = &place.bucket[way];
+        found = one->mark == place.mark ? one : found;
+        rarest = one->occurrences < rarest->occurrences ? one : rarest;
+    }
+    if (!found) return (Answer){rarest, NULL};
+    Rate *rate = &x->rates[s->run_level[*run]][s->level[found->confidence]][s->level[found->occurrences]];
+    const int others = found->occurrences - found->confidence;
+    const float part = PRIOR / (found->occurrences + 1.f);
+    const float hits = (float)rate->hits + part * (found->confidence + .5f);
+    *hint = found->hint;
+    *odds = hits / ((float)rate->misses + part * (others + .5f));
+    return (Answer){found, rate};
+}
+
+/* Learns the token after this place, for which the expert gave this hint and answer. */
+static void learn_token(Place place, Answer answer, uint8_t *run, uint16_t hint, uint16_t token) {
+    Entry *entry = answer.entry;
+    if (!entry) return;
+    if (!answer.rate) {
+        *entry = (Entry){place.mark, token, 1, 1};
+        *run = 0;
+        return;
+    }
+    const int hit = token == hint, confidence = entry->confidence;
+    const int changed = hit ? confidence + (confidence < 255) : confidence / 2;
+    answer.rate->hits += hit;
+    answer.rate->misses += !hit;
+    *run = (uint8_t)(hit ? *run + (*run < 255) : 0);
+    if (entry->mark != place.mark) return; /* it has made way for another expert's context */
+    entry->occurrences += entry->occurrences < 255;
+    entry->hint = changed ? hint : token;
+    entry->confidence = (uint8_t)(changed ? changed : 1);
+}
+
+/* Hints and odds for targets begin to end - 1 of a document, an entry for each expert. Target t is
+ * stream[t + 1], read only to learn it; the document's first token is stream[first]. */
+static void ask_row(Experts *s, const uint16_t *stream, uint64_t document, int64_t first, int64_t begin,
+                    int64_t end, int learns, uint16_t *hints, float *odds) {
+    const int64_t start = begin - first < s->widest ? first : begin - s->widest + 1;
+    uint8_t *runs = s->runs + document * (uint64_t)s->count;
+    uint64_t hash[EXPERTS] = {0}, seed[EXPERTS]; /* hash: polynomial of the last width tokens */
+    Place places[WINDOW][EXPERTS];
+    Answer answers[EXPERTS];
+    for (int e = 0; e < s->count; e++)
+        seed[e] = s->experts[e].in_document ? mixed(document + 1) : 0;
+    for (int64_t ahead = start; ahead < end + WINDOW; ahead++) {
+        const int64_t t = ahead - WINDOW;
+        if (t >= begin) {
+            const Place *place = places[t % WINDOW];
+            for (int e = 0; e < s->count; e++)
+                answers[e] = ask(s, &s->experts[e], place[e], &runs[e], &hints[e], &odds[e]);
+            for (int e = 0; e < s->count && learns; e++)
+                learn_token(place[e], answers[e], &runs[e], hints[e], stream[t + 1]);
+            hints += s->count;
+            odds += s->count;
+        }
+        for (int e = 0; e < s->count && ahead < end; e++) {
+            const Expert *x = &s->experts[e];
+            hash[e] = hash[e] * FACTOR + stream[ahead] + 1;
+            if (ahead - start >= x->width) hash[e] -= x->leading * (stream[ahead - x->width] + UINT64_C(1));
+            if (ahead < begin) continue;
+            const uint64_t key = mixed(hash[e] + seed[e]);
+            Place *place = &places[ahead % WINDOW][e];
+            place->bucket = x->entries + (key >> (64 - x->bits) & ~(uint64_t)(WAYS - 1));
+            place->mark = ahead - start + 1 < x->width ? 0 : (uint32_t)key | 1;
+            PREFETCH(place->bucket);
+        }
+    }
+}
+
+/* Hints and odds (targets, experts) for rows of targets, one row after another; each target is learned before
+ * the next one is asked for, unless `learns` is 0. first, begin, end: as in ask_row, of each row, in
+ * `stream`; document: a number of its own. Odds are 0 where an expert has no hint. */
+void experts_ask(void *state, const uint16_t *stream, int64_t n_rows, const int64_t *document,
+                 const int64_t *first, const int64_t *begin, const int64_t *end, int learns, uint16_t *hints,
+                 float *odds) {
+    Experts *s = state;
     for (int64_t r = 0; r < n_rows; r++) {
-        targets += end[r] - begin[r];
-        contexts += context_length(s, first[r], begin[r]);
-        if (targets + contexts > MAX_TOKENS) return TOO_MANY_TOKENS;
+        ask_row(s, stream, (uint64_t)document[r], first[r], begin[r], end[r], learns, hints, odds);
+        hints += s->count * (end[r] - begin[r]);
+        odds += s->count * (end[r] - begin[r]);
     }
-    int problem = make_room(s, targets + contexts, targets);
-    for (int64_t r = 0; r < n_rows && !problem; r++) {
-        const int64_t n = end[r] - begin[r], context = context_length(s, first[r], begin[r]);
-        const int64_t entry = context - 1; /* the last token of the context has the first target's entry */
-        ngram_restart(s);
-        problem = feed(s, stream + begin[r] - entry, context + n, entry, entry + n, hints, gates, odds);
-        hints += n;
-        gates += n;
-        if (odds) odds += n;
-    }
-    return problem;
 }

@@ -284,12 +284,18 @@ class Settings(FromEnvironment):
     ngram_tilt_enabled: bool = setting(True, "1: tilt toward what has followed the last tokens most often",
                                        group="N-gram tilt")
     ngram_boost: str = setting(
-        "learned", "fixed: by TOKEN_BOOST; learned: a logistic mixture of the model's probability of a hint "
-        "and the hit rate of such hints so far, fitted while scoring", choices=ngram.MODES)
-    token_order: int = setting(16, "the context is one token less", unit="tokens", low=2, high=256)
-    token_backoff: str = setting("10,6", "shorter orders, asked in turn where a context is new; empty: none",
-                                 pattern=list_of(r"\d{1,3}"), form="a list of falling orders like 10,6",
-                                 only_with="NGRAM_BOOST=learned")
+        "learned", "fixed: one hint, by TOKEN_BOOST, as published; learned: a hint of every order, by a "
+        "logistic mixture of the model's probability and the hit rates so far, fitted while scoring",
+        choices={"fixed": "TTT_ORDER=length", "learned": ""})
+    token_order: int = setting(33, "the context is one token less", unit="tokens", low=2, high=256)
+    token_backoff: str = setting(
+        "16,9,6", "further orders, which hint too; empty: none", pattern=list_of(r"\d{1,3}"),
+        form="a list of falling orders like 16,9,6", only_with="NGRAM_BOOST=learned")
+    document_orders: str = setting(
+        "5,3", "orders of contexts counted in the document alone; empty: none", pattern=list_of(r"\d{1,3}"),
+        form="a list of falling orders like 5,3", only_with="NGRAM_BOOST=learned")
+    ngram_table_bits: int = setting(
+        28, "2^this contexts of the whole text are kept, 8 bytes each", low=2, high=32)
     token_threshold: float = setting(0.8, "least share of a hint among its context's continuations", low=0,
                                      high=1, only_with="NGRAM_BOOST=fixed")
     token_boost: float = setting(2.625, "boost of a hint", unit="nats", low=0, high=50,
@@ -353,10 +359,15 @@ class Settings(FromEnvironment):
                f"is below the largest chunk, {max(chunks)}")
         yield (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED",
                "needs TTT_SHORT_SCORE_FIRST_STEPS, a list like 256:16,2000:32")
-        orders = [s.token_order, *s.backoff_orders]
-        falling = all(a > b > 1 for a, b in itertools.pairwise(orders))
-        yield (falling or s.token_backoff == Settings.token_backoff, "TOKEN_BACKOFF",
-               f"is not a list of falling orders from below TOKEN_ORDER={s.token_order} to 2 or more")
+        longest = dict(TOKEN_BACKOFF=s.token_order, DOCUMENT_ORDERS=257)
+        for name, below in longest.items():
+            text = getattr(s, name.lower())
+            falling = all(a > b > 1 for a, b in itertools.pairwise([below, *list_orders(text)]))
+            yield (falling or text == getattr(Settings, name.lower()), name,
+                   f"is not a list of falling orders from below {below} to 2 or more")
+        yield s.experts <= 16, "DOCUMENT_ORDERS", "and TOKEN_BACKOFF make more than 16 experts"
+        yield (s.ngram_boost == "learned" or s.ttt_order == "length" or not s.ngram_tilt_enabled, "TTT_ORDER",
+               "has no hints with NGRAM_BOOST=fixed, which counts them in the text's order; set length")
 
     # Derived values; none of them is a setting of its own.
 
@@ -429,15 +440,16 @@ class Settings(FromEnvironment):
         return max(1, 8 * self.ttt_batch_size)
 
     @property
-    def backoff_orders(self) -> list[int]:
-        return [int(order) for order in re.findall(r"\d+", self.token_backoff)]
+    def expert_orders(self) -> tuple[list[int], list[int]]:
+        """The orders of the tilt's contexts: those counted in the whole text, and in the document alone."""
+        if self.ngram_boost == "fixed":
+            return [self.token_order], []
+        shorter = [order for order in list_orders(self.token_backoff) if order < self.token_order]
+        return [self.token_order, *shorter], list_orders(self.document_orders)
 
     @property
-    def token_orders(self) -> list[int]:
-        """The orders of the n-gram contexts, the longest first."""
-        if self.ngram_boost != "learned":
-            return [self.token_order]
-        return [self.token_order] + [order for order in self.backoff_orders if order < self.token_order]
+    def experts(self) -> int:
+        return sum(map(len, self.expert_orders))
 
     @property
     def shards_dir(self) -> str:
@@ -460,6 +472,10 @@ class Settings(FromEnvironment):
         names = {field.name for group in ("Model", "Gates") for field in fields_by_group(Settings)[group]}
         names -= {"tied_embed_init_std", "qk_gain_init"}  # where training starts
         return {name: getattr(self, name) for name in sorted(names | {"vocab_size"})}
+
+
+def list_orders(text: str) -> list[int]:
+    return [int(order) for order in re.findall(r"\d+", text)]
 
 
 def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
@@ -3287,10 +3303,9 @@ class Rows(NamedTuple):
     scored: Tensor  # (C,) int64, which of the T inputs are scored
     targets: Tensor  # (C,) int64
     weights: Tensor  # (C,) float32, of the losses: 1 / the chunk's length, 0 where the document ends
-    hints: Tensor  # (C,) int64
-    gate: Tensor  # (C,) bool, whether there is a hint
-    boost: Tensor  # (C,) float32
-    ngram_order_index: Tensor  # (C,) int64, which of Settings.token_orders gave the hint
+    hints: Tensor  # (C, experts) int64
+    gate: Tensor  # (C, experts) bool, whether there is a hint
+    boost: Tensor  # (C, experts) float32, as in Hints
     visible: Tensor  # (n,) int64, which of the C lie inside their documents
     stream_positions: np.ndarray  # (n,) where these targets lie in tokens[1:]
 
@@ -3321,44 +3336,50 @@ class Text:
             prefix = min(documents, prefix)  # as published
         self.phase_points = {prefix * (k + 1) // phases for k in range(phases)}
 
-        self.hints = ngram.no_hints(count)
-        self.ngram_order_index = np.zeros(count, np.uint8)
-        orders = s.token_orders if s.ngram_tilt_enabled else []
-        threshold = 0.0 if s.ngram_boost == "learned" else s.token_threshold
-        self.ngrams = [ngram.NgramState(order, threshold, s.token_boost, s.ngram_boost) for order in orders]
+        self.counter = self.make_counter() if s.ngram_tilt_enabled else None
+        self.hints = ngram.no_hints(count, s.experts)  # of a step, or of the whole text
+        self.first_hint = np.zeros(s.ttt_slots, np.int64)  # where each slot's begin
+        self.hinted = 0  # targets with a hint so far
+
+    def make_counter(self) -> ngram.Experts | ngram.NgramState:
+        """What counts the n-grams."""
+        s = self.settings
+        if s.ngram_boost == "learned":
+            return ngram.Experts(*s.expert_orders, s.ngram_table_bits, len(self.starts))
+        return ngram.NgramState(s.token_order, s.token_threshold, s.token_boost)
 
     def packed_steps(self):
         """Yield every Step of the schedule with the Rows of this rank's slots."""
         for step in ttt_schedule(self.lengths, self.settings):
-            if self.ngrams:
+            if self.settings.ngram_tilt_enabled:
                 self.count_hints(step)
             yield step, list(self.pack(step))
 
     def count_hints(self, step: Step) -> None:
-        """Enter the hints of the step's targets in the order of scoring, each from what precedes it (C1, C3).
+        """Take the hints of the step's targets, each from what precedes it in the order of scoring (C1, C3).
 
-        Contexts stay inside documents. With TTT_ORDER=length all are counted at once, in the text's order.
+        With NGRAM_BOOST=fixed all are counted at the first step, in the text's order.
         """
-        if self.settings.ttt_order == "length":
-            targets = np.arange(len(self.tokens) - 1)
-            found = [state.feed(self.tokens[:-1]) for state in self.ngrams]
-            self.ngrams = []  # nothing is left to count
-        else:
-            document, begin, end = [field[step.document >= 0] for field in step]
-            first = self.starts[document]
-            begin += first
-            end = first + np.minimum(end, self.lengths[document])
-            targets, _ = ranges(begin, end - begin)
-            found = [state.feed_rows(self.tokens, first, begin, end) for state in self.ngrams]
-        self.enter_hints(targets, found)
+        rows = self.rows(step)
+        if self.settings.ngram_boost == "fixed":
+            if self.counter:
+                self.hints = self.counter.feed(self.tokens[:-1])
+                self.hinted = int(self.hints.gate.sum())
+                self.counter = None  # nothing is left to count
+            self.first_hint = rows[:, 2]
+            return
+        self.hints = self.counter.ask(self.tokens, rows)
+        self.hinted += int(self.hints.gate.any(1).sum())
+        counts = rows[:, 3] - rows[:, 2]
+        self.first_hint = np.cumsum(counts) - counts
 
-    def enter_hints(self, targets: np.ndarray, found: list[ngram.Hints]) -> None:
-        """Keep what the orders found for these targets."""
-        for index, hints in reversed(list(enumerate(found))):  # the longest context has the last word
-            at = targets[hints.gate]
-            for kept, new in zip(self.hints, hints):
-                kept[at] = new[hints.gate]
-            self.ngram_order_index[at] = index
+    def rows(self, step: Step) -> np.ndarray:
+        """Each slot's document, where it begins in the stream, and the first and one past the last target of
+        its chunk, (slots, 4); no target in an idle slot."""
+        begin = self.starts[step.document] + step.begin
+        end = self.starts[step.document] + np.minimum(step.end, self.lengths[step.document])
+        end = np.where(step.document < 0, begin, end)
+        return np.stack((np.maximum(step.document, 0), self.starts[step.document], begin, end), 1)
 
     def pack(self, step: Step):
         """Yield the Rows of this rank's active slots, as many to one as TTT_MICRO_BATCH_TOKENS allows."""
@@ -3390,9 +3411,10 @@ class Text:
         # (T,) of each input: its position in the document, its row, its place in the stream
         position, row = ranges(first, end - first)
         inside = position < length[row]
-        place = np.where(inside, start[row] + position, 0)  # 0, the first target, has no hint
+        place = np.where(inside, start[row] + position, 0)
         scored = np.flatnonzero(position >= begin[row])  # (C,)
         target, visible = place[scored], np.flatnonzero(inside[scored])  # (C,), (n,)
+        hint = np.where(inside, self.first_hint[own][row] + position - begin[row], 0)[scored]
         ids = np.where(inside, self.tokens[place], BOS_ID)
         positions = position if s.ttt_context == "cache" else position - first[row]
         previous = np.where(inside & (positions > 0), self.tokens[place - 1].astype(np.int64), -1)
@@ -3422,9 +3444,9 @@ class Text:
             key_places=key_places, own_keys=own_keys, scored=tensor(scored),
             targets=tensor(self.tokens[target + 1]),
             weights=tensor((continues / chunk)[row[scored]], np.float32),
-            hints=tensor(self.hints.ids[target]), gate=tensor(self.hints.gate[target], bool),
-            boost=tensor(self.hints.boost[target], np.float32),
-            ngram_order_index=tensor(self.ngram_order_index[target]),
+            hints=tensor(self.hints.ids[hint]),
+            gate=tensor(self.hints.gate[hint] & inside[scored, None], bool),
+            boost=tensor(self.hints.boost[hint], np.float32),
             visible=tensor(visible), stream_positions=target[visible])
 
     def phases_due(self, step: Step):
@@ -3595,7 +3617,7 @@ class Learner(Hooks):
         self.adapters = Adapters(self.view, visits, slots, s, runtime)
         self.cache = ContextCache(visits, len(slots), s, runtime) if s.ttt_context == "cache" else None
         learned = s.ngram_tilt_enabled and s.ngram_boost == "learned"
-        self.learned_boost = ngram.LearnedBoost(len(s.token_orders), runtime.device) if learned else None
+        self.learned_boost = ngram.LearnedBoost(s.experts, runtime.device) if learned else None
         self.rows = None  # of the last forward pass
 
     def refresh_layers(self) -> None:
@@ -3627,8 +3649,9 @@ class Learner(Hooks):
         if rows is not self.rows:
             raise AssertionError("C3: rows must be scored before anything learns from them")
         if self.learned_boost:
-            hit = rows.hints == rows.targets
-            self.learned_boost.observe(self.log_q, rows.boost, rows.ngram_order_index, hit, rows.gate)
+            same, gate = ngram.distinct(rows.hints, rows.gate)
+            hit = rows.hints == rows.targets[:, None]
+            self.learned_boost.observe(self.log_q, rows.boost, same, hit, gate)
         if self.nll.requires_grad:
             loss = (self.nll * rows.weights).sum()
             self.adapters.update(rows, torch.autograd.grad(loss, self.adapters.leaves))
@@ -3639,7 +3662,7 @@ class Learner(Hooks):
             self.learned_boost.step(self.runtime.sum)
 
     def losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """NLL of each target, with gradients to the leaves, and log-probability of its hint: (C,) nats."""
+        """NLL of each target (C,), with gradients to the leaves, and log p of its hints (C, experts)."""
         return two_value_nll(self.scores(rows), *self.view.caps(), rows.targets, rows.hints)
 
     def scores(self, rows: Rows) -> Tensor:
@@ -3652,10 +3675,11 @@ class Learner(Hooks):
 
     def tilted(self, nll: Tensor, log_q: Tensor, rows: Rows) -> Tensor:
         """Nats (C,) under the tilted distribution. C2: neither hint nor boost nor gate knows the target."""
+        same, gate = ngram.distinct(rows.hints, rows.gate)
         boost = rows.boost
         if self.learned_boost:
-            boost = self.learned_boost(log_q, rows.boost, rows.ngram_order_index)
-        return -ngram.tilt(-nll, log_q, rows.hints == rows.targets, boost, rows.gate)
+            boost = self.learned_boost(log_q, rows.boost, same)
+        return -ngram.tilt(-nll, log_q, rows.hints == rows.targets[:, None], boost, gate)
 
     def rehearse(self, text: Text) -> None:
         """Compile the kernels on a first pass over documents without text, from which nothing is learned."""
@@ -3794,7 +3818,7 @@ def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Setti
         phases = adapt(learner, text, packed_steps, total.add)
     return total.results() | dict(
         documents=len(text.lengths), whole_text=s.val_doc_fraction == 1, phases=phases,
-        hints=int(text.hints.gate.sum()), hints_inside_timer=True, decodable=s.ttt_order == "stream")
+        hints=text.hinted, hints_inside_timer=True, decodable=s.ttt_order == "stream")
 
 
 def check_machine(s: Settings, runtime: Runtime) -> None:

@@ -3,12 +3,12 @@
     python bench/ngram.py [SHARD ...] [--lengths 2 10 47.85] [--runs 3] [--piece N] [--record FILE.json]
 
 SHARDs (fineweb_*.bin, or .bin.xz) are concatenated, and repeated where they are too short; without any, the
-stream is synthetic: Zipf-distributed tokens, a tenth of them in passages copied from earlier ones. It is fed
-as one stream, by token_hints or with --piece N tokens at a time, and in rows: 512 equal documents take turns
-in slots, one call a step with 48 targets of each. Every run is a fresh process; the time is that of these
-calls alone, allocation of everything included, the compilation of the library not. System time, most of it
-the kernel's supply of fresh pages, is what varies from run to run. Memory is the process's peak, and what of
-it the hints added to Python and the stream.
+stream is synthetic: Zipf-distributed tokens, a tenth of them in passages copied from earlier ones. The fixed
+tilt's state is fed the stream, by token_hints or with --piece N tokens at a time. The learned tilt's experts
+are asked in rows: 512 equal documents take turns in slots, one call a step with 48 targets of each. Every run
+is a fresh process; the time is that of these calls alone, allocation of everything included, the compilation
+of the library not. System time, most of it the kernel's supply of fresh pages, is what varies from run to
+run. Memory is the process's peak, and what of it the hints added to Python and the stream.
 """
 import argparse
 import itertools
@@ -30,8 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import online_ngram_tilt as ngram  # noqa: E402
 
 SLOTS, ROW = 512, 48  # those of a run with the default TTT_BATCH_SIZE and TTT_CHUNK_SIZE
-FEEDS = "stream", "rows"
-TITLES = ("     tokens  fed as  mode        M tokens/s       gated  peak MiB  of that hints  "
+# The defaults of the settings.
+ORDERS = [33, 16, 9, 6]
+DOCUMENT_ORDERS = [5, 3]
+TABLE_BITS = 28
+BOOSTS = "fixed", "learned"
+TITLES = ("     tokens  boost     M targets/s       gated  peak MiB  of that hints  "
           "seconds of each run (of them system)")
 
 
@@ -90,34 +94,36 @@ def stream_of(shards: list[Path], length: int) -> tuple[np.ndarray, str]:
     return np.resize(np.concatenate(parts), length), f"{len(parts)} shards, {read} tokens"
 
 
-def steps(length: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """first, begin and end of the rows of each step: SLOTS equal documents side by side, ROW targets each."""
+def steps(length: int) -> list[np.ndarray]:
+    """The rows (slots, 4) of each step: SLOTS equal documents side by side, ROW targets each."""
     size = -(-length // SLOTS)
     first = np.arange(0, length, size)
     last = np.minimum(first + size, length) - 1
     begins = [np.minimum(first + done, last) for done in range(0, size - 1, ROW)]
-    return [(first, begin, np.minimum(begin + ROW, last)) for begin in begins]
+    document = np.arange(len(first))
+    return [np.stack((document, first, begin, np.minimum(begin + ROW, last)), 1) for begin in begins]
 
 
-def count(tokens: np.ndarray, rows: list, feed: str, mode: str, piece: int) -> int:
-    """Feed the tokens; returns how many targets have hints."""
-    if feed == "stream" and not piece:
-        return int(ngram.token_hints(tokens, mode=mode).gate.sum())
-    state = ngram.NgramState(mode=mode)
-    if feed == "rows":
-        return sum(int(state.feed_rows(tokens, *bounds).gate.sum()) for bounds in rows)
+def count(tokens: np.ndarray, rows: list[np.ndarray], boost: str, piece: int) -> int:
+    """Count the tokens; returns how many targets have hints."""
+    if boost == "learned":
+        experts = ngram.Experts(ORDERS, DOCUMENT_ORDERS, TABLE_BITS, len(rows[0]))
+        return sum(int(experts.ask(tokens, some).gate.any(1).sum()) for some in rows)
+    if not piece:
+        return int(ngram.token_hints(tokens).gate.sum())
+    state = ngram.NgramState()
     pieces = (tokens[at:at + piece] for at in range(0, len(tokens) - 1, piece))
     return sum(int(state.feed(some).gate.sum()) for some in pieces)
 
 
-def measure(path: str, length: int, feed: str, mode: str, piece: int, connection) -> None:
+def measure(path: str, length: int, boost: str, piece: int, connection) -> None:
     """In a process of its own: seconds, those in the kernel, gated targets, peak MiB, that at the start."""
     tokens = np.fromfile(path, np.uint16, length)
     rows = steps(length)
     ngram.load()  # its compilation is not measured
     before = peak_mib()
     system, started = os.times().system, time.perf_counter()
-    gated = count(tokens, rows, feed, mode, piece)
+    gated = count(tokens, rows, boost, piece)
     seconds = time.perf_counter() - started
     connection.send((seconds, os.times().system - system, gated, peak_mib(), before))
 
@@ -134,12 +140,12 @@ def measured(*arguments) -> tuple:
     return result
 
 
-def row_of(length: int, feed: str, mode: str, runs: list[tuple]) -> dict:
+def row_of(length: int, boost: str, runs: list[tuple]) -> dict:
     seconds, system, gated, peaks, before = zip(*runs)
     rate = length / float(np.median(seconds))
-    return dict(tokens=length, fed_as=feed, mode=mode, seconds=[round(x, 3) for x in seconds],
+    return dict(tokens=length, boost=boost, seconds=[round(x, 3) for x in seconds],
                 system_seconds=[round(x, 2) for x in system], gated=gated[0], peak_mib=round(max(peaks)),
-                tokens_per_s=round(rate), hints_mib=round(max(peaks) - before[0]))
+                targets_per_s=round(rate), hints_mib=round(max(peaks) - before[0]))
 
 
 def main() -> None:
@@ -167,12 +173,12 @@ def main() -> None:
     stream.tofile(path)  # faster than through the pipe
     del stream
     try:
-        for length, feed, mode in itertools.product(lengths, FEEDS, ngram.MODES):
-            arguments = str(path), length, feed, mode, options.piece
-            row = row_of(length, feed, mode, [measured(*arguments) for _ in range(options.runs)])
+        for length, boost in itertools.product(lengths, BOOSTS):
+            arguments = str(path), length, boost, options.piece
+            row = row_of(length, boost, [measured(*arguments) for _ in range(options.runs)])
             record["rows"].append(row)
             times = " ".join(f"{s:.3f} ({k:.2f})" for s, k in zip(row["seconds"], row["system_seconds"]))
-            print(f"{length:11,}  {feed:6}  {mode:10}  {row['tokens_per_s'] / 1e6:10.1f}  {row['gated']:10,}"
+            print(f"{length:11,}  {boost:8}  {row['targets_per_s'] / 1e6:11.1f}  {row['gated']:10,}"
                   f"  {row['peak_mib']:8,}  {row['hints_mib']:13,}  {times}", flush=True)
     finally:
         path.unlink()

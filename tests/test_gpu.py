@@ -241,7 +241,7 @@ def fused_case(name, T, d=512, heads=8, kv_heads=4, size=64):
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights]),
         "squared_mlp added": (lambda u, up, down, x: squared_mlp(u, up, down, 0.5, 1 * x), lambda u, up, down, x: x + F.linear(
             g.leaky_relu_squared(F.linear(u, up), 0.5), down), [rows(d), *weights, rows(d)]),
-        "two_value_nll": (lambda *x: kernels.two_value_nll(*x, targets), lambda *x: kernels.reference_two_value_nll(*x, targets, targets),
+        "two_value_nll": (lambda *x: kernels.two_value_nll(*x, targets), lambda *x: kernels.reference_two_value_nll(*x, targets, targets[:, None]),
                           [8 * rows(8192), 29 + scale, 25 + scale]),
     }[name]
 
@@ -481,13 +481,13 @@ def test_mlp_keeps_its_bits_where_another_process_takes_turns_on_the_gpu(kind):
             other.kill()
 
 
-def test_losses_of_target_and_hint_match_float64():
-    scores, ids = 8 * torch.randn(300, 8192, device="cuda"), torch.randint(8192, (2, 300), device="cuda")
+def test_losses_of_target_and_hints_match_float64():
+    scores, ids = 8 * torch.randn(300, 8192, device="cuda"), torch.randint(8192, (300, 7), device="cuda")
     caps = torch.tensor([30.0, 28.0], device="cuda")
     results = []
     for function, x in ((kernels.two_value_nll, scores), (kernels.reference_two_value_nll, scores.double())):
         x.requires_grad_()
-        nll, log_q = function(x, *caps, *ids)
+        nll, log_q = function(x, *caps, ids[:, 0], ids[:, 1:])
         results.append([nll, log_q, *torch.autograd.grad(nll.sum(), x)])
     for got, expected in zip(*results):
         assert relative_error(got, expected) < 1e-5

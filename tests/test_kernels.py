@@ -151,12 +151,13 @@ def fused_nll(scores, *rest):
     (1, 64, (2.0, 3.0), torch.float32),
     (6, 8192, (30.0, 20.0), torch.bfloat16),
 ])
+@pytest.mark.parametrize("hinted", [1, 3, 8])
 @pytest.mark.parametrize("expanded", [False, True])
-def test_two_value_nll(T, V, caps, dtype, expanded):
+def test_two_value_nll(T, V, caps, dtype, expanded, hinted):
     g = generator()
     scores = (12 * torch.randn(T, V + 3, generator=g)).to(dtype)[:, :V]
     scores[0, :3] = torch.tensor([0.0, 90.0, -90.0])
-    targets, hints = torch.randint(V, (2, T), generator=g)
+    targets, hints = torch.randint(V, (T,), generator=g), torch.randint(V, (T, hinted), generator=g)
     targets[0] = 1
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # of the gradient, rounded to bf16 by both
     arguments = *caps, targets, hints
@@ -173,17 +174,17 @@ def test_whole_caps_are_float32_too(monkeypatch):
     monkeypatch.setattr(kernels, "constant", functools.cache(kernels.constant.__wrapped__))
     scores, ids = 12 * torch.randn(3, 20, generator=generator()), torch.tensor([1, 2, 3])
     for cap in (30, 30.0):
-        torch.testing.assert_close(fused_nll(scores, cap, cap, ids, ids)[0],
-                                   kernels.reference_two_value_nll(scores, 30.0, 30.0, ids, ids)[0])
+        torch.testing.assert_close(fused_nll(scores, cap, cap, ids, ids[:, None])[0],
+                                   kernels.reference_two_value_nll(scores, 30.0, 30.0, ids, ids[:, None])[0])
         assert kernels.constant(cap, scores.device).dtype == torch.float32
 
 
 def test_hints_carry_no_gradient():
     scores, ids = torch.randn(3, 20, requires_grad=True), torch.tensor([1, 2, 3])
     for function in (fused_nll, kernels.reference_two_value_nll):
-        nll, log_q = function(scores, 30.0, 30.0, ids, ids)
+        nll, log_q = function(scores, 30.0, 30.0, ids, ids[:, None])
         assert nll.requires_grad and not log_q.requires_grad
-        torch.testing.assert_close(nll.detach(), -log_q)
+        torch.testing.assert_close(nll.detach(), -log_q[:, 0])
 
 
 @pytest.mark.parametrize("n", [7, 1024, 2500])
@@ -646,15 +647,16 @@ def test_what_the_fused_kernels_serve():
 
 @lengths
 @pytest.mark.parametrize("caps", [(torch.tensor(20.0), torch.tensor(35.0)), (15.0, 25.0)], ids=["tensors", "numbers"])
-@pytest.mark.parametrize("hinted", [False, True])
+@pytest.mark.parametrize("hinted", [0, 1, 6])
 def test_two_value_nll_and_its_caps(T, dtype, caps, hinted, fused, double):
     scores = (12 * randn(T, 103)).to(dtype)
     scores[0, :3] = torch.tensor([0.0, 90.0, -90.0])
     targets = torch.arange(T) * 7 % 100
-    inputs = [scores, *caps, targets, targets.flip(0) * 3 % 100 if hinted else None]
+    hints = (targets.flip(0)[:, None] + torch.arange(hinted)) * 3 % 100 if hinted else None
+    inputs = [scores, *caps, targets, hints]
 
     def reference(x, cap_pos, cap_neg, targets, hints):
-        return kernels.reference_two_value_nll(x, cap_pos, cap_neg, targets, targets if hints is None else hints)
+        return kernels.reference_two_value_nll(x, cap_pos, cap_neg, targets, targets[:, None] if hints is None else hints)
 
     def strided(function):
         return lambda x, *rest: function(x[:, :100], *rest)
@@ -784,7 +786,7 @@ def test_operations_that_compute_their_product(name, rows, in_bf16, T, request):
     targets, rope = torch.randint(rows, (T,), generator=generator()), tuple(randn(2, T, 1, 4))
     gain, cap = randn(4, seed=2), torch.tensor(20.0)
     calls = {"prepare_heads": lambda f, product, gain, cap: f(product, rope, gain, 4, 2),
-             "two_value_nll": lambda f, product, gain, cap: f(product, cap, cap, targets, targets)[0]}
+             "two_value_nll": lambda f, product, gain, cap: f(product, cap, cap, targets, targets[:, None])[0]}
     results = []
     for fixtures, f, apart in (((), "reference_" + name, True), ((), name, False), (("fused", "small_fp8_tiles"), name, False)):
         for fixture in fixtures:
@@ -916,7 +918,8 @@ def compile(name, constants, descriptors={}, **options):
     print(name, len(ptx), "|".join(words))
 
 compile("fp8_rows", dict(D=512, ROWS=4, STAGES=1), num_warps=4)
-compile("nll_forward", dict(V=8192, BLOCK=8192), num_warps=4)
+compile("nll_forward", dict(V=8192, BLOCK=8192, HINTS=1, PLACES=1), num_warps=4)
+compile("nll_forward", dict(V=8192, BLOCK=8192, HINTS=6, PLACES=8), num_warps=4)
 for caps in (False, True):
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps, scores_fp8=None, scales=None), num_warps=8)
     compile("nll_backward", dict(V=8192, BLOCK=8192, CAPS=caps), num_warps=8)

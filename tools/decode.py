@@ -73,7 +73,7 @@ def fingerprint(artifact: str, s: g.Settings) -> bytes:
 
 # --- Distributions
 
-HINTS = "hints", "gate", "boost", "ngram_order_index"  # the fields of Rows that tilt a target's distribution
+HINTS = "hints", "gate", "boost"  # the fields of Rows that tilt a target's distribution
 
 
 class OpenLearner(g.Learner):
@@ -198,7 +198,7 @@ class DecodedText(g.Text):
         self.lengths[-1] = last
 
     def make_room(self, least: int) -> None:
-        """Give every document room for `least` tokens. Hints of earlier steps are not needed any more."""
+        """Give every document room for `least` tokens."""
         if least <= self.room:
             return
         documents = len(self.lengths)
@@ -207,8 +207,6 @@ class DecodedText(g.Text):
         self.room += more
         self.tokens = np.append(np.pad(read, [(0, 0), (0, more)]), np.uint16(0))
         self.starts = np.arange(documents) * self.room
-        self.hints = ngram.no_hints(len(self.tokens))
-        self.ngram_order_index = np.zeros(len(self.tokens), np.uint8)
 
     def packed_steps(self, learner: Decoder):
         """As Text's, but a step is read when its rows are asked for: after its slots were made ready."""
@@ -218,6 +216,9 @@ class DecodedText(g.Text):
 
     def read_step(self, step: g.Step, learner: Decoder):
         """Read the step's chunks, slot by slot; then yield its rows."""
+        longest = int((step.end - step.begin).max())
+        self.hints = ngram.no_hints(longest * len(step.end), self.settings.experts)
+        self.first_hint = longest * np.arange(len(step.end))
         for slots in [rows.slots.numpy() for rows in self.pack(step)]:
             others = np.delete(np.arange(len(step.document)), slots)
             document = step.document.copy()
@@ -230,23 +231,19 @@ class DecodedText(g.Text):
         """Read the chunk of a slot, token by token, from the one pass that the step's active slots share."""
         document, begin, end = [int(field[slot]) for field in step]
         start = self.starts[document]
-        text = self.tokens[start:]
-        for state in self.ngrams:
-            state.restart()
-        fed = [text[max(0, begin - order + 2):begin + 1] for order in self.settings.token_orders]
         for position in range(begin, end):
-            found = [state.feed(tokens) for state, tokens in zip(self.ngrams, fed)]
-            newest = [ngram.Hints(*(field[-1:] for field in hints)) for hints in found]
-            self.enter_hints(np.array([start + position]), newest)
+            target = np.array([[document, start, start + position, start + position + 1]])
+            if self.counter:
+                for kept, new in zip(self.hints, self.counter.ask(self.tokens, target, learn=False)):
+                    kept[self.first_hint[slot] + position - begin] = new[0]
             [rows] = self.pack(step)
             token = learner.next_token(rows, int(rows.chunk_ends[row]) - end + position)
-            text[position + 1] = token
-            fed = [text[position + 1:position + 2]] * len(fed)
+            self.tokens[start + position + 1] = token
+            if self.counter:
+                self.counter.ask(self.tokens, target)
             if token == g.BOS_ID or position + 1 == self.lengths[document]:
                 self.lengths[document] = position + 1
                 break
-        for state, tokens in zip(self.ngrams, fed):
-            state.feed(tokens)
 
     def stream(self) -> np.ndarray:
         """All documents, one after another, with the target of the last one's last token."""
