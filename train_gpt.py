@@ -3336,17 +3336,14 @@ class Text:
             prefix = min(documents, prefix)  # as published
         self.phase_points = {prefix * (k + 1) // phases for k in range(phases)}
 
-        self.counter = self.make_counter() if s.ngram_tilt_enabled else None
+        self.counter = None
+        if s.ngram_tilt_enabled and s.ngram_boost == "learned":
+            self.counter = ngram.Experts(*s.expert_orders, s.ngram_table_bits, documents)
+        elif s.ngram_tilt_enabled:
+            self.counter = ngram.NgramState(s.token_order, s.token_threshold, s.token_boost)
         self.hints = ngram.no_hints(count, s.experts)  # of a step, or of the whole text
         self.first_hint = np.zeros(s.ttt_slots, np.int64)  # where each slot's begin
         self.hinted = 0  # targets with a hint so far
-
-    def make_counter(self) -> ngram.Experts | ngram.NgramState:
-        """What counts the n-grams."""
-        s = self.settings
-        if s.ngram_boost == "learned":
-            return ngram.Experts(*s.expert_orders, s.ngram_table_bits, len(self.starts))
-        return ngram.NgramState(s.token_order, s.token_threshold, s.token_boost)
 
     def packed_steps(self):
         """Yield every Step of the schedule with the Rows of this rank's slots."""
@@ -3356,10 +3353,8 @@ class Text:
             yield step, list(self.pack(step))
 
     def count_hints(self, step: Step) -> None:
-        """Take the hints of the step's targets, each from what precedes it in the order of scoring (C1, C3).
-
-        With NGRAM_BOOST=fixed all are counted at the first step, in the text's order.
-        """
+        """Take the hints of the step's targets, each from what precedes it in the order of scoring (C1, C3);
+        fixed ones are all counted at the first step, in the text's order."""
         rows = self.rows(step)
         if self.settings.ngram_boost == "fixed":
             if self.counter:
