@@ -359,8 +359,7 @@ class Settings(FromEnvironment):
                f"is below the largest chunk, {max(chunks)}")
         yield (s.short_chunks or not s.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED",
                "needs TTT_SHORT_SCORE_FIRST_STEPS, a list like 256:16,2000:32")
-        longest = dict(TOKEN_BACKOFF=s.token_order, DOCUMENT_ORDERS=257)
-        for name, below in longest.items():
+        for name, below in (("TOKEN_BACKOFF", s.token_order), ("DOCUMENT_ORDERS", 257)):
             text = getattr(s, name.lower())
             falling = all(a > b > 1 for a, b in itertools.pairwise([below, *list_orders(text)]))
             yield (falling or text == getattr(Settings, name.lower()), name,
