@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import tempfile
 import textwrap
@@ -149,6 +150,13 @@ class FromEnvironment:
         except InputError as error:
             return [str(error)]
         return []
+
+    def changes(self, texts: Mapping[str, str], apart: Collection[str] = ()) -> list[str]:
+        """The settings, as NAME=value, that these texts alone would not give, but for the fields `apart`."""
+        theirs = self.from_environment(texts)
+        names = [field.name for field in dataclasses.fields(self) if field.name not in apart]
+        return [f"{name.upper()}={setting_text(getattr(self, name))}" for name in names
+                if getattr(self, name) != getattr(theirs, name)]
 
     def unread(self, unknown: Collection[str]) -> list[str]:
         """Settings that were changed although nothing reads them, a line each."""
@@ -422,11 +430,33 @@ def hold(folder: str, refusal: str, shared: bool = False) -> int:
         fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
     except BlockingIOError:
         os.close(handle)
-        raise InputError(f"{refusal}: another run is writing in {folder}; wait for its end, or choose "
+        raise InputError(f"{refusal}: another run is under way in {folder}; wait for its end, or choose "
                          "another folder") from None
     except OSError:  # a file system without locks
         pass
     return handle
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the machine has, or that its container may take."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
+        limits.append(int(file.read()))
+    return min(limits)
+
+
+def limit_memory() -> None:
+    """Let an allocation beyond the machine's memory fail; else the system would kill the process later."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_DATA, (machine_memory(), hard))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, the host's or a GPU's, did not suffice."""
+    words = "out of memory|allocate memory|ALLOC_FAILED|bad_alloc"
+    said = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(said)
 
 
 class EventLog:

@@ -12,9 +12,10 @@ from_caller() { if [[ $1 == /* ]]; then echo "$1"; else echo "$caller/$1"; fi; }
 usage() {
   cat <<'TXT'
 ./run.sh [RECIPE]       train and score with recipes/RECIPE.env; default: record with CUDA, demo without
-./run.sh RECIPE SEED... [--against FILE]
+./run.sh RECIPE SEED... [--against FILE] [--publish]
                         these seeds one after another into runs/RECIPE, a finished one not again; then the results, compared
-                        with FILE's, the submission folder, its audit and the report
+                        with FILE's, the submission folder, its audit and the report. Of recipe record a record's results go
+                        into README.md and submission.json, with --publish those of any recipe and machine
 ./run.sh retest [RECIPE]            score the artifacts of these seeds again
 ./run.sh decode [RECIPE] [ARGS]     code documents with the artifact of a run and read them back (tools/decode.py --help)
 ./run.sh submission DIR [RECIPE]    write the folder that can be copied as a record
@@ -97,6 +98,7 @@ prepare() {
   fi
   recipe=${1:-$( ((gpus)) && echo record || echo demo)}
   load_recipe "$recipe"
+  export RECIPE=$recipe
   RANK=0 WORLD_SIZE=$ranks "$PY" train_gpt.py --check
   launch=("$PY" train_gpt.py)
   if ((ranks > 1)); then launch=("$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py); fi
@@ -152,12 +154,14 @@ esac
 recipe=${1:-}
 shift $(($# > 0))
 seeds=() against=()
+publish=$([[ $recipe != record ]] || echo record)
 while (($#)); do
   case $1 in
     --against)
       against=(--against "$(from_caller "${2:-}")")
       [[ -f ${against[1]} ]] || fail "--against: no file ${2:-}"
       shift ;;
+    --publish) publish=any ;;
     *) [[ $1 =~ ^[0-9]+$ ]] || fail "$1 is no seed; see ./run.sh help"; seeds+=("$1") ;;
   esac
   shift
@@ -170,6 +174,6 @@ if ((${#seeds[@]} == 0)); then
 fi
 runs_of "$recipe"
 options=(${against[@]+"${against[@]}"})
-if [[ $recipe == record ]]; then options+=(--publish); fi
+if [[ -n $publish ]]; then options+=(--publish "$publish"); fi
 if [[ $recipe == demo ]]; then prepare demo; else prepare "$recipe" --own; fi
 exec "$PY" tools/submission.py seeds "$base" "${seeds[@]}" ${options[@]+"${options[@]}"} -- "${launch[@]}"

@@ -44,7 +44,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-STARTED = time.perf_counter()  # before the imports that take seconds
+STARTED = time.perf_counter()  # of the process, before the imports that take seconds
 
 import brotli
 import constriction
@@ -57,7 +57,8 @@ from torch import Tensor, nn
 import online_ngram_tilt as ngram
 from env_settings import (
     PUBLISHED, EventLog, FromEnvironment, InputError, fields_by_group, fixed_variables, hold, lasting_console,
-    list_of, setting, settings_help, write_whole)
+    limit_memory, list_of, machine_memory, ran_out_of_memory, read_recipe, setting, settings_help,
+    write_whole)
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, WithPast, adamw_rows,
     add_norm, as_activation, as_matrices, attention, attention_kernel, computed, fp8_products_fit,
@@ -114,6 +115,8 @@ class Settings(FromEnvironment):
     recorded_passes: bool = setting(True, "1: training on CUDA replays CUDA graphs, captured in the warm-up")
     fp8: str = setting("auto", "1: products with weights in 8-bit floats (E4M3) in training; auto: on Hopper",
                        choices=("auto", "0", "1"))
+    recipe: str = setting("", "set by run.sh: whose settings these are, unless the track says which differ",
+                          pattern=r"[\w.-]*", form="the name of a file recipes/*.env")
     rank: int = setting(-1, "set by torchrun", low=-1)
     local_rank: int = setting(0, "set by torchrun: index of this rank's device", low=0)
     world_size: int = setting(1, "set by torchrun", low=1)
@@ -515,6 +518,8 @@ class Runtime:
             torch.cuda.set_device(device)
             # The default, a thread per core, makes the ranks of a large host slow each other down.
             torch.set_num_threads(min(8, torch.get_num_threads()))
+        else:
+            limit_memory()
         distributed = settings.world_size > 1
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -585,11 +590,6 @@ class Runtime:
                     torch=torch.__version__, cuda=torch.version.cuda or "none")
 
 
-def process_seconds() -> float:
-    """Seconds since Python came to this file."""
-    return time.perf_counter() - STARTED
-
-
 def ahead(items, depth: int):
     """Yield the items, computed up to `depth` ahead by a thread that ends with this generator.
 
@@ -621,7 +621,6 @@ class RunLog(EventLog):
                       events=[])
         super().__init__(os.path.join(settings.log_dir, run_id), record, runtime.rank == 0)
         if self.active:
-            # Runs that only read the artifact share its folder.
             self.begin(hold(settings.artifact_dir or ".", "ARTIFACT_DIR", shared=settings.ttt_eval_only))
 
 
@@ -662,19 +661,16 @@ def shard_files(folder: str, kind: str) -> list[str]:
     return files
 
 
-def check_tokens(path: str, tokens: np.ndarray, settings: Settings) -> None:
-    """Raise InputError if the tokens, of this file, do not all have a row in the embedding."""
+def check_tokens(path: str, tokens: np.ndarray, settings: Settings, begins: bool = False) -> None:
+    """Raise InputError if the tokens, of this file, do not all have a row in the embedding, or if a text that
+    begins with them does not begin with a document: it could not be decoded."""
+    if begins and tokens[0] != BOS_ID:
+        raise InputError(f"{path}: it begins with token {tokens[0]}, not with a document's start ({BOS_ID}); "
+                         "begin with the set's first shard, made with this tokenizer")
     largest = int(tokens.max(initial=0))
     if largest >= settings.vocab_size:
         raise InputError(f"{path}: token {largest} does not fit VOCAB_SIZE={settings.vocab_size}; set "
                          "VOCAB_SIZE to the tokenizer's")
-
-
-def check_start(path: str, tokens: np.ndarray) -> None:
-    """Raise InputError unless a text, in this file, begins with a document: else it cannot be decoded."""
-    if tokens[0] != BOS_ID:
-        raise InputError(f"{path}: it begins with token {tokens[0]}, not with a document's start ({BOS_ID}); "
-                         "begin with the set's first shard, made with this tokenizer")
 
 
 def check_shards(settings: Settings, stated: dict[str, int]) -> None:
@@ -685,13 +681,11 @@ def check_shards(settings: Settings, stated: dict[str, int]) -> None:
     found = {os.path.basename(path): len(open_shard(path)) for path in paths}
     sidecar = shard_files(folder, "val_bytes")
     found[TEXT_BYTES] = sum(int(open_shard(path).sum(dtype=np.int64)) for path in sidecar)
-    unread = "fineweb_train_" if settings.ttt_eval_only else "\0"
-    stated = {name: count for name, count in stated.items() if not name.startswith(unread)}
+    stated = {name: count for name, count in stated.items() if name.split("_")[1] in kinds}
     differing = sorted({name for name, _ in found.items() ^ stated.items()})
     if differing:
         name = differing[0]
-        path = os.path.join(folder, name)
-        raise InputError(f"{path}: {found.get(name, 'missing')}, but manifest.json says "
+        raise InputError(f"{folder}/{name}: {found.get(name, 'missing')}, but manifest.json says "
                          f"{stated.get(name, 'nothing of it')}, one of {len(differing)} differences; put "
                          "back the shards of this data set, and no others")
 
@@ -762,10 +756,8 @@ class Batch(NamedTuple):
 
 def make_batch(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, max_seqlen: int,
                before: np.ndarray | None = None) -> Batch:
-    """A packed row (T,) on the host whose segments begin at `starts`, none longer than `max_seqlen`.
-
-    before: the token before each if that is not its left neighbour, -1 if none.
-    """
+    """A packed row (T,) on the host whose segments begin at `starts`, none longer than `max_seqlen`; before:
+    the token before each, -1 if none, where that is not the left one."""
     segments = make_segments(segment_bounds(starts, len(inputs), max_seqlen), max_seqlen)
     if before is not None:
         segments = segments._replace(previous=torch.from_numpy(before))
@@ -792,8 +784,7 @@ class TrainingData:
                              f"{self.total} tokens; one micro-batch is {settings.micro_batch_tokens}")
         # Data of another tokenizer shows at once, not when training has come to it.
         for path, shard in zip(self.files, self.shards):
-            check_tokens(path, shard[:self.SAMPLE], settings)
-        check_start(self.files[0], self.shards[0])
+            check_tokens(path, shard[:self.SAMPLE], settings, begins=path == self.files[0])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the endless stream, int64."""
@@ -835,25 +826,20 @@ class ValidationData:
         self.tokens = np.concatenate([open_shard(path) for path in files])
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
-        check_tokens(files[0], self.tokens, settings)
-        check_start(files[0], self.tokens)
+        check_tokens(files[0], self.tokens, settings, begins=True)
         # Counted by prepare_caseops_data.py in the original text.
         sidecar = shard_files(settings.shards_dir, "val_bytes")
         self.bytes = np.concatenate([open_shard(path) for path in sidecar])
         if len(self.bytes) != len(self.tokens):
             raise InputError(f"{sidecar[0]}: the byte sidecar has {len(self.bytes)} values for "
                              f"{len(self.tokens)} validation tokens; prepare both again")
-        if not settings.eval_include_tail:
-            self.cut_tail(settings.eval_seq_len)
-
-    def cut_tail(self, window: int) -> None:
-        """Keep whole windows of this many targets, as the published systems without EVAL_INCLUDE_TAIL do."""
-        windows = (len(self.tokens) - 1) // window
-        if windows == 0:
-            raise InputError(f"EVAL_INCLUDE_TAIL: the {len(self.tokens)} validation tokens fill no window of "
-                             f"EVAL_SEQ_LEN={window}; set EVAL_INCLUDE_TAIL=1")
-        self.tokens = self.tokens[:windows * window + 1]
-        self.bytes = self.bytes[:windows * window + 1]
+        if not settings.eval_include_tail:  # whole windows, as the published systems score
+            window = settings.eval_seq_len
+            kept = (len(self.tokens) - 1) // window * window + 1
+            if kept == 1:
+                raise InputError(f"EVAL_INCLUDE_TAIL: {len(self.tokens)} validation tokens fill no window "
+                                 f"of EVAL_SEQ_LEN={window}; set EVAL_INCLUDE_TAIL=1")
+            self.tokens, self.bytes = self.tokens[:kept], self.bytes[:kept]
 
     def sample(self, fraction: float, seed: int) -> ValidationData:
         """That fraction of the documents that have bytes, at least one, without replacement, in order."""
@@ -1097,9 +1083,8 @@ class GPT(nn.Module):
             first = int(previous is None)  # a packed row's first token has no left neighbour
             keep = positions > 0 if s.smear_gate_bos_fix else torch.ones_like(positions, dtype=torch.bool)
             score = (x[first:, :s.gate_window] * self.smear_gate).sum(-1, keepdim=True)
-            if previous is None:
-                before = x[:-1]
-            else:
+            before = x[:-1]
+            if previous is not None:
                 before = F.embedding(previous.clamp(min=0), self.tok_emb)
                 keep = keep & (previous >= 0)
             smear = self.smear_lambda * torch.sigmoid(score) * keep[first:, None] * before
@@ -1867,7 +1852,7 @@ def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData
     reserve = calibration_reserve(calibration, s, runtime)
     log.event("warmup", steps=s.warmup_steps, shapes=list(map(list, shapes)),
               seconds=round(time.perf_counter() - began, 1), reserve_seconds=round(reserve, 3),
-              process_seconds=round(process_seconds(), 1))
+              process_seconds=round(time.perf_counter() - STARTED, 1))
     if s.max_wallclock_seconds and reserve >= s.max_wallclock_seconds:
         raise InputError(f"MAX_WALLCLOCK_SECONDS: {s.max_wallclock_seconds} leaves no time to train: "
                          f"calibration needs {reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES")
@@ -3528,10 +3513,8 @@ class Adapters:
 
     @torch.no_grad()
     def reset(self, rows: np.ndarray, documents: np.ndarray) -> None:
-        """Start slots over for new documents: B and the optimizer's state are 0, A is kept or drawn anew.
-
-        An A that training has broken, with NaN or infinity in it, is never kept.
-        """
+        """Start slots over for new documents: B and the optimizer's state are 0, A is kept or drawn anew; one
+        with NaN or infinity in it is never kept."""
         index = self.runtime.to_device(torch.from_numpy(rows))
         for state in (self.value[:, self.first_b:], self.work[:, self.first_b:], self.square, self.count):
             state.index_fill_(0, index, 0)
@@ -3782,7 +3765,7 @@ class Score:
                          for nats in self.nats.tolist()]
         return tilted | dict(
             untilted_bpb=plain["val_bpb"], seconds=round(self.seconds, 3),
-            process_seconds=round(process_seconds(), 3))
+            process_seconds=round(time.perf_counter() - STARTED, 3))
 
 
 def adapt(learner: Learner, text: Text, packed_steps: Iterable, add: Callable) -> list[dict]:
@@ -3834,6 +3817,22 @@ def check_machine(s: Settings, runtime: Runtime) -> None:
 # ============================================================================================================
 
 
+def off_track(s: Settings, targets: int, machine: dict) -> list[str]:
+    """Why a run is no record, whatever it scores: other text, other hardware, other settings."""
+    missing = 47_853_343 - targets  # of the published validation text
+    recipe = os.path.join(os.path.dirname(PACKED_SCRIPT or __file__), "recipes", f"{s.recipe}.env")
+    changed = s.changes(read_recipe(recipe, Settings) if s.recipe else {}, apart=(
+        "seed run_id artifact_dir data_dir data_path recipe rank local_rank world_size ttt_eval_only "
+        "train_log_every").split())
+    on_track = {
+        f"{targets:,} targets: another text": 0 <= missing < (1 if s.eval_include_tail else s.eval_seq_len),
+        "{devices} x {device} are not 8 x H100".format(**machine):
+            machine["devices"] == 8 and "H100" in machine["device"],
+        f"not as recipe {s.recipe or 'record'}: {', '.join(changed)}": not changed,
+    }
+    return [reason for reason, holds in on_track.items() if not holds]
+
+
 def log_setup(log: RunLog) -> None:
     """Log which settings differ from their defaults, and the machine."""
     values = log.record["settings"].items()
@@ -3842,8 +3841,23 @@ def log_setup(log: RunLog) -> None:
     log.event("machine", **log.record["machine"])
 
 
+def memory_error(s: Settings, runtime: Runtime, factor: float) -> InputError | None:
+    """What to say if training takes over `factor` times what the device has: about what its products read."""
+    visits = sum(map(len, visit_order(s, s.loops_at_end)))
+    values = visits * (4 * s.model_dim + 2 * s.kv_dim + s.mlp_dim) + s.vocab_size  # of a token
+    needed = s.micro_batch_tokens * values * (3.5 if runtime.on_cuda else 18)  # bytes for each were measured
+    there = torch.cuda.mem_get_info(runtime.device)[1] if runtime.on_cuda else machine_memory()
+    return None if needed <= factor * there else InputError(
+        f"GRAD_ACCUM_STEPS: {s.accumulation}; with micro-batches of {s.micro_batch_tokens:,} tokens "
+        f"training takes about {needed / 2**30:,.1f} GiB a rank, {runtime.device} has {there / 2**30:,.1f}: "
+        "out of memory; raise it, or take recipe demo; for scoring lower VAL_BATCH_TOKENS or TTT_BATCH_SIZE")
+
+
 def check_tools(s: Settings, runtime: Runtime) -> None:
     """Raise an error now if a program or library is missing that this run needs only after training."""
+    error = memory_error(s, runtime, 2.0)  # the estimate is not so far off
+    if error and not s.ttt_eval_only and not s.quantize_only:
+        raise error
     if s.prequant_only:
         return
     compresses = runtime.rank == 0 and s.compressor == "pergroup"
@@ -3861,6 +3875,8 @@ def load_data(s: Settings, runtime: Runtime, log: RunLog) -> tuple[TrainingData 
     validation = Evaluator(ValidationData(s), s, runtime)
     log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0,
               val_targets=validation.targets, **facts)
+    because = "; ".join(off_track(s, validation.targets, log.record["machine"]))
+    log.event("track", name="non_record_16mb" if because else "10min_16mb", because=because or "no reason")
     return data, validation
 
 
@@ -4049,13 +4065,15 @@ def run_with_record(settings: Settings) -> None:
                 ignore_signals()
             except INTERRUPTS:
                 ignore_signals()
+            if ran_out_of_memory(error):
+                error = memory_error(settings, runtime, 0.0)
             if not isinstance(error, BAD_INPUT + FAILED_RUN + INTERRUPTS):
                 log.write(traceback.format_exc())
             seconds = round(time.perf_counter() - began, 1)
             log.close("failed", error=f"{type(error).__name__}: {error}", seconds=seconds)
-            raise
+            raise error
         log.close("finished", seconds=round(time.perf_counter() - began, 1),
-                  process_seconds=round(process_seconds(), 1))
+                  process_seconds=round(time.perf_counter() - STARTED, 1))
 
 
 def check(settings: Settings) -> None:

@@ -64,11 +64,12 @@ LINES = """
 *                 train_shards world_size effective=budget_seconds within_gate word_gate agree2plus=agree_gate
 machine device:   device devices=world_size
 data folder:      folder train_tokens val_targets manifest splits_disjoint train_docs val_docs
+track name:       name=track
 code sha256:      sha256=code_sha256 packed_bytes
 step step:        step=steps
 training steps:   steps seconds=step_seconds calibration_seconds=calibration_inside cap_seconds
 training steps:   clock_seconds=train_seconds
-quantized val_    targets seconds=eval_seconds
+quantized val_    targets seconds=eval_seconds bytes=val_bytes
 size artifact_    artifact_sha256 artifact_bytes code_bytes total_bytes
 ttt val_          targets documents seconds=eval_seconds whole_text hints_inside_timer decodable
 finished seconds: seconds=finished
@@ -76,7 +77,7 @@ failed error:     error=failed
 """
 # Facts that are no numbers.
 WORDS = set("device code_sha256 artifact_sha256 manifest splits_disjoint whole_text hints_inside_timer "
-            "decodable folder failed".split())
+            "decodable folder failed track".split())
 # The names of figures in submission.json; mean_, _std, max_, _ms, _by_seed and such come on top.
 ALIASES = """
 val_bpb         bpb ttt_bpb ttt_val_bpb val_bpb_ttt post_ttt_bpb post_ttt_val_bpb quantized_ttt_bpb final_bpb
@@ -1107,11 +1108,15 @@ def check_data(f: Folder) -> Iterator[tuple]:
         elif run.trains or not run.ours:
             said = "the log names no manifest of its data, which would decide"
             yield UNKNOWN, said if run.ours else FOREIGN, run, named
-        for split in ("train", "val"):
-            docs, given = run.get(f"{split}_docs"), lookup(f.manifest, "splits", split, "docs")
-            if docs and given is not None and docs.value != given:
-                said = f"{docs.text} {split} documents, {given} in the manifest: another data set"
-                yield FAIL, said, run, docs
+        for split, what in (
+                ("train", "docs"),
+                ("val", "docs"),
+                ("val", "bytes")):
+            cut = what == "bytes" and run.having("eval_include_tail", False)
+            fact, given = run.get(f"{split}_{what}"), lookup(f.manifest, "splits", split, what)
+            if fact and given is not None and fact.value != given and not cut:
+                said = f"{fact.text} {split} {what}, {given} in the manifest: another data set"
+                yield FAIL, said, run, fact
     for fact in claims:
         if fact.value is False:
             yield FAIL, "training and validation documents overlap", fact
@@ -1184,6 +1189,19 @@ def check_settings(f: Folder, run: Run) -> Iterator[tuple]:
         said = f"{len(run.record['settings'])} settings, those of the log among them"
         yield PASS, said, list(run.stated.values())
     yield UNKNOWN, "no run record with the settings; it would decide" if run.ours else FOREIGN, [run]
+
+
+def check_track(f: Folder, run: Run) -> Iterator[tuple]:
+    """The published text, eight H100, a recipe's settings, or another track in submission.json."""
+    claimed = str(f.submission.get("track", "10min_16mb")).startswith("10min")
+    events = run.record["events"] if run.record else []
+    for event in events:
+        if event["event"] == "track":
+            on_track = event.get("name") == "10min_16mb"
+            said = f"no record: {event.get('because')}; runs without that would decide"
+            yield PASS, "text, hardware and settings of a record", on_track and run.last("track")
+            yield FAIL if claimed else UNKNOWN, said, run.last("track")
+    yield UNKNOWN, "no track in its run record; it would decide" if run.ours else FOREIGN, [run]
 
 
 def check_order(f: Folder, run: Run) -> Iterator[tuple]:
@@ -1300,7 +1318,7 @@ OF_A_FOLDER = {
 OF_A_RUN = {
     "bytes": check_bytes, "training seconds": check_train_seconds, "evaluation seconds": check_eval_seconds,
     "hints inside timer": check_hints, "token hints only": check_experts, "all targets scored": check_targets,
-    "settings act": check_settings, "decodable order": check_order}
+    "settings act": check_settings, "decodable order": check_order, "track": check_track}
 CHECKS = OF_A_FOLDER | OF_A_RUN  # in the order of the output
 
 

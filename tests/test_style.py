@@ -20,7 +20,7 @@ EXCEPTIONS = {
     "train_gpt.py": dict(wide_functions=1),
     "verify_submission.py": dict(tokens_per_line=12.6, dense=2),
 }
-MOST_LINES = {"train_gpt.py": 4125, "gpt_kernels.py": 1737, "verify_submission.py": 1440}
+MOST_LINES = {"train_gpt.py": 4125, "gpt_kernels.py": 1737, "verify_submission.py": 1458}
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
            tokenize.ENDMARKER}

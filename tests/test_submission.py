@@ -1,4 +1,5 @@
 """Seeds one after another, their statistics, and the folder that a record is copied from."""
+import errno
 import fcntl
 import importlib.util
 import io
@@ -274,6 +275,90 @@ def test_the_folder_is_whole_or_not_there(copied):
     result = call(copied, "folder", copied / "runs", copied / "new")
     assert result.code == 2 and "packs into" in result.err and not (copied / "new").exists()
     assert not list(copied.glob(".submission*"))
+
+
+# --- The track
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project's top to publish into."""
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "README.md").write_text("# A\n")
+    monkeypatch.setattr(sub, "ROOT", top)
+    return top
+
+
+def relabel(runs, name, because) -> None:
+    for seed in SEEDS:
+        path = runs / f"seed{seed}" / f"train_seed{seed}.json"
+        changed = record(runs, seed)
+        sub.event(changed, "track").update(name=name, because=because)
+        path.write_text(json.dumps(changed))
+
+
+def test_a_run_on_another_track_is_labelled_everywhere(three):
+    """Other text, other hardware, other settings than recipe record: in record, table, json and audit."""
+    because = sub.event(record(three.runs, 42), "track")["because"]
+    submission = json.loads((three.runs / "submission.json").read_text())
+    assert submission["track"] == "non_record_16mb" and not submission["record"] and submission["because"] == because
+    assert f"No record: {because}." in (three.runs / "results.md").read_text()
+    for part in ("targets: another text", "CPU are not 8 x H100", "not as recipe record: ", "NUM_LAYERS=5"):
+        assert part in because
+    [line] = [line for line in three.out.splitlines() if line.startswith("UNKNOWN track ")]
+    assert because in line and not any(line.startswith("FAIL") for line in three.out.splitlines())
+
+
+def test_a_claim_to_the_track_is_checked(copied):
+    path = copied / "runs" / "submission" / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(track="10min_16mb")))
+    found = [item for item in sub.verify_submission.audit(copied / "runs" / "submission") if item["check"] == "track"]
+    assert {item["verdict"] for item in found} == {"FAIL"}
+
+
+def test_only_a_record_is_published(copied, project):
+    call(copied, "summary", copied / "runs")
+    said = sub.published(copied / "runs", "record")
+    assert "no record" in said and "--publish any" in said and sorted(os.listdir(project)) == ["README.md"]
+    assert (project / "README.md").read_text() == "# A\n"
+    assert "have these results" in sub.published(copied / "runs", "any")
+    assert "No record" in (project / "README.md").read_text() and (project / "submission.json").exists()
+
+
+def test_a_record_is_published(copied, project):
+    relabel(copied / "runs", "10min_16mb", "nothing differs")
+    call(copied, "summary", copied / "runs")
+    assert "have these results" in sub.published(copied / "runs", "record")
+    published = json.loads((project / "submission.json").read_text())
+    assert published["track"] == "10min_16mb" and published["record"] and "No record" not in (project / "README.md").read_text()
+
+
+def test_publishing_in_a_read_only_checkout_says_so(copied, project, monkeypatch):
+    def read_only(path, _):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    relabel(copied / "runs", "10min_16mb", "nothing differs")
+    call(copied, "summary", copied / "runs")
+    monkeypatch.setattr(sub, "write_whole", read_only)
+    said = sub.published(copied / "runs", "record")
+    assert "Read-only file system" in said and str(copied / "runs") in said and "\n" not in said
+    assert sorted(os.listdir(project)) == ["README.md"]
+
+
+def test_a_second_line_of_seeds_waits_its_turn(copied, without_conclusion):
+    """While the first is between two seeds, no record is live; its folder is held all the same."""
+    before = sorted(copied.glob("runs/*/*"))
+    lock = sub.hold(str(copied / "runs"), "first")
+    try:
+        for action in (("seeds", *SEEDS), ("retest",)):
+            result = call(copied, action[0], copied / "runs", *action[1:], "--", *TRAIN)
+            [line] = result.err.splitlines()
+            assert result.code == 2 and "another run is under way" in line and "remove" not in line
+    finally:
+        os.close(lock)
+    assert sorted(copied.glob("runs/*/*")) == before
+    assert call(copied, "seeds", copied / "runs", *SEEDS, "--", *TRAIN).code == 0
 
 
 def test_results_replace_what_stood_between_the_marks():

@@ -520,6 +520,50 @@ def test_renamed_files_and_their_folder_are_on_disk(tmp_path, monkeypatch):
         str(tmp_path / "file"), str(tmp_path)]
 
 
+# --- Memory
+
+
+def test_a_run_that_cannot_fit_is_refused_with_its_estimate(place, monkeypatch):
+    monkeypatch.setattr(g, "machine_memory", lambda: 2**20)
+    result = main_here(environment(place))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("train_gpt.py: GRAD_ACCUM_STEPS: 2") and "out of memory" in line
+    assert not events(record(place), "step") and record(place)["status"] == "failed"
+
+
+@pytest.mark.parametrize("stage", ["GPT", "Learner"])
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")], ids=["host", "gpu", "cpu", "cublas"])
+def test_running_out_of_memory_is_one_line(place, monkeypatch, error, stage):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(g, stage, fail)
+    result = main_here(environment(place, ITERATIONS=1, TTT_ENABLED=int(stage == "Learner")))
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and "GRAD_ACCUM_STEPS" in line and "GiB" in line and "TTT_BATCH_SIZE" in line
+    assert "Traceback" not in result.stdout and record(place)["status"] == "failed"
+
+
+def test_a_cpu_run_is_not_killed_for_its_memory(place):
+    """It has a limit below which an allocation fails, and the run says so in one line."""
+    limit = 2**29
+    result = launch(environment(place, TRAIN_BATCH_TOKENS=49152, GRAD_ACCUM_STEPS=1, ITERATIONS=1, WARMUP_STEPS=0),
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert result.returncode == 2 and "GRAD_ACCUM_STEPS: 1" in line and record(place)["status"] == "failed"
+
+
+@pytest.mark.parametrize("tokens, gib", [(98_304, 153 * 10**9 / 2**30)])
+def test_the_estimate_is_what_was_measured(tokens, gib):
+    """The record model on a CPU took 1.557 MB a token: 5.34 GB at its peak with 3,072 tokens, 2.15 GB with 1,024."""
+    s = g.Settings(train_batch_tokens=8 * tokens)
+    said = str(g.memory_error(s, runtime(), 0.0))
+    assert float(re.search(r"about ([\d,.]+) GiB", said)[1].replace(",", "")) == pytest.approx(gib, rel=0.1)
+
+
 # --- Caps
 
 

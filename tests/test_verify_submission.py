@@ -66,7 +66,7 @@ class Ours:
             data=dict(folder="data", train_tokens=0 if again else 70_000_000, val_targets=TARGETS,
                       manifest="data/manifest.json", train_docs=9000, val_docs=2500, splits_disjoint=True,
                       tokenizer_lossless=True),
-            code=dict(sha256="", packed_bytes=0))
+            track=dict(name="10min_16mb", because="nothing differs"), code=dict(sha256="", packed_bytes=0))
         if not again:
             events["step 1"] = dict(step=1, train_loss=9.0089, grad_norm=2.3, seconds=0.7, tokens_per_second=0)
             events["step 2"] = dict(step=500, train_loss=2.61, grad_norm=0.08, seconds=59.9, tokens_per_second=6_500_000)
@@ -111,7 +111,7 @@ class Ours:
                     log.write("\ntraining                  148 steps and calibration in 88.584 s\n")
                     log.close(kind, **fields)
                 else:
-                    (log.event if kind[0] in "mdcs" and kind != "size" else log.result)(kind.split()[0], **fields)
+                    (log.event if kind[0] in "mdcs" and kind != "size" or kind == "track" else log.result)(kind.split()[0], **fields)
             log.save()
             for suffix, other in ((".txt", ".log"), (".json", ".json")):
                 (self.folder / (name + other)).write_text(open(log.path + suffix).read())
@@ -198,8 +198,8 @@ def test_sound_folder_passes_every_check(ours, capsys):
     assert v.main([str(ours.folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(v.CHECKS) and all(line.startswith("PASS ") for line in lines)
-    assert any(line.endswith("seeds 0, 42, 314: 598.11 s of 600, 9.71 s of calibration included (train_seed0.log:7, "
-                             "train_seed42.log:7, train_seed314.log:7)") for line in lines)
+    assert any(line.endswith("seeds 0, 42, 314: 598.11 s of 600, 9.71 s of calibration included (train_seed0.log:8, "
+                             "train_seed42.log:8, train_seed314.log:8)") for line in lines)
 
 
 def edit(name, old, new):
@@ -285,6 +285,8 @@ BEFORE = {  # the folder is written from what is broken: check that fails, what 
     "a run without an end": (ends(None), "seeds", LOG),
     "overlapping splits in a log": (event("data", splits_disjoint=False), "data", LOG + "data "),
     "overlapping splits in the manifest": (lambda o: o.manifest.update(splits_disjoint=False), "data", ""),
+    "another sidecar": (lambda o: o.manifest["splits"]["val"].update(bytes=BYTES - 1), "data", LOG + "quantized "),
+    "another track": (lambda o: o.each("track", name="non_record_16mb", because="1 x CPU"), "track", LOG + "track "),
     "another data set": (lambda o: o.manifest["splits"]["train"].update(docs=8000), "data", LOG + "data "),
     "a seed on more data": (event("data", train_tokens=80_000_000), "data", LOG + "data "),
     "other code in a seed": (event("code", sha256="f" * 64), "same code, settings", LOG + "code "),
@@ -750,7 +752,7 @@ def published(folder, edit=lambda seed, text: text, **changes):
     return folder
 
 
-UNSAID = {"code", "data", "settings act", "decodable order", "score rule", "record and log agree"}
+UNSAID = {"code", "data", "settings act", "decodable order", "score rule", "record and log agree", "track"}
 
 
 def test_published_folder_passes_what_it_can_show(tmp_path):

@@ -9,14 +9,14 @@ FOLDER/seed<N> holds the run of seed N: train_seed<N>.txt and .json, its artifac
 repeated evaluation. --against: a submission.json, or lines `seed val_bpb`, or lines `val_bpb`. With the same
 seeds on both sides the test is a paired t-test, else Welch's; both are one-sided: is the improvement above
 0.005 nats per token? After the seeds come the folder (FOLDER/submission), the report (FOLDER/report) and the
-audit, whose exit code is this one's; where it finds no fault --publish writes submission.json and the
-README's table at the project's top too.
+audit, whose exit code is this one's. Where it finds no fault, `--publish record` writes submission.json and
+the README's table at the project's top too, if the runs are a record: of the published text, on eight H100,
+with their recipe's settings. `--publish any` writes whatever they are; json and table say why it is none.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -28,27 +28,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission source/ has the modules
 import verify_submission  # noqa: E402
+from env_settings import InputError, hold, lasting_console, write_whole  # noqa: E402
 from tools.pack_submission import EVALUATION_FILES  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 APART = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "rank", "local_rank",
-         "ttt_eval_only", "train_log_every"}  # settings in which seeds may differ
+         "ttt_eval_only", "train_log_every", "recipe"}  # settings in which seeds may differ
 SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py", "requirements.txt",
            "requirements-cuda.txt", "run.sh", "recipes", "tokenizers", "docs", "LICENSE",
            "tools/submission.py", "tools/report.py", "tools/pack_submission.py", "tools/diff_recipes.py",
            "tools/download_data.py", "tools/check_data.py", "tools/train_tokenizer.py",
            "tools/demo_corpus.py")
-
-
-class InputError(Exception):
-    """What the user gave cannot be used: one line that names it and the remedy."""
 
 
 def load(path: Path) -> dict:
@@ -109,33 +105,11 @@ def run(command: list[str], **environ: object) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def held(home: Path):
-    """Nothing else writes or scores in this seed's folder meanwhile; InputError if something does."""
-    handle = os.open(home, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{home}: a run is under way in it; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
-
-
 def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
     """The seeds that are finished; InputError if what lies there does not belong with what is to run now."""
     import train_gpt as g
 
-    def ours(function, *arguments):
-        try:
-            return function(*arguments)
-        except g.InputError as error:
-            raise InputError(str(error)) from None
-
-    settings = ours(g.Settings.from_environment, os.environ)
+    settings = g.Settings.from_environment(os.environ)
     for name in ("ttt_eval_only", "quantize_only", "prequant_only"):
         if getattr(settings, name):
             raise InputError(f"{name.upper()}: seeds are whole runs; unset it")
@@ -151,7 +125,7 @@ def check_finished(folder: Path, seeds: list[int], ranks: int) -> set[int]:
         if record["status"] == "finished":
             differing = sorted(name.upper() for name, value in wanted.items()
                                if name not in APART and record["settings"].get(name) != value)
-            code = hashlib.sha256(ours(g.packed_code)).hexdigest()
+            code = hashlib.sha256(g.packed_code()).hexdigest()
             if differing or event(record, "code").get("sha256") != code:
                 shown = ", ".join(differing) or "code"
                 raise InputError(f"{folder}/seed{seed}: it is finished, with other {shown} than now; remove "
@@ -169,12 +143,12 @@ def run_seeds(folder: Path, seeds: list[int], command: list[str]) -> None:
         if seed in done:
             print(f"seed {seed}: finished before", flush=True)
             continue
-        home.mkdir(parents=True, exist_ok=True)
-        with held(home):
-            attempt = 1 + len(list(home.glob("attempt*.json")))
-            for suffix in (".json", ".txt"):
-                if (home / (name + suffix)).exists():
-                    (home / (name + suffix)).rename(home / f"attempt{attempt}_{name}{suffix}")
+        lock = hold(str(home), str(home))  # a run that is under way keeps its record
+        attempt = 1 + len(list(home.glob("attempt*.json")))
+        for suffix in (".json", ".txt"):
+            if (home / (name + suffix)).exists():
+                (home / (name + suffix)).rename(home / f"attempt{attempt}_{name}{suffix}")
+        os.close(lock)
         print(f"seed {seed}: {home}", flush=True)
         code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name)
         if code:
@@ -185,9 +159,10 @@ def retest(folder: Path, command: list[str]) -> None:
     """Score every seed's artifact again; the scores of an earlier repetition are replaced."""
     for seed, home in seed_folders(folder).items():
         name = f"eval_seed{seed}"
-        with held(home):
-            for path in home.glob(f"{name}.*"):
-                path.unlink()
+        lock = hold(str(home), str(home))
+        for path in home.glob(f"{name}.*"):
+            path.unlink()
+        os.close(lock)
         code = run(command, SEED=seed, ARTIFACT_DIR=home.resolve(), RUN_ID=name, TTT_EVAL_ONLY=1)
         if code:
             raise SystemExit(code)
@@ -263,12 +238,14 @@ def summarize(folder: Path, against: Path | None) -> dict:
     one = next(iter(records.values()))
     final = one["results"].get("ttt", one["results"]["quantized"])
     machine = one["machine"]
+    because = off_track(records)
     column = {name: [s[name] for s in seeds.values()] for name in next(iter(seeds.values()))}
     title = f"{folder.name}: score-first test-time training in one decodable order"
     submission = dict(
         author=os.environ.get("SUBMISSION_AUTHOR", ""), github_id=os.environ.get("SUBMISSION_GITHUB_ID", ""),
         name=os.environ.get("SUBMISSION_NAME", title),
-        date=max(record["started"] for record in records.values())[:10], track="10min_16mb",
+        date=max(record["started"] for record in records.values())[:10],
+        track="non_record_16mb" if because else "10min_16mb", record=not because, because=because,
         val_loss=round(statistics.mean(column["val_loss"]), 8),
         val_bpb=round(statistics.mean(column["val_bpb"]), 8),
         val_loss_std=spread(column["val_loss"]), val_bpb_std=spread(column["val_bpb"]),
@@ -282,6 +259,14 @@ def summarize(folder: Path, against: Path | None) -> dict:
     write(folder / "submission.json", json.dumps(submission, indent=2) + "\n")
     write(folder / "results.md", results_table(submission))
     return submission
+
+
+def off_track(records: dict[int, dict]) -> str:
+    """Why the runs are no record, in their own words; empty if they can be one."""
+    tracks = [event(record, "track") for record in records.values()]
+    reasons = [track.get("because", "a run does not name its track") for track in tracks
+               if track.get("name") != "10min_16mb"]
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def results_table(submission: dict) -> str:
@@ -302,6 +287,8 @@ def results_table(submission: dict) -> str:
     head = ["seed", "val_bpb before quantization", "quantized", "final", "val_loss", "steps", "training s",
             "evaluation s", "artifact + code bytes"]
     about = "{name}; {hardware}, torch {torch}, {date}.".format(**submission)
+    if submission["because"]:
+        about += f" No record: {submission['because']}."
     lines = [about, "", *("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])]
     comparison = submission.get("comparison")
     if comparison:
@@ -318,10 +305,7 @@ def results_table(submission: dict) -> str:
 
 def write(path: Path, text: str) -> None:
     """All of the text or what was there before."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(str(path), text.encode())
 
 
 def with_results(readme: str, table: str) -> str:
@@ -381,7 +365,7 @@ def build(folder: Path, out: Path) -> None:
         new.rename(out)
 
 
-def conclude(folder: Path, publish: bool) -> int:
+def conclude(folder: Path, publish: str) -> int:
     """The folder, its report and its audit, whose exit code is returned; without a fault all is published."""
     out = folder / "submission"
     if out.exists():
@@ -391,12 +375,26 @@ def conclude(folder: Path, publish: bool) -> int:
     subprocess.run([sys.executable, str(report), str(folder), "--out", str(folder / "report")])
     code = verify_submission.main([str(out)])
     if publish and not code:
-        write(ROOT / "submission.json", (folder / "submission.json").read_text())
-        table = (folder / "results.md").read_text()
-        write(ROOT / "README.md", with_results((ROOT / "README.md").read_text(), table))
+        print(published(folder, publish), flush=True)
     return code
 
 
+def published(folder: Path, publish: str) -> str:
+    """Write the figures at the project's top, if they are what is to be published; says what became of it."""
+    text = (folder / "submission.json").read_text()
+    because = json.loads(text)["because"]
+    if because and publish != "any":
+        return f"README.md and submission.json stay as they are without --publish any: no record, {because}"
+    readme = ROOT / "README.md"
+    try:
+        write(readme, with_results(readme.read_text(), (folder / "results.md").read_text()))
+        write(ROOT / "submission.json", text)
+    except OSError as error:
+        return f"README.md and submission.json stay as they are ({error}); {folder} has both"
+    return "README.md and submission.json have these results"
+
+
+@lasting_console()
 def main(arguments: list[str]) -> int:
     own, command = arguments, []
     if "--" in arguments:
@@ -412,13 +410,17 @@ def main(arguments: list[str]) -> int:
             action.add_argument("seeds", type=int, nargs="+")
         if name in ("seeds", "summary"):
             action.add_argument("--against", type=Path)
-            action.add_argument("--publish", action="store_true")
+            action.add_argument("--publish", choices=("record", "any"), default="")
         if name == "folder":
             action.add_argument("out", type=Path)
     options = parser.parse_args(own)
+    lock = None
     try:
         if getattr(options, "against", None):
             baseline(options.against)
+        if options.action == "seeds" or options.action == "retest" and options.folder.is_dir():
+            # Another line of seeds between two of this one's would spoil both.
+            lock = hold(str(options.folder), str(options.folder))
         if options.action == "seeds":
             if len(set(options.seeds)) < len(options.seeds):
                 raise InputError(f"{' '.join(map(str, options.seeds))}: a seed is named twice")
@@ -438,6 +440,9 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        if lock is not None:
+            os.close(lock)
     return 0
 
 
