@@ -8,7 +8,8 @@ A settings class is a frozen dataclass whose fields are declared with `setting`:
 
 num_layers is then read from NUM_LAYERS. The code knows nothing of what the settings are for; only the table
 at the end is of this project. Before it stands what programs share beside settings: refusals of one line,
-files that are whole, the lock of a folder, a log with its record, and a console that may go away.
+files that are whole, the lock of a folder, items computed ahead, a log with its record, a console that may
+go away.
 """
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ import resource
 import sys
 import tempfile
 import textwrap
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO
 
 
@@ -457,6 +460,26 @@ def ran_out_of_memory(error: BaseException) -> bool:
     words = "out of memory|allocate memory|ALLOC_FAILED|bad_alloc"
     said = isinstance(error, RuntimeError) and re.search(words, str(error))
     return isinstance(error, MemoryError) or bool(said)
+
+
+def ahead(items, depth: int):
+    """Yield the items, computed up to `depth` ahead by a thread that ends with this generator.
+
+    What is raised while computing an item is raised where that item is asked for.
+    """
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            pending = deque(thread.submit(next, source, end) for _ in range(depth))
+            while True:
+                item = pending.popleft().result()
+                if item is end:
+                    return
+                pending.append(thread.submit(next, source, end))
+                yield item
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class EventLog:

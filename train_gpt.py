@@ -37,9 +37,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,9 +54,9 @@ from torch import Tensor, nn
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, EventLog, FromEnvironment, InputError, fields_by_group, fixed_variables, hold, lasting_console,
-    limit_memory, list_of, machine_memory, ran_out_of_memory, read_recipe, setting, settings_help,
-    write_whole)
+    PUBLISHED, EventLog, FromEnvironment, InputError, ahead, fields_by_group, fixed_variables, hold,
+    lasting_console, limit_memory, list_of, machine_memory, ran_out_of_memory, read_recipe, setting,
+    settings_help, write_whole)
 from gpt_kernels import (
     HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, WithPast, adamw_rows,
     add_norm, as_activation, as_matrices, attention, attention_kernel, computed, fp8_products_fit,
@@ -588,26 +586,6 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.on_cuda else f"{platform.machine()} CPU"
         return dict(device=name, devices=self.world_size, python=platform.python_version(),
                     torch=torch.__version__, cuda=torch.version.cuda or "none")
-
-
-def ahead(items, depth: int):
-    """Yield the items, computed up to `depth` ahead by a thread that ends with this generator.
-
-    What is raised while computing an item is raised where that item is asked for.
-    """
-    source = iter(items)
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            pending = deque(thread.submit(next, source, end) for _ in range(depth))
-            while True:
-                item = pending.popleft().result()
-                if item is end:
-                    return
-                pending.append(thread.submit(next, source, end))
-                yield item
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class RunLog(EventLog):
