@@ -22,9 +22,11 @@ import math
 import os
 import re
 import resource
+import signal
 import sys
 import tempfile
 import textwrap
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -414,6 +416,27 @@ def sync_folder(folder: str) -> None:
     with contextlib.suppress(OSError):
         os.fsync(handle)
     os.close(handle)
+
+
+def ignore_signals() -> None:
+    """torchrun ends every rank as soon as one has failed; one that has failed too closes its record first."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def print_errors(program: str, error: Exception, environ: Mapping[str, str]) -> None:
+    """A line on stderr for each problem.
+
+    torchrun ends all ranks of a host as soon as one has left. What all of them have found is said by the
+    first at once; the others speak only if they are still there after a while, with something of their own.
+    """
+    rank = environ.get("RANK", "0")
+    if "TORCHELASTIC_RUN_ID" in environ and environ.get("LOCAL_RANK") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)
+    source = program if rank == "0" else f"{program}: rank {rank}"
+    for line in str(error).splitlines():
+        print(f"{source}: {line}", file=sys.stderr)
 
 
 def hold(folder: str, refusal: str, shared: bool = False) -> int:

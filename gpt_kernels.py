@@ -887,30 +887,35 @@ class WithPast(torch.autograd.Function):
 
 
 FLASH_ATTENTION_4 = "flash_attn.cute.interface"
+ATTENTION_KERNELS = ("fa4", "torch", "reference")  # the fastest first
 
 
 @functools.cache
-def attention_kernel(wanted: str) -> str:
-    """The kernel that ATTENTION stands for on this machine; KernelError where what it names is not there."""
-    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if wanted == "fa4" or wanted == "auto" and on_hopper:
+def attention_kernel(wanted: str, *shape) -> tuple[str, str]:
+    """The kernel that ATTENTION stands for here, why no faster one; KernelError if the named one fails."""
+    first = 2
+    if torch.cuda.is_available():
+        first = 0 if torch.cuda.get_device_capability()[0] == 9 else 1  # FlashAttention 4 is for Hopper
+    reasons = []
+    for kernel in ATTENTION_KERNELS[first:] if wanted == "auto" else [wanted]:
         try:
-            importlib.import_module(FLASH_ATTENTION_4)
-            warnings.filterwarnings("ignore", "Argument aux_data")  # at its first calls, about what is None
-            try_flash_attention()
-            return "fa4"
-        except Exception as error:  # it fails in many ways where it does not fit
-            if wanted == "fa4":
-                raise KernelError(f"ATTENTION: fa4 does not load ({type(error).__name__}: {error}); install "
-                                  "requirements-cuda.txt, or choose auto or torch") from None
-    return "torch" if wanted == "auto" else wanted
+            if kernel != "reference":
+                try_attention(kernel, *shape)
+            return kernel, "; ".join(reasons)
+        except Exception as error:  # kernels fail in many ways where they do not fit
+            reasons.append(f"{kernel} does not load ({type(error).__name__}: {error})".splitlines()[0])
+    raise KernelError(f"ATTENTION: {reasons[0]}; install requirements-cuda.txt for fa4, or choose auto")
 
 
-def try_flash_attention() -> None:
-    """Raises whatever FlashAttention 4 raises on this machine."""
-    q = torch.zeros(128, 8, 64, dtype=torch.bfloat16, device="cuda")
-    segments = Segments(torch.tensor([0, 128], dtype=torch.int32, device="cuda"), None, 2048)
-    attention(Heads(q, q[:, :4], q[:, :4]), segments, "fa4")
+def try_attention(kernel: str, *shape) -> None:
+    """Raises whatever the kernel raises here, forward and backward, on one segment of the longest length."""
+    longest, heads, kv_heads, head_dim = shape
+    if kernel == "fa4":
+        warnings.filterwarnings("ignore", "Argument aux_data")  # at its first calls, about what is None
+    q = torch.zeros(longest, heads, head_dim, device="cuda").bfloat16().requires_grad_()
+    segments = Segments(q.new_tensor([0, longest], dtype=torch.int32), None, longest)
+    out = attention(Heads(q, q, q, copies=heads // kv_heads), segments, kernel)
+    out.backward(out)
     torch.cuda.synchronize()
 
 
@@ -918,13 +923,9 @@ class FlashAttention4(torch.autograd.Function):
     """Dao et al. 2026. Of keys and values that come in copies, the forward pass reads one."""
 
     @staticmethod
-    def library():
-        return importlib.import_module(FLASH_ATTENTION_4)
-
-    @staticmethod
     def forward(ctx, q, k, v, cu, longest, copies):
         ctx.bounds = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        forward = FlashAttention4.library()._flash_attn_fwd
+        forward = importlib.import_module(FLASH_ATTENTION_4)._flash_attn_fwd
         once = slice(None, None, copies)
         out, lse = forward(q, k[:, once], v[:, once], **ctx.bounds, causal=True, return_lse=True)[:2]
         ctx.save_for_backward(q, k, v, out, lse)
@@ -933,7 +934,7 @@ class FlashAttention4(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        backward = FlashAttention4.library()._flash_attn_bwd
+        backward = importlib.import_module(FLASH_ATTENTION_4)._flash_attn_bwd
         gradients = backward(q, k, v, out, dout.contiguous(), lse, q.size(-1) ** -0.5, True, **ctx.bounds)
         return *gradients[:3], None, None, None
 

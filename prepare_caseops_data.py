@@ -52,6 +52,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt during the imports ends it in silence
+
 import numpy as np
 from tqdm import tqdm
 
@@ -703,4 +706,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     import prepare_caseops_data  # the copy that tools/ import, so that both use the same classes
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(prepare_caseops_data.main())

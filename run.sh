@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
-# The one door: sets up .venv, finds or builds data, trains and scores, tests.
+# The one door: sets up .venv; tools/ do the rest.
 set -euo pipefail
 for name in DATA_PATH DATA_DIR ARTIFACT_DIR; do  # relative to where the caller stands
   if [[ -n ${!name:-} && ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
 done
 caller=$PWD
-CDPATH='' cd -- "$(dirname -- "$0")"
+script=${BASH_SOURCE[0]}
+while [[ -L $script ]]; do  # it may be called through links
+  target=$(readlink -- "$script")
+  if [[ $target == /* ]]; then script=$target; else script=$(dirname -- "$script")/$target; fi
+done
+CDPATH='' cd -- "$(dirname -- "$script")"
 
 from_caller() { if [[ $1 == /* ]]; then echo "$1"; else echo "$caller/$1"; fi; }
 
 usage() {
   cat <<'TXT'
-./run.sh [RECIPE]       train and score with recipes/RECIPE.env; default: record with CUDA, demo without
+./run.sh [RECIPE]       train and score with recipes/RECIPE.env; default: record with CUDA and a data set, else demo
 ./run.sh RECIPE SEED... [--against FILE] [--publish]
                         these seeds one after another into runs/RECIPE, a finished one not again; then the results, compared
                         with FILE's, the submission folder, its audit and the report. Of recipe record a record's results go
                         into README.md and submission.json, with --publish those of any recipe and machine
+./run.sh check [RECIPE]             all that would stop or slow a run on this machine, in under a minute
 ./run.sh retest [RECIPE]            score the artifacts of these seeds again
 ./run.sh decode [RECIPE] [ARGS]     code documents with the artifact of a run and read them back (tools/decode.py --help)
 ./run.sh submission DIR [RECIPE]    write the folder that can be copied as a record
 ./run.sh diff A B       what two recipes set differently: names, or files like recipes/*.env
-./run.sh report [RUN...]            an HTML page of run records: files, or folders that hold them
+./run.sh report [RUN...] [--out DIR]
+                        an HTML page of run records: files, or folders that hold them; default: logs/ and runs/ into report/
 ./run.sh test [ARGS]    run the tests (ARGS go to pytest)
 ./run.sh setup          only make .venv and install
 ./run.sh pack-code [F]  write the single self-extracting train_gpt.py that a submission ships (default packed/train_gpt.py)
@@ -28,21 +35,50 @@ usage() {
 
 Settings are environment variables and win over the recipe: SEED=42 ./run.sh, NPROC_PER_NODE=4 ./run.sh,
 DATA_PATH=/my/shards ./run.sh pr2135; ARTIFACT_DIR replaces runs/RECIPE. Without a data set the demo's is built from Python's own library.
+Names given on the line are relative to where you stand; what has a default lies beside run.sh.
 TXT
+}
+
+# What the text says of one command.
+help_of() {
+  local line found=
+  while IFS= read -r line; do
+    if [[ $line != ' '* ]]; then found=; fi
+    if [[ $line == "./run.sh $1"* ]]; then found=1; fi
+    if [[ -n $found ]]; then echo "$line"; fi
+  done < <(usage)
 }
 
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
+# Anything that is stamped .venv/installed: the Python it was made with, and the requirements.
 setup() {
-  local base=${PYTHON:-python3} stamp own=() index=()
-  stamp="$base $(cat requirements*.txt | cksum)"
+  local base sum stamp=
+  base=${PYTHON:-python3}
+  sum=$(cat requirements*.txt | cksum)
   PY=.venv/bin/python
-  if [[ -x $PY && $(cat .venv/installed 2>/dev/null) == "$stamp" ]]; then
-    if [[ -f .venv/without_cuda ]]; then cat .venv/without_cuda >&2; fi
-    return
+  if [[ -x $PY && -f .venv/installed ]]; then
+    stamp=$(< .venv/installed)
+    # Without PYTHON any Python will do that it was made with.
+    if [[ $stamp == *" $sum" && ( -z ${PYTHON:-} || $stamp == "$base $sum" ) ]]; then
+      if [[ -f .venv/without_cuda ]]; then cat .venv/without_cuda >&2; fi
+      return
+    fi
   fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "needs Python 3.10 or newer; set PYTHON=/path/to/python3"
+  install_into_venv "$base" "$sum"
+}
+
+install_into_venv() {
+  local base=$1 own=() index=()
+  # What a link leads to may be another checkout's, which --clear would empty.
+  [[ ! -L .venv ]] || fail ".venv is a link to $(readlink .venv), which was not made for these requirements; remove the link"
+  { exec 9<> .venv.lock; } 2>/dev/null || fail ".venv.lock: this folder is not writable; copy it to one that is"
+  # The lock belongs to this shell's open file: it lasts until the shell ends, however that happens.
+  "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
+    fail "$(cat .venv.lock) is setting up .venv; wait for its end, then start again"
+  echo "process $$ on $(uname -n)" > .venv.lock
   echo "setting up .venv"
   # A torch that the machine brings along fits its driver: build on it if it is one of ours.
   if "$base" -c 'import torch; v = torch.__version__.split("."); assert (2, 11) <= (int(v[0]), int(v[1])) < (2, 14)' \
@@ -61,96 +97,88 @@ setup() {
     echo "run.sh: requirements-cuda.txt could not be installed; attention uses PyTorch's own kernel (rm -r .venv to try again)" |
       tee .venv/without_cuda >&2
   fi
-  echo "$stamp" > .venv/installed
-}
-
-# Export what the recipe sets and the caller did not.
-load_recipe() {
-  local line
-  while IFS= read -r line || [[ -n $line ]]; do
-    if [[ $line == *=* && $line != \#* && ! -v ${line%%=*} ]]; then export "${line?}"; fi
-  done < "recipes/$1.env"
-}
-
-# DATA_PATH if it is set, else the published set if it has been downloaded, else the demo's.
-find_data() {  # --own: no demo instead
-  local folder
-  if [[ -n ${DATA_PATH:-} ]]; then return; fi
-  for folder in "${DATA_DIR:-data}"/datasets/fineweb10B_sp8192_caseops/{datasets/,}datasets/fineweb10B_sp8192_*; do
-    if compgen -G "$folder/fineweb_train_*.bin" > /dev/null; then export DATA_PATH=$folder; return; fi
-  done
-  [[ ${1:-} != --own ]] ||
-    fail "no data set found; get it with python prepare_caseops_data.py --download, or set DATA_PATH"
-  echo "no data set found: using the demo's, made from Python's own library (README.md says how to get the real one)"
-  if [[ ! -f data/demo/manifest.json ]]; then "$PY" tools/demo_corpus.py --out data/demo --keep; fi
-  export DATA_PATH=data/demo
-}
-
-# The program under its launcher, in `launch`, with data and recipe in the environment; checks both first. --own as above.
-prepare() {
-  local gpus ranks
-  gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
-  ranks=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
-  find_data ${2:+"$2"}
-  if [[ -z ${VOCAB_SIZE:-} && -f $DATA_PATH/manifest.json ]]; then  # the vocabulary is the data's, not the recipe's
-    VOCAB_SIZE=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"]["vocab_size"])' "$DATA_PATH/manifest.json")
-    export VOCAB_SIZE
-  fi
-  recipe=${1:-$( ((gpus)) && echo record || echo demo)}
-  load_recipe "$recipe"
-  export RECIPE=$recipe
-  RANK=0 WORLD_SIZE=$ranks "$PY" train_gpt.py --check
-  launch=("$PY" train_gpt.py)
-  if ((ranks > 1)); then launch=("$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py); fi
+  echo "$base $2" > .venv/installed
+  exec 9>&-
 }
 
 known() {
   [[ -f recipes/$1.env ]] || fail "no recipe recipes/$1.env; there are: $(cd recipes && echo *.env | sed 's/\.env//g')"
 }
 
-# The folder of a recipe's seeds; the variable that chose it must not reach the runs.
-runs_of() {
+# Seeds of a recipe must be there before anything is installed for them.
+has_seeds() {
+  known "$1"
   base=${ARTIFACT_DIR:-runs/$1}
-  unset ARTIFACT_DIR
+  compgen -G "$base/seed*" > /dev/null || fail "$base: no folders seed<N> in it; run ./run.sh $1 SEED... first"
 }
 
+for word in "$@"; do
+  if [[ $word == --help || $word == -h ]]; then
+    text=$(help_of "$1")
+    if [[ -n $text ]]; then echo "$text"; else usage; fi
+    exit
+  fi
+done
 case ${1:-} in
-  help|-h|--help) usage; exit ;;
+  help) usage; exit ;;
   setup) setup; exit ;;
   test)
     setup; shift
     OMP_NUM_THREADS=1 exec "$PY" -m pytest -q -n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile --no-loadscope-reorder "$@" ;;
   pack-code)
+    target=packed/train_gpt.py
+    if [[ -n ${2:-} ]]; then target=$(from_caller "$2"); fi
     setup
-    target=$(from_caller "${2:-packed/train_gpt.py}")
     mkdir -p "$(dirname "$target")"
     exec "$PY" tools/pack_submission.py "$target" ;;
   diff)
-    setup; shift
-    exec "$PY" tools/diff_recipes.py "$@" ;;
+    (($# == 3)) || fail "diff: name two recipes"
+    files=()
+    for file in "$2" "$3"; do
+      if [[ ! -f recipes/$file.env ]]; then file=$(from_caller "$file"); fi
+      files+=("$file")
+    done
+    setup
+    exec "$PY" tools/diff_recipes.py "${files[@]}" ;;
   report)
-    setup; shift
-    runs=()
-    for run in "$@"; do runs+=("$(from_caller "$run")"); done
-    if (($# == 0)); then
+    shift
+    runs=() out=()
+    while (($#)); do
+      if [[ $1 == --out ]]; then
+        [[ -n ${2:-} ]] || fail "--out: name the folder to write"
+        out=(--out "$(from_caller "$2")")
+        shift
+      else
+        run=$(from_caller "$1")
+        [[ -e $run ]] || fail "report: no file or folder $1"
+        runs+=("$run")
+      fi
+      shift
+    done
+    if ((${#runs[@]} == 0)); then
       for run in logs runs/*; do if [[ -d $run ]]; then runs+=("$run"); fi; done
       ((${#runs[@]})) || fail "no logs/ and no runs/ yet; name run records or their folders"
     fi
-    exec "$PY" tools/report.py "${runs[@]}" ;;
+    setup
+    exec "$PY" tools/report.py "${runs[@]}" ${out[@]+"${out[@]}"} ;;
   submission)
     [[ -n ${2:-} ]] || fail "name the folder to write; see ./run.sh help"
-    known "${3:-record}"; setup; runs_of "${3:-record}"
+    has_seeds "${3:-record}"; setup
     exec "$PY" tools/submission.py folder "$base" "$(from_caller "$2")" ;;
   decode)
     recipe=demo
     if [[ ${2:-} != "" && ${2:-} != --* ]]; then recipe=$2; shift; fi
-    shift; known "$recipe"; setup; prepare "$recipe"
-    exec "$PY" tools/decode.py "$@" ;;
+    shift; known "$recipe"; setup
+    exec "$PY" tools/launch.py decode "$recipe" "$@" ;;
   retest)
-    known "${2:-record}"; setup; runs_of "${2:-record}"; prepare "${2:-record}"
-    exec "$PY" tools/submission.py retest "$base" -- "${launch[@]}" ;;
+    has_seeds "${2:-record}"; setup
+    exec "$PY" tools/launch.py retest "${2:-record}" ;;
+  check)
+    if [[ -n ${2:-} ]]; then known "$2"; fi
+    setup
+    exec "$PY" tools/check_machine.py ${2:+"$2"} ;;
 esac
-[[ -z ${1:-} ]] || known "$1"
+if [[ -n ${1:-} ]]; then known "$1"; fi
 recipe=${1:-}
 shift $(($# > 0))
 seeds=() against=()
@@ -166,14 +194,8 @@ while (($#)); do
   esac
   shift
 done
+((${#seeds[@]} || ${#against[@]} == 0)) || fail "--against: name the seeds too"
 setup
-if ((${#seeds[@]} == 0)); then
-  ((${#against[@]} == 0)) || fail "--against: name the seeds too"
-  prepare "$recipe"
-  exec "${launch[@]}"
-fi
-runs_of "$recipe"
-options=(${against[@]+"${against[@]}"})
-if [[ -n $publish ]]; then options+=(--publish "$publish"); fi
-if [[ $recipe == demo ]]; then prepare demo; else prepare "$recipe" --own; fi
-exec "$PY" tools/submission.py seeds "$base" "${seeds[@]}" ${options[@]+"${options[@]}"} -- "${launch[@]}"
+if ((${#seeds[@]} == 0)); then exec "$PY" tools/launch.py run ${recipe:+"$recipe"}; fi
+if [[ -n $publish ]]; then against+=(--publish "$publish"); fi
+exec "$PY" tools/launch.py seeds "$recipe" "${seeds[@]}" ${against[@]+"${against[@]}"}

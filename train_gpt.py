@@ -38,11 +38,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 STARTED = time.perf_counter()  # of the process, before the imports that take seconds
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # and during which an interrupt should end it in silence
+if not os.path.exists("/dev/nvidiactl"):  # OpenMP reads it when torch loads: threads that wait should sleep
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import brotli
 import constriction
@@ -55,13 +60,13 @@ from torch import Tensor, nn
 import online_ngram_tilt as ngram
 from env_settings import (
     PUBLISHED, EventLog, FromEnvironment, InputError, ahead, fields_by_group, fixed_variables, hold,
-    lasting_console, limit_memory, list_of, machine_memory, ran_out_of_memory, read_recipe, setting,
-    settings_help, write_whole)
+    ignore_signals, lasting_console, limit_memory, list_of, machine_memory, print_errors, ran_out_of_memory,
+    read_recipe, setting, settings_help, write_whole)
 from gpt_kernels import (
-    HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip, WithPast, adamw_rows,
-    add_norm, as_activation, as_matrices, attention, attention_kernel, computed, fp8_products_fit,
-    grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads, rotary_tables, squared_mlp,
-    two_value_nll, xsa_gate)
+    ATTENTION_KERNELS, HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product,
+    Segments, Skip, WithPast, adamw_rows, add_norm, as_activation, as_matrices, attention, attention_kernel,
+    computed, fp8_products_fit, grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads,
+    rotary_tables, squared_mlp, two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -312,8 +317,7 @@ class Settings(FromEnvironment):
         yield s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"does not divide NUM_HEADS={s.num_heads}"
         yield (s.rotary_dims % 2 == 0 and s.rotary_dims <= s.head_dim, "ROPE_DIMS",
                f"is not even or above the head width {s.head_dim}")
-        whole = (s.model_dim * s.mlp_mult).is_integer()
-        yield whole, "MLP_MULT", f"x MODEL_DIM={s.model_dim} is not whole"
+        yield (s.model_dim * s.mlp_mult) % 1 == 0, "MLP_MULT", f"x MODEL_DIM={s.model_dim} is not whole"
         yield s.gate_window <= s.model_dim, "GATE_WINDOW", f"is above MODEL_DIM={s.model_dim}"
         yield s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"is above NUM_LAYERS={s.num_layers}"
         yield (not s.num_loops or s.loop_start <= s.loop_end < s.num_layers, "LOOP_END",
@@ -329,8 +333,7 @@ class Settings(FromEnvironment):
         ends = [end for _, end in s.context_stages]
         yield (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
                "needs an end of its own in (0, 1] for every length")
-        longest = max(length for length, _ in s.context_stages)
-        yield (longest == s.train_seq_len, "TRAIN_SEQ_LEN",
+        yield (max(length for length, _ in s.context_stages) == s.train_seq_len, "TRAIN_SEQ_LEN",
                f"is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
         yield (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
                "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset")
@@ -339,8 +342,7 @@ class Settings(FromEnvironment):
         yield (s.gptq_calibration_batches or s.step_rule == "sigma", "GPTQ_CALIBRATION_BATCHES",
                "is too few for STEP_RULE=loss, which needs calibration")
         enough = s.train_batch_tokens >= 8 or not (s.gptq_calibration_batches and s.accumulation)
-        yield (enough, "TRAIN_BATCH_TOKENS",
-               "is too few for calibration, which takes eighths of it; make it 8 or more")
+        yield enough, "TRAIN_BATCH_TOKENS", "is too few for calibration, which takes eighths; make it 8"
         yield (not s.awq_lite_enabled or s.awq_lite_bits > min(s.matrix_bits, s.embed_bits), "AWQ_LITE_BITS",
                "is above neither MATRIX_BITS nor EMBED_BITS; raise it")
         lqer_values = s.lqer_rank * math.gcd(s.model_dim, s.mlp_dim)
@@ -348,8 +350,7 @@ class Settings(FromEnvironment):
                f"does not divide LQER_RANK={s.lqer_rank} x the matrices' columns")
         yield (not s.lqer_enabled or s.lqer_rank <= s.kv_dim, "LQER_RANK",
                f"is above {s.kv_dim}, the rows of the key and value matrices")
-        yield (s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS",
-               f"is below 8 x EVAL_SEQ_LEN={s.eval_seq_len}")
+        yield s.eval_batch_tokens >= s.eval_seq_len, "VAL_BATCH_TOKENS", "is below 8 x EVAL_SEQ_LEN; raise it"
         yield s.eval_stride <= s.eval_seq_len, "EVAL_STRIDE", f"is above EVAL_SEQ_LEN={s.eval_seq_len}"
         chunks = [s.ttt_chunk_size]
         if s.ttt_chunk_growth:
@@ -399,6 +400,10 @@ class Settings(FromEnvironment):
     @property
     def mlp_dim(self) -> int:
         return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def attention_shape(self) -> tuple[int, ...]:
+        return self.train_seq_len, self.num_heads, self.num_kv_heads, self.head_dim
 
     @property
     def rotary_dims(self) -> int:
@@ -494,6 +499,10 @@ def visit_order(s: Settings, looping: bool) -> tuple[list[int], list[int]]:
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
 
 
+# What ends a run in one line; any other exception is a fault of this program and shows its traceback.
+BAD_INPUT = (InputError, KernelError, ngram.NgramError)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process's place in the run: its rank, the number of ranks, its device."""
@@ -509,10 +518,9 @@ class Runtime:
         on_cuda = torch.cuda.is_available()
         device = torch.device("cuda", settings.local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
-            count = torch.cuda.device_count()
-            if settings.local_rank >= count:
+            if settings.local_rank >= torch.cuda.device_count():
                 raise InputError(f"LOCAL_RANK: rank {settings.local_rank} has no GPU, the machine shows "
-                                 f"{count}; lower --nproc_per_node")
+                                 f"{torch.cuda.device_count()}; lower --nproc_per_node")
             torch.cuda.set_device(device)
             # The default, a thread per core, makes the ranks of a large host slow each other down.
             torch.set_num_threads(min(8, torch.get_num_threads()))
@@ -562,9 +570,29 @@ class Runtime:
         dist.broadcast(message, src=0)
         return message.tolist()
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        self.from_rank0([0.0])
+    def gather(self, value) -> list:
+        """Every rank's value, a plain Python object, in the order of the ranks."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, *stages: Callable) -> list:
+        """The results of what every rank does by itself; InputError, on all, with what stops any of them."""
+        results, faults = [], []
+        for stage in stages:
+            try:
+                results.append(stage())
+            except (*BAD_INPUT, OSError) as error:
+                faults += str(error).splitlines()
+        everyone = self.gather(faults)
+        shared = set(faults).intersection(*everyone)
+        lines = [line if line in shared else f"rank {rank}: {line}"
+                 for rank, found in enumerate(everyone) for line in found]
+        if lines:
+            raise InputError("\n".join(dict.fromkeys(lines)))
+        return results
 
     @torch.no_grad()
     def broadcast(self, tensors) -> None:
@@ -585,7 +613,8 @@ class Runtime:
         """The machine, for the run record."""
         name = torch.cuda.get_device_name(self.device) if self.on_cuda else f"{platform.machine()} CPU"
         return dict(device=name, devices=self.world_size, python=platform.python_version(),
-                    torch=torch.__version__, cuda=torch.version.cuda or "none")
+                    torch=torch.__version__, cuda=torch.version.cuda or "none", cores=os.cpu_count(),
+                    load=round(os.getloadavg()[0], 2))  # what else the machine was doing
 
 
 class RunLog(EventLog):
@@ -634,8 +663,9 @@ def shard_files(folder: str, kind: str) -> list[str]:
     """The shards `fineweb_<kind>_<number>.bin` of a folder, in order. Raises InputError if there is none."""
     files = sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{kind}_[0-9]*.bin")))
     if not files:
-        raise InputError(f"DATA_PATH: no fineweb_{kind}_*.bin in {folder}; run prepare_caseops_data.py or "
-                         "set DATA_PATH")
+        others = glob.glob(os.path.join(glob.escape(folder), "fineweb_*.bin"))
+        wanted = f"fineweb_{kind}_*.bin" if others else "fineweb_*.bin"
+        raise InputError(f"DATA_PATH: no {wanted} in {folder}; run prepare_caseops_data.py or set DATA_PATH")
     return files
 
 
@@ -880,7 +910,7 @@ class GPT(nn.Module):
         super().__init__()
         s = self.settings = settings
         self.compute_dtype = compute_dtype
-        self.attention_kernel = attention_kernel(s.attention) if torch.cuda.is_available() else "reference"
+        self.attention_kernel, _ = attention_kernel(s.attention, *s.attention_shape)
         self.fp8 = s.fp8 != "0" and fp8_products_fit(  # in passes with gradients
             s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, compute_dtype)
         self.kept_layers: list[Layer] | None = None
@@ -3713,7 +3743,7 @@ class Score:
     def timer(self):
         """Everything that the score needs is computed inside; all ranks begin together."""
         self.runtime.synchronize()
-        self.runtime.barrier()
+        self.runtime.gather(None)  # all ranks begin together
         self.began = time.perf_counter()
         yield
         self.runtime.sum(self.nats)
@@ -3776,20 +3806,6 @@ def test_time_training(model: GPT, data: ValidationData, looping: bool, s: Setti
         hints=text.hinted, hints_inside_timer=True, decodable=s.ttt_order == "stream")
 
 
-def check_machine(s: Settings, runtime: Runtime) -> None:
-    """Raise InputError, before anything is trained, if test-time training will not run here."""
-    if runtime.on_cuda:
-        if not HAS_TRITON:
-            raise InputError("triton: test-time training on CUDA needs it; pip install triton")
-        for name, size in dict(TTT_LORA_RANK=s.ttt_lora_rank, VOCAB_SIZE=s.vocab_size).items():
-            if size % 8:
-                raise InputError(f"{name}: {size} is no multiple of 8, as test-time training on CUDA wants; "
-                                 "change it or set TTT_ENABLED=0")
-    if s.ngram_tilt_enabled and runtime.rank == 0:
-        ngram.load()  # compiles, once for all ranks of a host
-    runtime.barrier()
-
-
 # ============================================================================================================
 # 10. Main
 # ============================================================================================================
@@ -3811,14 +3827,6 @@ def off_track(s: Settings, targets: int, machine: dict) -> list[str]:
     return [reason for reason, holds in on_track.items() if not holds]
 
 
-def log_setup(log: RunLog) -> None:
-    """Log which settings differ from their defaults, and the machine."""
-    values = log.record["settings"].items()
-    changed = {name.upper(): value for name, value in values if value != getattr(Settings, name)}
-    log.event("settings", **changed)
-    log.event("machine", **log.record["machine"])
-
-
 def memory_error(s: Settings, runtime: Runtime, factor: float) -> InputError | None:
     """What to say if training takes over `factor` times what the device has: about what its products read."""
     visits = sum(map(len, visit_order(s, s.loops_at_end)))
@@ -3832,30 +3840,50 @@ def memory_error(s: Settings, runtime: Runtime, factor: float) -> InputError | N
 
 
 def check_tools(s: Settings, runtime: Runtime) -> None:
-    """Raise an error now if a program or library is missing that this run needs only after training."""
+    """Raise InputError with all that is missing: memory, and what is needed only after training."""
     error = memory_error(s, runtime, 2.0)  # the estimate is not so far off
-    if error and not s.ttt_eval_only and not s.quantize_only:
-        raise error
-    if s.prequant_only:
-        return
-    compresses = runtime.rank == 0 and s.compressor == "pergroup"
+    lacking = [] if error is None or s.ttt_eval_only or s.quantize_only else [str(error)]
+    compresses = runtime.rank == 0 and s.compressor == "pergroup" and not s.prequant_only
     if compresses and not (shutil.which("lrzip") and shutil.which("prlimit")):
-        raise InputError("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose "
-                         "entropy or brotli")
-    if s.ttt_enabled:
-        check_machine(s, runtime)
+        lacking.append("COMPRESSOR: pergroup needs the programs lrzip and prlimit; install them, or choose "
+                       "entropy or brotli")
+    if s.ttt_enabled and runtime.on_cuda and not s.prequant_only:
+        if not HAS_TRITON:
+            lacking.append("triton: test-time training on CUDA needs it; pip install triton")
+        sizes = dict(TTT_LORA_RANK=s.ttt_lora_rank, VOCAB_SIZE=s.vocab_size)
+        lacking += [f"{name}: {size} is no multiple of 8, as test-time training on CUDA wants; change it or "
+                    "set TTT_ENABLED=0" for name, size in sizes.items() if size % 8]
+    if lacking:
+        raise InputError("\n".join(lacking))
 
 
-def load_data(s: Settings, runtime: Runtime, log: RunLog) -> tuple[TrainingData | None, Evaluator]:
-    """The training stream, where there is anything to train or quantize, and the validation stream."""
-    facts = check_manifest(s)
-    data = None if s.ttt_eval_only else TrainingData(s, runtime)
-    validation = Evaluator(ValidationData(s), s, runtime)
-    log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0,
-              val_targets=validation.targets, **facts)
-    because = "; ".join(off_track(s, validation.targets, log.record["machine"]))
-    log.event("track", name="non_record_16mb" if because else "10min_16mb", because=because or "no reason")
-    return data, validation
+def allow_fp8(s: Settings, runtime: Runtime) -> bool:
+    """Whether products run in 8 bits on this rank; InputError if they cannot and FP8=1 asks for it."""
+    fits = fp8_products_fit(s.model_dim, s.kv_dim, s.mlp_dim, s.vocab_size, runtime.compute_dtype)
+    if s.fp8 == "1" and not fits:
+        raise InputError("FP8: 8-bit products need a Hopper GPU, MODEL_DIM a power of 2 from 256, the MLP's "
+                         "width a multiple of 256, the keys' width and VOCAB_SIZE of 16; set FP8=0")
+    return s.fp8 != "0" and fits
+
+
+def prepare(s: Settings, runtime: Runtime) -> list:
+    """What a run takes from data and machine. All that any rank lacks is raised at once, as InputError."""
+    tilts = s.ttt_enabled and s.ngram_tilt_enabled and not s.prequant_only
+    return runtime.together(
+        lambda: (check_manifest(s), None if s.ttt_eval_only else TrainingData(s, runtime), ValidationData(s)),
+        lambda: attention_kernel(s.attention, *s.attention_shape),
+        lambda: allow_fp8(s, runtime),
+        lambda: check_tools(s, runtime),
+        lambda: ngram.load() if tilts and s.local_rank == 0 else None)  # compiles, once on each host
+
+
+def agree_on_kernels(mine: tuple[str, str, bool], s: Settings, runtime: Runtime, log: RunLog) -> Settings:
+    """The settings with ATTENTION and FP8 as all ranks can have them; mine: kernel, why none faster, FP8."""
+    kernels, reasons, fp8 = zip(*runtime.gather(mine))
+    for reason in dict.fromkeys(filter(None, reasons)):
+        log.event("slower_attention", ranks=reasons.count(reason), reason=reason)
+    slowest = max(kernels, key=ATTENTION_KERNELS.index)
+    return dataclasses.replace(s, attention=slowest, fp8=str(int(all(fp8))))
 
 
 def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
@@ -3870,10 +3898,6 @@ def measure_code(s: Settings, runtime: Runtime, log: RunLog) -> int:
 
 def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
     model = GPT(s, runtime.compute_dtype).to(runtime.device).view(compiled=runtime, fp8=True)
-    if s.fp8 == "1" and not model.fp8:
-        raise InputError("FP8: products in 8-bit floats need a Hopper GPU, MODEL_DIM a power of 2 from 256, "
-                         "the MLP's width a multiple of 256, and the keys' width and VOCAB_SIZE multiples of "
-                         "16; set FP8=0")
     runtime.broadcast(model.parameters())
     log.event("model", parameters=sum(p.numel() for p in model.parameters()),
               micro_batch_tokens=s.micro_batch_tokens, micro_batches=s.accumulation,
@@ -3937,13 +3961,19 @@ def log_size(code_bytes: int, s: Settings, log: RunLog) -> None:
 
 def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
     """The stages of a run. All ranks compute; rank 0 alone writes files."""
-    s = settings
-    # What can be wrong with the machine or the data shows here, before the first step.
-    log_setup(log)
+    given = log.record["settings"].items()
+    changed = {name.upper(): value for name, value in given if value != getattr(Settings, name)}
+    log.event("settings", **changed)
+    log.event("machine", **log.record["machine"])
+    (facts, data, text), attention_here, fp8_here, *_ = prepare(settings, runtime)
+    s = agree_on_kernels((*attention_here, fp8_here), settings, runtime, log)
     if not (s.ttt_eval_only or s.prequant_only) and os.path.exists(s.artifact_path):
         log.event("replaces", artifact=s.artifact_path, to_keep_it="choose another ARTIFACT_DIR")
-    check_tools(s, runtime)
-    data, validation = load_data(s, runtime, log)
+    validation = Evaluator(text, s, runtime)
+    log.event("data", folder=s.shards_dir, train_tokens=data.total if data else 0,
+              val_targets=validation.targets, **facts)
+    because = "; ".join(off_track(settings, validation.targets, log.record["machine"]))
+    log.event("track", name="non_record_16mb" if because else "10min_16mb", because=because or "no reason")
     code_bytes = measure_code(s, runtime, log)
     model = build_model(s, runtime, log)
 
@@ -3966,7 +3996,6 @@ def run(settings: Settings, runtime: Runtime, log: RunLog) -> None:
         log_size(code_bytes, s, log)
     log.result("quantized", **validation.score(model, looping))
     if s.ttt_enabled:
-        text = validation.data
         if s.val_doc_fraction < 1:
             text = text.sample(s.val_doc_fraction, s.seed)
         log.result("ttt", **test_time_training(model, text, looping, s, runtime, log))
@@ -4010,20 +4039,12 @@ def summary(record: dict) -> str:
     return "\n".join(lines)
 
 
-# What ends a run in one line; any other exception is a fault of this program and shows its traceback.
-BAD_INPUT = (InputError, KernelError, ngram.NgramError)
 FAILED_RUN = (OverCapError, FloatingPointError)
 INTERRUPTS = (SystemExit, KeyboardInterrupt)
 
 
 def stop_on_signal(number, frame):
     raise SystemExit(128 + number)
-
-
-def ignore_signals() -> None:
-    """torchrun ends every rank as soon as one has failed; one that has failed too closes its record first."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def run_with_record(settings: Settings) -> None:
@@ -4055,19 +4076,13 @@ def run_with_record(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Read the data as a run on these settings would; needs no GPU. Raises InputError."""
-    check_manifest(settings)
-    ValidationData(settings)
-    if not settings.ttt_eval_only:
-        TrainingData(settings, Runtime(0, settings.world_size, torch.device("cpu")))
+    """What a run does before its first step, and a look at every training token. Raises InputError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (_, data, _), *_ = prepare(settings, Runtime(0, settings.world_size, device))
+    if data:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(check_tokens, data.files, data.shards, itertools.repeat(settings)))
     print("settings and data are fine")
-
-
-def print_errors(error: Exception, rank: str) -> None:
-    """A line on stderr for each problem."""
-    source = "train_gpt.py" if rank == "0" else f"train_gpt.py: rank {rank}"
-    for line in str(error).splitlines():
-        print(f"{source}: {line}", file=sys.stderr)
 
 
 HELP = f"""{(__doc__ or "").strip()}
@@ -4084,34 +4099,22 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
     if arguments in (["--help"], ["-h"]):
         print(HELP + settings_help(Settings))
         return 0
-    rank = environ.get("RANK", "0")
     try:
         if arguments not in ([], ["--check"]):
             raise InputError(f"{' '.join(arguments)}: settings are environment variables; the arguments are "
                              "--help and --check")
         settings = Settings.from_environment(environ)
-    except InputError as error:
-        # Every rank finds the same problems: rank 0 speaks, or whoever has a rank that is no number.
-        if rank in ("0", "") or not rank.isdigit():
-            print_errors(error, rank)
-        return 2
-    try:
-        if arguments == ["--check"]:
-            check(settings)
-        else:
-            run_with_record(settings)
+        (check if arguments else run_with_record)(settings)
         return 0
-    except (*BAD_INPUT, OSError) as error:
-        print_errors(error, rank)
-        return 2
-    except FAILED_RUN as error:
-        print_errors(error, rank)
-        return 1
+    except (*BAD_INPUT, *FAILED_RUN, OSError) as error:
+        print_errors("train_gpt.py", error, environ)
+        return 1 if isinstance(error, FAILED_RUN) else 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ
     # FlashAttention 4 keeps what it compiles for the next run.
     environment.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")

@@ -165,7 +165,7 @@ def test_attention_to_the_past_matches_the_reference(kernel):
     q, k, v, out_grad = (torch.randn(int(cu[-1]), heads, 128, device="cuda", dtype=torch.bfloat16)
                          for cu, heads in ((queries_cu, 4), (keys_cu, 2), (keys_cu, 2), (queries_cu, 4)))
     results = []
-    for name, dtype in ((kernels.attention_kernel(kernel), torch.bfloat16), ("reference", torch.float32)):
+    for name, dtype in ((kernels.attention_kernel(kernel, 512, 4, 2, 128)[0], torch.bfloat16), ("reference", torch.float32)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         out = kernels.attention(kernels.Heads(*inputs), segments, name)
         results.append([out, *torch.autograd.grad(out, inputs, out_grad.to(dtype))])

@@ -264,34 +264,52 @@ def test_flash_attention_4_is_given_what_it_wants(copies, monkeypatch):
             [torch.randn(10, heads, 16, generator=generator(heads)) for heads in (4, 2, 2)], (), expanded=True)
 
 
-@pytest.mark.parametrize("there, capability, wanted, got", [
-    (True, 9, "auto", "fa4"), (False, 9, "auto", "torch"), (True, 8, "auto", "torch"), (True, None, "auto", "torch"),
-    (True, 9, "fa4", "fa4"), (False, 9, "fa4", None), (True, 9, "torch", "torch"), (True, 9, "reference", "reference")])
-def test_attention_takes_the_best_kernel_that_there_is(there, capability, wanted, got, monkeypatch):
-    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION_4, SimpleNamespace() if there else None)  # None: importing it fails
+SHAPE = (2048, 4, 2, 128)  # longest segment, heads, kv_heads, head_dim
+
+
+@pytest.mark.parametrize("works, capability, wanted, got", [
+    ({"fa4", "torch"}, 9, "auto", "fa4"), ({"torch"}, 9, "auto", "torch"), ({"fa4", "torch"}, 8, "auto", "torch"), (set(), 9, "auto", "reference"),
+    (set(), None, "auto", "reference"), (set(), None, "reference", "reference"), (set(), None, "torch", None), (set(), None, "fa4", None),
+    ({"fa4", "torch"}, 9, "fa4", "fa4"), ({"torch"}, 9, "fa4", None), ({"fa4", "torch"}, 9, "torch", "torch"), (set(), 9, "torch", None),
+    ({"fa4", "torch"}, 9, "reference", "reference")])
+def test_attention_takes_the_best_kernel_that_runs(works, capability, wanted, got, monkeypatch):
+    tried = []
+
+    def attempt(kernel, *shape):
+        tried.append(kernel)
+        assert shape == SHAPE, "the run's own"
+        if kernel not in works:
+            raise RuntimeError("no kernel image\nfor this device")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-    monkeypatch.setattr(kernels, "try_flash_attention", lambda: None)
+    monkeypatch.setattr(kernels, "try_attention", attempt)
     choose = kernels.attention_kernel.__wrapped__  # without its memory of earlier calls
     if got:
-        assert choose(wanted) == got
+        kernel, reason = choose(wanted, *SHAPE)
+        assert kernel == got and [name in reason for name in tried] == [name != got for name in tried]
+        assert bool(reason) == ("no kernel image" in reason) and "\n" not in reason
     else:
-        with pytest.raises(kernels.KernelError, match=f"^ATTENTION: {wanted} does not load.*; install .*auto or torch$"):
-            choose(wanted)
+        with pytest.raises(kernels.KernelError, match=f"^ATTENTION: {wanted} does not load .*no kernel image.*choose auto"):
+            choose(wanted, *SHAPE)
 
 
-def test_attention_that_loads_but_does_not_run_is_passed_over(monkeypatch):
-    monkeypatch.setitem(sys.modules, kernels.FLASH_ATTENTION_4, SimpleNamespace())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_a_kernel_is_tried_forward_and_backward_on_the_run_s_shapes(monkeypatch):
+    """On the host, where attention's reference stands for the kernel."""
+    passes = []
 
-    def fails():
-        raise RuntimeError("no kernel image")
+    def stand_in(heads, segments, kernel):
+        passes.append((kernel, heads.q.requires_grad, len(heads.q), heads.q.size(1), heads.k.size(1), heads.copies,
+                       segments.cu_seqlens.tolist(), segments.max_seqlen))
+        return kernels.reference_attention(heads.q.float(), heads.k.float(), heads.v.float(), segments)
 
-    monkeypatch.setattr(kernels, "try_flash_attention", fails)
-    assert kernels.attention_kernel.__wrapped__("auto") == "torch"
-    with pytest.raises(kernels.KernelError, match="^ATTENTION: fa4 does not load .*no kernel image"):
-        kernels.attention_kernel.__wrapped__("fa4")
+    for name in ("tensor", "zeros"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, device=None, **k: make(*a, **k))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernels, "attention", stand_in)
+    kernels.try_attention("torch", 10, 4, 2, 8)
+    assert passes == [("torch", True, 10, 4, 4, 2, [0, 10], 10)]
 
 
 # --- Fused steps of a block

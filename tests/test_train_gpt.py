@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -206,6 +207,12 @@ def test_unknown_argument_is_an_error(run_main):
 
 def test_the_environment_is_read_in_one_place():
     tree = ast.parse((ROOT / "train_gpt.py").read_text())
+
+    # OpenMP's default is set, not read, before torch is imported.
+    default = 'os.environ.setdefault("GOMP_SPINCOUNT", "10000")'
+    before = [node for node in tree.body if isinstance(node, ast.If) and default in ast.unparse(node).replace("'", '"')]
+    assert len(before) == 1
+    tree.body.remove(before[0])
 
     def reads(node):
         return sum(isinstance(n, ast.Attribute) and n.attr in ("environ", "environb", "getenv", "putenv")
@@ -640,6 +647,41 @@ def test_check_finds_a_training_token_above_the_vocabulary(tmp_path, run_main):
     assert code == 2 and "fineweb_train_000002.bin: token 256" in err and len(err.splitlines()) == 1
 
 
+def test_check_reads_every_training_token(tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(g.TrainingData, "SAMPLE", 100)
+    write_corpus(tmp_path / "data", 60, 8)
+    path = tmp_path / "data" / "fineweb_train_000001.bin"
+    values = g.open_shard(str(path)).copy()
+    values[-1] = 300
+    write_shard(path, values)
+    code, out, err = run_main(environment(tmp_path), "--check")
+    [line] = err.splitlines()
+    assert code == 2 and not out and str(path) in line and "token 300 does not fit VOCAB_SIZE=256" in line
+
+
+def test_check_finds_at_once_what_machine_and_data_lack(corpus, tmp_path, run_main, monkeypatch):
+    def no_compiler():
+        raise g.ngram.NgramError("no working C compiler")
+
+    write_corpus(tmp_path / "data", 60, 8)
+    (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"x")
+    monkeypatch.setattr(g.ngram, "load", no_compiler)
+    monkeypatch.setattr(g.shutil, "which", lambda name: None)
+    env = environment(tmp_path, COMPRESSOR="pergroup", TTT_ENABLED=1, TTT_LORA_RANK=8)
+    code, out, err = run_main(env | dict(ATTENTION="fa4", FP8="1"), "--check")
+    assert code == 2 and not out
+    assert [re.sub(r"^train_gpt.py: (\S+/)?", "", line)[:30].split(":")[0] for line in err.splitlines()] == [
+        "fineweb_train_000001.bin", "ATTENTION", "FP8", "COMPRESSOR",
+        "no working C compiler"]
+
+
+@pytest.mark.parametrize("name, value", [("ATTENTION", "torch"), ("ATTENTION", "fa4"), ("FP8", "1")])
+def test_what_needs_a_gpu_is_refused_without_one(corpus, run_main, name, value):
+    code, out, err = run_main(environment(corpus, **{name: value}), "--check")
+    [line] = err.splitlines()
+    assert code == 2 and not out and line.startswith(f"train_gpt.py: {name}: ")
+
+
 @pytest.mark.parametrize("missing", ["train", "val", "val_bytes"])
 def test_check_names_the_missing_kind_of_shard(tmp_path, run_main, missing):
     write_corpus(tmp_path / "data", 60, 4)
@@ -689,7 +731,7 @@ def test_where_training_runs_in_8_bit_floats(fp8, capability, changes, runs, mon
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    monkeypatch.setattr(g, "attention_kernel", lambda wanted: "torch")
+    monkeypatch.setattr(g, "attention_kernel", lambda *_: ("torch", ""))
     monkeypatch.setattr(g.GPT, "init_weights", lambda model: None)
     s = g.Settings(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2, fp8=fp8, **changes)
     assert g.GPT(s, torch.bfloat16).fp8 == runs

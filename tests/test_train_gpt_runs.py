@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -289,6 +290,85 @@ if os.environ["RANK"] == "{rank}":
 os._exit(g.main([], dict(os.environ)))
 """)
     return script
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("changes, words", [
+    (dict(MAX_WALLCLOCK_SECS=5), "MAX_WALLCLOCK_SECS: no such setting"), (dict(DATA_PATH="/nowhere"), "DATA_PATH: no fineweb_*.bin"),
+    (dict(MATRIX_LR=1e30, EMA_DECAY=0), "training diverged")])
+def test_whatever_stops_all_ranks_is_said_once(place, ranks, changes, words):
+    """Whoever is last to import, rank 0 in the first case: torchrun ends the others as soon as one has left."""
+    script = on_rank(place, 0, "time.sleep(1)") if "MAX_WALLCLOCK_SECS" in changes else ROOT / "train_gpt.py"
+    result = launch(environment(place, TRAIN_BATCH_TOKENS=6144, **changes), ranks=ranks, script=script)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert result.returncode != 0 and len(lines) == 1 and lines[0].startswith(f"train_gpt.py: {words}"), result.stderr
+
+
+def test_a_rank_that_is_left_in_the_environment_silences_nothing(place):
+    result = launch(environment(place, MAX_WALLCLOCK_SECS=5, RANK=1, LOCAL_RANK=1), "--check")
+    assert result.returncode == 2
+    assert [line.split(":")[2].strip() for line in result.stderr.splitlines()] == ["MAX_WALLCLOCK_SECS", "RANK"]
+
+
+def test_a_kernel_that_does_not_load_on_one_rank_is_said_once(place):
+    script = on_rank(place, 1, "def fail(*_): raise g.KernelError('ATTENTION: fa4 does not load (ImportError: no module)'); "
+                               "g.attention_kernel = fail".replace("; ", "\n    ", 1))
+    result = launch(environment(place), ranks=2, script=script)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert lines == ["train_gpt.py: rank 1: ATTENTION: fa4 does not load (ImportError: no module)"] and result.returncode != 0
+    assert record(place)["status"] == "failed" and not events(record(place), "model")
+
+
+def test_all_ranks_take_the_kernel_that_runs_on_all(place):
+    reason = "fa4 does not load (RuntimeError: no kernel image)"
+    script = on_rank(place, 0, "g.attention_kernel = lambda wanted, *shape: ('torch' if wanted == 'auto' else wanted, '')\n"
+                               f"else: g.attention_kernel = lambda *_: ('reference', {reason!r})")
+    result = launch(environment(place, ITERATIONS=2, PREQUANT_ONLY=1), ranks=2, script=script)
+    assert result.returncode == 0, result.stderr
+    [model], [slower] = (events(record(place), kind) for kind in ("model", "slower_attention"))
+    assert model["attention"] == "reference" and slower == dict(event="slower_attention", ranks=1, reason=reason)
+
+
+@pytest.mark.parametrize("script, module", [
+    ("train_gpt.py", "brotli"), ("tools/launch.py", "brotli"), ("tools/check_machine.py", "brotli"), ("tools/diff_recipes.py", "brotli"),
+    ("prepare_caseops_data.py", "tqdm")])
+def test_an_interrupt_while_modules_are_imported_ends_in_silence(tmp_path, script, module):
+    (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'here')!r}, 'w').close()\nimport time\ntime.sleep(60)\n")
+    with start({"PYTHONPATH": str(tmp_path)}, script=ROOT / script,
+               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+        while not (tmp_path / "here").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+# --- A busy machine
+
+
+@pytest.mark.parametrize("given, taken", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_waiting_threads_sleep_instead_of_spinning(given, taken):
+    """What OpenMP itself says that it has read."""
+    process = start(given | {"OMP_DISPLAY_ENV": "verbose"}, "--help")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and re.search(rf"GOMP_SPINCOUNT = '{taken}'", err)
+
+
+def test_a_run_beside_a_busy_process_for_each_core_ends_and_learns(place):
+    """Its threads, one for each core, wait for each other at every operation; how long it takes is not asked."""
+    cores = os.cpu_count()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        result = launch(environment(place, ITERATIONS=10, PREQUANT_ONLY=1, OMP_NUM_THREADS=cores))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert result.returncode == 0, result.stderr
+    losses = [event["train_loss"] for event in events(record(place), "step")]
+    assert losses[-1] < losses[0] - 0.1
+    machine = record(place)["machine"]
+    assert machine["cores"] == cores and machine["load"] >= 0
 
 
 def test_a_rank_says_what_it_lacks(place):

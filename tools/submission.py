@@ -44,7 +44,7 @@ SHIPPED = ("lossless_caps.py", "prepare_caseops_data.py", "verify_submission.py"
            "requirements-cuda.txt", "run.sh", "recipes", "tokenizers", "docs", "LICENSE",
            "tools/submission.py", "tools/report.py", "tools/pack_submission.py", "tools/diff_recipes.py",
            "tools/download_data.py", "tools/check_data.py", "tools/train_tokenizer.py",
-           "tools/demo_corpus.py")
+           "tools/demo_corpus.py", "tools/launch.py", "tools/check_machine.py")
 
 
 def load(path: Path) -> dict:
