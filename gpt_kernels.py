@@ -1612,6 +1612,7 @@ class TwoValueNLL(torch.autograd.Function):
         scores, operands = taken(scores, product)
         if scores.stride(1) != 1:
             scores = scores.contiguous()
+        targets, hints = targets.contiguous(), hints.contiguous()
         caps = [cap_pos, cap_neg]
         caps = [cap if isinstance(cap, Tensor) else constant(cap, scores.device) for cap in caps]
         nll, log_q, lse = (scores.new_empty(x.shape, dtype=torch.float32) for x in (targets, hints, targets))

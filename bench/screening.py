@@ -1,16 +1,18 @@
-"""Tables and effects of the screening runs in bench/records/screening, as docs/measurements.md quotes them.
+"""Tables and effects of short runs on one GPU, as docs/measurements.md quotes them.
 
     python bench/screening.py
 
-matrix_lr_*.json differ in MATRIX_LR alone. factors_*.json are eight runs in which seven settings vary at once
-between two values, so that any two settings meet in all four pairs of values equally often (a design of
-Plackett & Burman 1946). An effect is the mean of the four runs with one value minus that of the other four.
+bench/records/mini_rates holds runs that change one or two settings of a common set, without their step lines.
+In bench/records/screening, matrix_lr_*.json differ in MATRIX_LR alone. factors_*.json are eight runs in which
+seven settings vary at once between two values, so that any two settings meet in all four pairs of values
+equally often (a design of Plackett & Burman 1946). An effect is the mean of the four runs with one value
+minus that of the other four.
 """
 import json
 import statistics
 from pathlib import Path
 
-RECORDS = Path(__file__).resolve().parent / "records" / "screening"
+RECORDS = Path(__file__).resolve().parent / "records"
 FACTORS = (
     "TIED_EMBED_LR",
     "SCALAR_LR",
@@ -20,10 +22,23 @@ FACTORS = (
     "MUON_WD",
     "EMA_DECAY",
 )
+# What the runs of mini_rates change, and the values of those that change nothing.
+BASE = {
+    "train_batch_tokens": 98304,
+    "matrix_lr": 0.0196,
+    "tied_embed_lr": 0.018,
+    "muon_wd": 0.095,
+    "enable_looping_at": 0.5,
+    "min_lr": 0.1,
+    "fp8": "auto",
+    "gated_xsa": False,
+    "leaky_relu_sq_slope": 0.5,
+    "seed": 42,
+}
 
 
 def read(pattern: str) -> list[dict]:
-    """The records of one kind, best averaged weights first."""
+    """The records whose paths fit the pattern, best averaged weights first."""
     paths = sorted(RECORDS.glob(pattern))
     records = [json.loads(path.read_text()) for path in paths]
     return sorted(records, key=lambda record: score(record, "averaged"))
@@ -35,7 +50,8 @@ def score(record: dict, weights: str) -> float:
 
 
 def value(record: dict, name: str) -> float:
-    return record["settings"][name.lower()]
+    found = record["settings"][name.lower()]
+    return int(found) if isinstance(found, bool) else found
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -86,11 +102,34 @@ def effects(records: list[dict]) -> str:
     return markdown(["change", "averaged", "raw"], rows)
 
 
+def describe(record: dict, base: dict) -> str:
+    """The settings of BASE in which the record differs from the base."""
+    changed = [name.upper() for name in BASE if record["settings"][name] != base["settings"][name]]
+    return " ".join(f"`{name}={value(record, name)}`" for name in changed) or "nothing"
+
+
+def changes(seconds: int) -> str:
+    """A row a run of so many seconds: what it changes, and what that does to the averaged weights."""
+    records = read(f"mini_rates/{seconds}s_*.json")
+    base = next(record for record in records if BASE.items() <= record["settings"].items())
+    head = ["changed", "GPU", "steps", "tokens/s before looping", "raw", "averaged", "difference"]
+    rows = []
+    for record in records:
+        training = record["results"]["training"]
+        difference = score(record, "averaged") - score(base, "averaged")
+        row = [describe(record, base), record["gpu"], f"{training['steps']:,}"]
+        row += [f"{training['tokens_per_second_plain'] / 1e6:.3f}M"]
+        row += [f"{score(record, weights):.5f}" for weights in ("raw", "averaged")]
+        rows.append([*row, "" if record is base else f"{difference:+.4f}"])
+    return markdown(head, rows)
+
+
 def report() -> list[str]:
-    """The three tables."""
-    design = read("factors_*.json")
-    learning_rates = read("matrix_lr_*.json")
-    return [runs(("MATRIX_LR",), learning_rates), runs(FACTORS, design), effects(design)]
+    """The five tables."""
+    design = read("screening/factors_*.json")
+    learning_rates = read("screening/matrix_lr_*.json")
+    rates = runs(("MATRIX_LR",), learning_rates)
+    return [changes(240), changes(60), rates, runs(FACTORS, design), effects(design)]
 
 
 if __name__ == "__main__":
