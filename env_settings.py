@@ -53,7 +53,8 @@ class Rule:
     form: str = ""
     alias: str = ""  # another name of it in a published system; several settings can share one
     implies: str = ""  # assignments like STEP_RULE=sigma that it brings along, unless it is 0
-    only_with: str = ""  # an assignment without which nothing reads it: it must then keep its default
+    # Assignments without which nothing reads it, so that it must keep its default; * is any text but none.
+    only_with: str = ""
 
     def holds(self, value: float) -> bool:
         """Whether a number is finite and in range."""
@@ -83,6 +84,16 @@ def setting(default, text: str, **rule):
 def list_of(item: str) -> str:
     """A pattern of comma-separated items, or of none."""
     return rf"({item}(,{item})*)?"
+
+
+# What a setting is declared with whose value changes as a run goes on: each holds until the end behind it.
+STAGES = dict(pattern=list_of(r"[1-9]\d*@(0?\.\d*[1-9]\d*|1(\.0*)?)"), form="a list like 1024@0.1,2048@1.0")
+
+
+def parse_stages(text: str) -> list[tuple[int, float]]:
+    """The (value, end) pairs of such a list, in order of their ends."""
+    pairs = [stage.split("@") for stage in text.split(",")]
+    return sorted(((int(value), float(end)) for value, end in pairs), key=lambda stage: stage[1])
 
 
 def fields_by_group(settings: type) -> dict[str, list[dataclasses.Field]]:
@@ -168,7 +179,9 @@ class FromEnvironment:
         found = []
         for field in dataclasses.fields(self):
             for switch, wanted in assignments(field.metadata["rule"].only_with).items():
-                read = switch.lower() in unknown or setting_text(getattr(self, switch.lower())) == wanted
+                text = setting_text(getattr(self, switch.lower()))
+                read = bool(text) if wanted == "*" else text == wanted
+                read = read or switch.lower() in unknown
                 if not read and getattr(self, field.name) != field.default:
                     found.append(f"{field.name.upper()}: it is read only with {switch}={wanted}; set that or "
                                  "leave it unset")

@@ -59,9 +59,9 @@ from torch import Tensor, nn
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, EventLog, FromEnvironment, InputError, ahead, fields_by_group, fixed_variables, hold,
-    ignore_signals, lasting_console, limit_memory, list_of, machine_memory, print_errors, ran_out_of_memory,
-    read_recipe, setting, settings_help, write_whole)
+    PUBLISHED, STAGES, EventLog, FromEnvironment, InputError, ahead, fields_by_group, fixed_variables, hold,
+    ignore_signals, lasting_console, limit_memory, list_of, machine_memory, parse_stages, print_errors,
+    ran_out_of_memory, read_recipe, setting, settings_help, write_whole)
 from gpt_kernels import (
     ATTENTION_KERNELS, HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product,
     Segments, Skip, WithPast, adamw_rows, add_norm, as_activation, as_matrices, attention, attention_kernel,
@@ -93,6 +93,9 @@ class Settings(FromEnvironment):
     data_path: str = setting("", "folder of the fineweb_*.bin shards; empty: the published CaseOps set")
     vocab_size: int = setting(8192, "rows of the embedding", unit="tokens", low=2, high=65536)
     train_batch_tokens: int = setting(786432, "one optimizer step over all ranks", unit="tokens", low=1)
+    train_batch_schedule: str = setting("", "or in stages: tokens@end, each until that progress", **STAGES)
+    train_batch_lr_power: float = setting(
+        0.5, "rates follow these tokens to this power", low=0, high=1, only_with="TRAIN_BATCH_SCHEDULE=*")
     grad_accum_steps: int = setting(
         0, "micro-batches per rank and step; 0: the fewest that fit with ranks x micro-batches >= 8; another "
         "size cuts other documents, so that losses differ slightly", low=0)
@@ -180,21 +183,28 @@ class Settings(FromEnvironment):
                                 choices=("active", "zero"))
     embed_wd: float = setting(0.085, "weight decay of the embedding", low=0)
     grad_clip_norm: float = setting(0.3, "bound on the global norm of the averaged gradient; 0: none", low=0)
-    ema_decay: float = setting(0.9965, "of the average of the weights; 0: the last weights", low=0, below=1)
+    ema_decay: float = setting(0.9965, "of the average of the weights, a step; 0: the last weights", low=0,
+                               below=1, implies="EMA_SHARE=0.0", only_with="EMA_SHARE=0.0")
+    ema_share: float = setting(0.0, "progress in which it keeps 1/e of a step; 0: EMA_DECAY", low=0, high=1)
 
     # Schedule: progress is training time / cap, or steps / ITERATIONS without a cap
     train_seq_len: int = setting(2048, "documents are cut to pieces of this length", unit="tokens", low=1,
                                  group="Schedule")
-    train_seq_schedule: str = setting(
-        "", "that length in stages: length@end, each until the progress `end`, the longest TRAIN_SEQ_LEN",
-        pattern=list_of(r"[1-9]\d*@(0?\.\d+|1(\.0*)?)"), form="a list like 1024@0.1,2048@1.0")
-    seq_change_warmup_steps: int = setting(0, "steps over which rates rise again after such a change", low=0)
+    train_seq_schedule: str = setting("", "or in stages: length@end, the longest TRAIN_SEQ_LEN", **STAGES)
+    seq_change_warmup_steps: int = setting(
+        0, "steps over which rates rise again after such a change", low=0,
+        only_with="TRAIN_SEQ_SCHEDULE=* SEQ_CHANGE_WARMUP_SHARE=0.0")
+    seq_change_warmup_share: float = setting(
+        0.0, "or the progress over which they do", low=0, high=1, only_with="TRAIN_SEQ_SCHEDULE=*")
     warmup_steps: int = setting(3, "throw-away steps that compile everything before the clock starts", low=0)
     warmdown_frac: float = setting(0.85, "last fraction of progress, over which rates fall", low=0, high=1)
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier", low=0, high=1)
     enable_looping_at: float = setting(0.35, "progress at which looping starts", low=0, high=1)
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum of the first step", low=0, below=1)
-    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", low=0)
+    muon_momentum_warmup_steps: int = setting(
+        1500, "steps until MUON_MOMENTUM is reached", low=0, implies="MUON_MOMENTUM_WARMUP_SHARE=0.0",
+        only_with="MUON_MOMENTUM_WARMUP_SHARE=0.0")
+    muon_momentum_warmup_share: float = setting(0.0, "or the progress at which it is", low=0, high=1)
     gptq_reserve_seconds: float = setting(
         0.5, "at the cap's end, for calibration; its measured estimate if that is longer", unit="s", low=0)
 
@@ -330,13 +340,13 @@ class Settings(FromEnvironment):
                f"must come after the encoder and LOOP_END, from {first_lane} on")
         yield (s.parallel_start_layer < s.num_layers, "PARALLEL_START_LAYER",
                f"is not below NUM_LAYERS={s.num_layers}")
-        ends = [end for _, end in s.context_stages]
-        yield (len(set(ends)) == len(ends) and min(ends) > 0, "TRAIN_SEQ_SCHEDULE",
-               "needs an end of its own in (0, 1] for every length")
-        yield (max(length for length, _ in s.context_stages) == s.train_seq_len, "TRAIN_SEQ_LEN",
+        for name, stages in ("TRAIN_BATCH", s.batch_stages), ("TRAIN_SEQ", s.context_stages):
+            yield len({end for _, end in stages}) == len(stages), f"{name}_SCHEDULE", "has an end twice"
+        for n, _ in s.batch_stages:
+            even = not s.accumulation or s.world_size * math.prod(s.split_step(n)) == n
+            yield even, "TRAIN_BATCH_SCHEDULE", f"has {n}, not to be split evenly into micro-batches"
+        yield (max(s.context_stages)[0] == s.train_seq_len, "TRAIN_SEQ_LEN",
                f"is not the longest length of TRAIN_SEQ_SCHEDULE={s.train_seq_schedule}; make them equal")
-        yield (s.train_seq_schedule or not s.seq_change_warmup_steps, "SEQ_CHANGE_WARMUP_STEPS",
-               "is read only with TRAIN_SEQ_SCHEDULE; set that or leave it unset")
         yield (not s.max_wallclock_seconds or s.max_wallclock_seconds > s.gptq_reserve_seconds,
                "GPTQ_RESERVE_SECONDS", f"leaves nothing of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}")
         yield (s.gptq_calibration_batches or s.step_rule == "sigma", "GPTQ_CALIBRATION_BATCHES",
@@ -375,15 +385,17 @@ class Settings(FromEnvironment):
     @property
     def accumulation(self) -> int:
         """Micro-batches per rank and step, 0 if none fits. Published systems: ranks x micro-batches is 8."""
-        candidates = range(-(-8 // self.world_size), 65)
-        if self.grad_accum_steps:
-            candidates = [self.grad_accum_steps]
-        fitting = [a for a in candidates if self.train_batch_tokens % (self.world_size * a) == 0]
-        return fitting[0] if fitting else 0
+        candidates = [self.grad_accum_steps] if self.grad_accum_steps else range(-(-8 // self.world_size), 65)
+        return next((a for a in candidates if self.train_batch_tokens % (self.world_size * a) == 0), 0)
 
     @property
     def micro_batch_tokens(self) -> int:
         return self.train_batch_tokens // (self.world_size * self.accumulation)
+
+    def split_step(self, tokens: int) -> tuple[int, int]:
+        """(micro-batches per rank, tokens of each) of a step: as few as keep to `micro_batch_tokens`."""
+        count = math.ceil(tokens / (self.world_size * self.micro_batch_tokens))
+        return count, tokens // (self.world_size * count)
 
     @property
     def eval_batch_tokens(self) -> int:
@@ -416,10 +428,12 @@ class Settings(FromEnvironment):
     @property
     def context_stages(self) -> list[tuple[int, float]]:
         """(length at which documents are cut, progress until which it holds), in order of progress."""
-        if not self.train_seq_schedule:
-            return [(self.train_seq_len, 1.0)]
-        pairs = [stage.split("@") for stage in self.train_seq_schedule.split(",")]
-        return sorted(((int(length), float(end)) for length, end in pairs), key=lambda stage: stage[1])
+        return parse_stages(self.train_seq_schedule or f"{self.train_seq_len}@1")
+
+    @property
+    def batch_stages(self) -> list[tuple[int, float]]:
+        """(tokens of a step, progress until which they hold), in order of progress."""
+        return parse_stages(self.train_batch_schedule or f"{self.train_batch_tokens}@1")
 
     @functools.cached_property
     def short_chunks(self) -> dict[int, int]:
@@ -775,8 +789,8 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, max_
 class TrainingData:
     """The training shards as one endless stream of tokens, dealt out to steps, micro-batches and ranks.
 
-    Micro-batch m of rank r in step s is a function of (s, m, r) alone. A step holds the same tokens for every
-    number of ranks. Documents continue across shard borders; after the last shard the stream starts over.
+    Micro-batch m of rank r follows from its step's first token and size, m and r alone; a step holds the same
+    for every number of ranks. Documents continue across shard borders; the first shard follows the last.
     """
 
     SAMPLE = 1_000_000  # tokens of each shard that are checked at once; `read` checks what is used
@@ -809,18 +823,17 @@ class TrainingData:
             count -= len(piece)
         return np.concatenate(pieces)
 
-    def batch(self, step: int, micro: int, max_seqlen: int) -> Batch:
-        """This rank's micro-batch on the host, documents cut to `max_seqlen` tokens."""
-        length = self.settings.micro_batch_tokens
-        index = (step * self.settings.accumulation + micro) * self.runtime.world_size + self.runtime.rank
-        tokens = self.read(index * length, length + 1)  # one more: the last input's target
+    def batch(self, start: int, length: int, max_seqlen: int) -> Batch:
+        """`length` tokens from position `start` on, on the host, documents cut to `max_seqlen` tokens."""
+        tokens = self.read(start, length + 1)  # one more: the last input's target
         starts = np.flatnonzero(tokens[:-1] == BOS_ID)
         return make_batch(tokens[:-1].copy(), tokens[1:].copy(), starts, max_seqlen)
 
-    def stream(self, max_seqlen: int, first: int = 0):
-        """Yield this rank's micro-batches on the device, from step `first` on."""
-        order = ((step, micro, max_seqlen) for step in itertools.count(first)
-                 for micro in range(self.settings.accumulation))
+    def stream(self, max_seqlen: int, step_tokens: int, first: int = 0):
+        """Yield this rank's micro-batches, on the device, of steps of such a size from token `first` on."""
+        _, length = self.settings.split_step(step_tokens)
+        starts = itertools.count(first + self.runtime.rank * length, self.runtime.world_size * length)
+        order = ((start, length, max_seqlen) for start in starts)
         with closing(ahead(itertools.starmap(self.batch, order), 4)) as batches:
             for batch in batches:
                 yield batch.to(self.runtime)
@@ -1518,16 +1531,20 @@ class Optimizer:
 class WeightAverage:
     """Exponential moving average of all weights: A <- decay A + (1 - decay) W after every step.
 
-    With decay 0 it is the weights themselves.
+    The decay is EMA_DECAY (0: the weights themselves) or follows from EMA_SHARE and the step's progress.
     """
 
-    def __init__(self, weights: list[Tensor], decay: float):
-        self.weights, self.decay = weights, decay
+    def __init__(self, weights: list[Tensor], settings: Settings):
+        self.weights, self.settings = weights, settings
         self.average = [w.detach().clone() for w in weights]
+        self.progress = 0.0
 
     @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(self.average, self.weights, 1 - self.decay)
+    def update(self, progress: float) -> None:
+        share = self.settings.ema_share
+        decay = math.exp((self.progress - progress) / share) if share else self.settings.ema_decay
+        self.progress = progress
+        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -1547,6 +1564,7 @@ class Moment(NamedTuple):
 
     context: int  # tokens; documents are cut to this length
     looping: bool
+    step_tokens: int  # over all ranks
     lr_factor: float  # on every learning rate
     momentum: float  # Muon's
 
@@ -1554,60 +1572,57 @@ class Moment(NamedTuple):
 def schedule(progress: float, step: int, context_start: int, s: Settings) -> Moment:
     """Every schedule of training, a function of these four alone.
 
-    progress: 0 to 1, never beyond, as the step begins: training time over its cap, or steps over ITERATIONS
-    without a cap.
+    progress: 0 to 1, as the step begins: training time over its cap, or steps over ITERATIONS without one.
     context_start: the step in which the present context length began.
 
     For another shape of the learning rate write a function beside `linear_warmdown`, call it here, and
-    declare its settings in the group "Schedule" of Settings: no other place has to know (tools/report.py
-    calls this function).
+    declare its settings in the group "Schedule" of Settings: no other place has to know.
     """
-    lr_factor = linear_warmdown(progress, s) * warmup_after_change(step, context_start, s)
-    return Moment(context_length(progress, s), is_looping(progress, s), lr_factor, muon_momentum(step, s))
+    step_tokens = stage_at(progress, s.batch_stages)
+    lr_factor = linear_warmdown(progress, s) * warmup_after_change(progress, step, context_start, s)
+    lr_factor *= (step_tokens / s.train_batch_tokens) ** s.train_batch_lr_power
+    looping = s.num_loops > 0 and progress >= s.enable_looping_at
+    context = stage_at(progress, s.context_stages)
+    return Moment(context, looping, step_tokens, lr_factor, muon_momentum(progress, step, s))
 
 
-def is_looping(progress: float, s: Settings) -> bool:
-    return s.num_loops > 0 and progress >= s.enable_looping_at
-
-
-def context_length(progress: float, s: Settings) -> int:
-    """TRAIN_SEQ_SCHEDULE at this progress: the first length whose end is not past, else the last."""
-    for length, end in s.context_stages:
-        if progress <= end:
-            return length
-    return length
+def stage_at(progress: float, stages: list[tuple[int, float]]) -> int:
+    """The value of the first stage whose end is not past, else of the last."""
+    return next((value for value, end in stages if progress <= end), stages[-1][0])
 
 
 def linear_warmdown(progress: float, s: Settings) -> float:
     """1, then a linear fall toward 0 over the last WARMDOWN_FRAC of progress, but not below MIN_LR."""
-    if not s.warmdown_frac:
-        return 1.0
-    fall = (1 - progress) / s.warmdown_frac
+    fall = (1 - progress) / s.warmdown_frac if s.warmdown_frac else 1.0
     return min(1.0, max(fall, s.min_lr))
 
 
-def warmup_after_change(step: int, context_start: int, s: Settings) -> float:
-    """A linear rise over SEQ_CHANGE_WARMUP_STEPS after each change of context; none as training begins."""
-    if context_start == 0 or s.seq_change_warmup_steps == 0:
+def warmup_after_change(progress: float, step: int, context_start: int, s: Settings) -> float:
+    """A rise over SEQ_CHANGE_WARMUP_SHARE or _STEPS after each change of context; none as training begins."""
+    if context_start == 0:
         return 1.0
-    return min(1.0, (step - context_start + 1) / s.seq_change_warmup_steps)
+    change = max((end for _, end in s.context_stages[:-1] if end < progress), default=0.0)
+    return risen(progress - change, s.seq_change_warmup_share,
+                 step - context_start + 1, s.seq_change_warmup_steps)
 
 
-def muon_momentum(step: int, s: Settings) -> float:
-    """A linear rise from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over MUON_MOMENTUM_WARMUP_STEPS."""
-    if step >= s.muon_momentum_warmup_steps:
-        return s.muon_momentum
-    share = step / s.muon_momentum_warmup_steps
+def muon_momentum(progress: float, step: int, s: Settings) -> float:
+    """A rise from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over MUON_MOMENTUM_WARMUP_SHARE or _STEPS."""
+    share = risen(progress, s.muon_momentum_warmup_share, step, s.muon_momentum_warmup_steps)
     return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * share
 
 
-def training_shapes(s: Settings) -> list[tuple[int, bool]]:
-    """Every (context length, looping) that training can meet, in the order in which it meets them."""
-    ends = [end for _, end in s.context_stages]
-    after_ends = [math.nextafter(end, 1.0) for end in ends]
-    points = sorted([0.0, s.enable_looping_at, *ends, *after_ends])
-    moments = [schedule(point, 0, 0, s) for point in points if point < 1]
-    return list(dict.fromkeys((now.context, now.looping) for now in moments))
+def risen(progress: float, share: float, steps: int, all_steps: int) -> float:
+    """A linear rise from 0 to 1 over a share of the run or, where that is 0, over a number of steps."""
+    done, whole = (progress, share) if share else (steps, all_steps)
+    return min(1.0, done / whole) if whole else 1.0
+
+
+def training_shapes(s: Settings) -> list[tuple[int, bool, int]]:
+    """Every (context, looping, step_tokens) that training can meet, in the order in which it meets them."""
+    starts = [math.nextafter(end, 1.0) for _, end in s.context_stages + s.batch_stages]
+    moments = [schedule(at, 0, 0, s) for at in sorted([0.0, s.enable_looping_at, *starts]) if at < 1]
+    return list(dict.fromkeys(now[:3] for now in moments))
 
 
 class TrainingClock:
@@ -1623,63 +1638,70 @@ class TrainingClock:
         self.lag = 2 if runtime.on_cuda else 1
         self.marks: dict[int, torch.cuda.Event] = {}
         self.progress = 0.0
-        self.completed: list[float] = []  # training time at which each step was seen to be complete
-        self.looping: list[bool] = []  # of each step that has begun
-        self.longest: dict[bool, float] = {}  # seconds of the longest complete step, by whether it looped
+        self.shapes: list[tuple[int, bool, int]] = []  # as in training_shapes, of each step that has begun
+        self.tokens = [0]  # in so many steps
+        self.seconds = [0.0]  # training time at which so many steps were seen to be complete
+        self.latest = 0.0  # seconds of the latest step that is known to be complete
+        self.longest: dict[tuple[int, bool, int], float] = {}  # of the longest of each shape
+        self.left_out = 0  # rounds of calibration for which there was no time
         runtime.synchronize()
         self.origin = time.perf_counter()
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.origin
 
-    def step_seconds(self) -> float:
-        """Length of the latest step that is known to be complete."""
-        if not self.completed:
-            return 0.0
-        before = self.completed[-2] if len(self.completed) > 1 else 0.0
-        return self.completed[-1] - before
+    def speed(self, first: int, last: int) -> int:
+        """Tokens per second from the end of step `first`, counted from 1, to that of step `last`."""
+        if last <= first:
+            return 0
+        return round((self.tokens[last] - self.tokens[first]) / (self.seconds[last] - self.seconds[first]))
 
     def begin_step(self, step: int) -> tuple[float, bool]:
         """At the start of this step: progress in [0, 1], and whether to stop here."""
         self.observe(step - self.lag)
         s = self.settings
-        if s.max_wallclock_seconds:
-            if self.completed:
-                start = self.completed[-1] + (self.lag - 1) * self.step_seconds()
-            else:
-                start = self.elapsed()
-            progress = start / self.budget
-            looping = is_looping(progress, s)
-            is_over = start + self.longest.get(looping, self.step_seconds()) > self.budget
-        else:
-            progress = step / s.iterations
-            is_over = False
+        start = self.seconds[-1] + (self.lag - 1) * self.latest
+        progress = start / self.budget if s.max_wallclock_seconds else step / s.iterations
+        shape = schedule(progress, 0, 0, s)[:3]
+        is_over = s.max_wallclock_seconds > 0 and start + self.longest.get(shape, self.latest) > self.budget
         progress, is_over = self.runtime.from_rank0([progress, float(is_over)])
         # Estimates may step back, schedules must not.
         self.progress = min(1.0, max(self.progress, progress))
-        self.looping.append(is_looping(self.progress, s))
-        last = min(s.iterations, s.force_stop_step or s.iterations)
-        return self.progress, bool(is_over) or step >= last
+        self.shapes.append(schedule(self.progress, 0, 0, s)[:3])
+        self.tokens.append(self.tokens[-1] + self.shapes[-1][2])
+        return self.progress, bool(is_over) or step >= min(s.iterations, s.force_stop_step or s.iterations)
 
     def end_step(self, step: int) -> None:
         if self.runtime.on_cuda:
-            self.marks[step] = torch.cuda.Event()
-            self.marks[step].record()
+            self.marks[step] = torch.cuda.current_stream().record_event()
 
     def observe(self, last: int) -> None:
         """Wait until every step up to this one is complete, and note the times."""
-        for step in range(len(self.completed), last + 1):
+        for step in range(len(self.seconds) - 1, last + 1):
             if self.runtime.on_cuda:
                 self.marks.pop(step).synchronize()
-            self.completed.append(self.elapsed())
-            looping = self.looping[step]
-            self.longest[looping] = max(self.longest.get(looping, 0.0), self.step_seconds())
+            self.seconds.append(self.elapsed())
+            self.latest = self.seconds[-1] - self.seconds[-2]
+            shape = self.shapes[step]
+            self.longest[shape] = max(self.longest.get(shape, 0.0), self.latest)
+
+    def in_time(self, rounds: Sequence):
+        """Yield the first round of work, and others while the cap leaves time for one like the longest."""
+        times = self.runtime.from_rank0(self.seconds[-1:])
+        for number, one in enumerate(rounds):
+            if number:
+                self.runtime.synchronize()
+                times += self.runtime.from_rank0([self.elapsed()])
+                longest = max(end - start for start, end in itertools.pairwise(times))
+                if times[-1] + 1.25 * longest > (self.settings.max_wallclock_seconds or math.inf):
+                    self.left_out = len(rounds) - number
+                    return
+            yield one
 
     @contextmanager
     def paused(self, step: int):
         """Time inside does not count: for validation in the middle of training, before `step`."""
         self.observe(step - 1)
-        self.runtime.synchronize()
         began = time.perf_counter()
         yield
         self.runtime.synchronize()
@@ -1689,103 +1711,89 @@ class TrainingClock:
 class MicroBatches:
     """Forward and backward passes over micro-batches, which add to the gradients and to the loss of the step.
 
-    With RECORDED_PASSES one CUDA graph is captured for each context length and state of looping, and replayed
-    from then on: one launch by the host instead of some two thousand. A graph reads from buffers that stay in
-    place, with room for more segments than documents usually make. Those that a micro-batch lacks are empty;
-    one that has more runs without a graph.
+    With RECORDED_PASSES each of training_shapes has a CUDA graph: one launch instead of some two thousand. It
+    reads from buffers that stay in place, with room for more segments than documents usually make. Those that
+    a micro-batch lacks are empty; one that has more runs without a graph.
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer, settings: Settings, runtime: Runtime):
         self.model, self.optimizer = model, optimizer
-        self.settings = settings
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.unrecorded = 0  # passes that could have been replayed and were not
-        self.buffers = None
+        self.settings, self.runtime = settings, runtime
         # Plain attention waits for the device, which a graph cannot.
-        if runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference":
-            tokens = settings.micro_batch_tokens
-            ids, targets = torch.empty(2, tokens, dtype=torch.int64, device=runtime.device)
-            positions = torch.empty(tokens, dtype=torch.int32, device=runtime.device)
-            shortest = min(length for length, _ in training_shapes(settings))
-            bounds = self.max_segments(shortest) + 1
-            cu_seqlens = torch.empty(bounds, dtype=torch.int32, device=runtime.device)
-            self.buffers = Batch(ids, targets, Segments(cu_seqlens, positions, 0))
-            self.memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+        self.records = runtime.on_cuda and settings.recorded_passes and model.attention_kernel != "reference"
+        self.memory = torch.cuda.graph_pool_handle() if self.records else None  # graphs take turns
+        self.graphs: dict[tuple[int, bool, int], torch.cuda.CUDAGraph] = {}
+        self.buffers: dict[tuple[int, int], Batch] = {}  # by context and length of the micro-batch
+        self.unrecorded = 0  # passes that could have been replayed and were not
 
-    def max_segments(self, context: int) -> int:
-        """Room for usual documents and their cuts at the context, and no more: empty segments cost time."""
-        tokens = self.settings.micro_batch_tokens
-        return max(64, tokens // 768 + 32 + tokens // context)
-
-    def accumulate(self, batch: Batch, looping: bool) -> None:
+    def accumulate(self, batch: Batch, looping: bool, step_tokens: int) -> None:
         """Add one micro-batch's gradients and loss, by a graph where there is one that it fits."""
-        if self.buffers is not None:
+        if self.records:
             context = batch.segments.max_seqlen
-            if len(batch.segments.cu_seqlens) <= self.max_segments(context) + 1:
-                batch = self.copy_to_buffers(batch)
-                if (context, looping) in self.graphs:
-                    self.graphs[context, looping].replay()
+            buffers = self.buffers_of(context, len(batch.inputs))
+            if len(batch.segments.cu_seqlens) <= len(buffers.segments.cu_seqlens):
+                batch = self.fill(buffers, batch)
+                if (context, looping, step_tokens) in self.graphs:
+                    self.graphs[context, looping, step_tokens].replay()
                     return
             self.unrecorded += 1
-        self.forward_backward(batch, looping)
+        self.forward_backward(batch, looping, step_tokens)
 
-    def forward_backward(self, batch: Batch, looping: bool) -> None:
-        loss = self.model.token_losses(*batch, looping).mean() / self.settings.accumulation
+    def forward_backward(self, batch: Batch, looping: bool, step_tokens: int) -> None:
+        loss = self.model.token_losses(*batch, looping).mean() / self.settings.split_step(step_tokens)[0]
         loss.backward()
         self.optimizer.add_loss(loss)
 
-    def buffers_of(self, context: int) -> Batch:
-        """The buffers with as many segments as there is room for at this context length."""
-        segments = self.buffers.segments
-        cu_seqlens = segments.cu_seqlens[:self.max_segments(context) + 1]
-        return self.buffers._replace(segments=segments._replace(cu_seqlens=cu_seqlens, max_seqlen=context))
+    def buffers_of(self, context: int, length: int) -> Batch:
+        """Room for usual documents and their cuts at the context, and no more: empty segments cost time."""
+        if (context, length) not in self.buffers:
+            ids, targets = torch.empty(2, length, dtype=torch.int64, device=self.runtime.device)
+            bounds = max(64, length // 768 + 32 + length // context) + 1
+            cu_seqlens = torch.empty(bounds, dtype=torch.int32, device=self.runtime.device)
+            positions = torch.empty(length, dtype=torch.int32, device=self.runtime.device)
+            self.buffers[context, length] = Batch(ids, targets, Segments(cu_seqlens, positions, context))
+        return self.buffers[context, length]
 
-    def copy_to_buffers(self, batch: Batch) -> Batch:
+    def fill(self, buffers: Batch, batch: Batch) -> Batch:
         """The micro-batch in the buffers."""
-        buffers = self.buffers_of(batch.segments.max_seqlen)
         bounds, bounds_buffer = batch.segments.cu_seqlens, buffers.segments.cu_seqlens
-        buffers.inputs.copy_(batch.inputs)
-        buffers.targets.copy_(batch.targets)
-        buffers.segments.positions.copy_(batch.segments.positions)
-        bounds_buffer[:len(bounds)].copy_(bounds)
-        # Segments from the end to the end are empty.
-        bounds_buffer[len(bounds):].fill_(len(batch.inputs))
+        torch._foreach_copy_([*buffers[:2], buffers.segments.positions, bounds_buffer[:len(bounds)]],
+                             [*batch[:2], batch.segments.positions, bounds])
+        bounds_buffer[len(bounds):].fill_(len(batch.inputs))  # segments from the end to the end are empty
         return buffers
 
-    def capture(self, shapes: list[tuple[int, bool]]) -> None:
-        """Capture a graph of each (context length, looping). All must have run before and so be compiled."""
-        if self.buffers is None:
-            return
-        for context, looping in shapes:
+    def capture(self, shapes: list[tuple[int, bool, int]]) -> None:
+        """Capture a graph of each of training_shapes. All must have run before and so be compiled."""
+        for context, looping, step_tokens in shapes:
+            buffers = self.buffers_of(context, self.settings.split_step(step_tokens)[1])
             graph = torch.cuda.CUDAGraph()
             # Other threads go on meanwhile.
             with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-                self.forward_backward(self.buffers_of(context), looping)
-            self.graphs[context, looping] = graph
+                self.forward_backward(buffers, looping, step_tokens)
+            self.graphs[context, looping, step_tokens] = graph
 
 
 def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable, settings: Settings,
           runtime: Runtime, log: RunLog) -> tuple[bool, object]:
     """Train until the cap or the last iteration, calibrate on the averaged weights, score those and the last.
 
-    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal) what
-    quantization will need. One round of calibration is timed before the clock starts, so that training stops
-    early enough for all of it. Returns whether looping was on at the end, from then on a property of the
-    model, and what calibration found.
+    score(model, looping) returns the figures of an evaluation, calibration(looping, rehearsal, in_time) what
+    quantization will need. One round is timed before the clock starts; should they take longer, there are
+    fewer. Returns whether looping was on at the end, a property of the model now, and what calibration found.
     """
     s = settings
     optimizer = Optimizer(model, s, runtime)
     micro_batches = MicroBatches(model, optimizer, s, runtime)
 
     def take_step(batches, now: Moment) -> Tensor:
-        for _ in range(s.accumulation):
-            micro_batches.accumulate(next(batches), now.looping)
+        for _ in range(s.split_step(now.step_tokens)[0]):
+            micro_batches.accumulate(next(batches), now.looping, now.step_tokens)
         return optimizer.step(now.lr_factor, now.momentum)
 
     reserve = warm_up(take_step, micro_batches, data, calibration, s, runtime, log)
-    average = WeightAverage(optimizer.weights, s.ema_decay)
+    average = WeightAverage(optimizer.weights, s)
     now = schedule(0.0, 0, 0, s)
-    batches = data.stream(now.context)
+    batches = data.stream(now.context, now.step_tokens)
     context_start = 0
     looping_from = None
     figures_of: dict[int, Tensor] = {}  # of steps: (mean loss, gradient norm) on their way to the host
@@ -1799,21 +1807,21 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
         if s.val_loss_every and step and step % s.val_loss_every == 0:
             with clock.paused(step):
                 log.event("val", step=step, **score(model, now.looping))
-
-        context = context_length(progress, s)
-        if context != now.context:
+        before = now
+        if stage_at(progress, s.context_stages) != now.context:
             context_start = step
-            batches.close()
-            batches = data.stream(context, step)
-            log.event("context", step=step, progress=round(progress, 4), tokens=context)
         now = schedule(progress, step, context_start, s)
+        for kind in ("context", "step_tokens"):
+            if getattr(now, kind) != getattr(before, kind):
+                log.event(kind, step=step, progress=round(progress, 4), tokens=getattr(now, kind))
+                batches.close()
+                batches = data.stream(now.context, now.step_tokens, clock.tokens[step])
         if now.looping and looping_from is None:
             looping_from = step
             log.event("looping", step=step, progress=round(progress, 4))
-
         figures = take_step(batches, now)
-        average.update()
-        figures_of[step] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
+        average.update(progress)
+        figures_of[step + 1] = torch.empty(2, pin_memory=runtime.on_cuda).copy_(figures, non_blocking=True)
         clock.end_step(step)
     batches.close()
     clock.observe(step - 1)
@@ -1822,37 +1830,37 @@ def train(model: GPT, data: TrainingData, score: Callable, calibration: Callable
     recompilations = compiled_graphs() - compiled_before  # 0 but for validations in between
     micro_batches.graphs.clear()  # and their memory
     average.swap()
-    found = calibration(now.looping, rehearsal=False)
+    found = calibration(now.looping, rehearsal=False, in_time=clock.in_time)
     runtime.synchronize()
-    report_training(log, clock, step, looping_from, s, runtime, recompilations=recompilations,
+    if clock.left_out:
+        log.event("calibration_cut", rounds_left_out=clock.left_out)
+    report_training(log, clock, step, looping_from, s, recompilations=recompilations,
                     unrecorded_passes=micro_batches.unrecorded)
     average.swap()
     log.result("raw", **score(model, now.looping))
     average.swap()
-    if s.ema_decay > 0:
+    if s.ema_decay or s.ema_share:
         log.result("averaged", **score(model, now.looping))
     return now.looping, found
 
 
 def warm_up(take_step: Callable, micro_batches: MicroBatches, data: TrainingData, calibration: Callable,
             s: Settings, runtime: Runtime, log: RunLog) -> float:
-    """Compile and capture what training will run, by WARMUP_STEPS steps of each shape that leave no trace.
-
-    Returns the seconds to reserve for calibration.
-    """
+    """Compile and capture what training will run, without a trace; returns the seconds for calibration."""
     began = time.perf_counter()
     shapes = training_shapes(s)
 
     def take_steps(count: int) -> None:
-        for context, looping in shapes:
-            batches = data.stream(context)
+        for shape in shapes:
+            now = Moment(*shape, lr_factor=1.0, momentum=s.muon_momentum)
+            batches = data.stream(now.context, now.step_tokens)
             for _ in range(count):
-                take_step(batches, Moment(context, looping, lr_factor=1.0, momentum=s.muon_momentum))
+                take_step(batches, now)
             batches.close()
 
     with micro_batches.optimizer.rehearsal():
         take_steps(s.warmup_steps)
-        if s.warmup_steps and micro_batches.buffers is not None:
+        if s.warmup_steps and micro_batches.records:
             micro_batches.capture(shapes)
             take_steps(1)  # the first replay of a graph takes longer too
     micro_batches.unrecorded = 0
@@ -1899,43 +1907,33 @@ def compiled_graphs() -> int:
 
 def log_steps(log: RunLog, clock: TrainingClock, figures_of: dict[int, Tensor], s: Settings) -> None:
     """See to steps whose figures have reached the host; log the first five and each of TRAIN_LOG_EVERY."""
-    for step in [step for step in figures_of if step < len(clock.completed)]:
+    for step in [step for step in figures_of if step < len(clock.seconds)]:
         loss, gradient_norm = figures_of.pop(step).tolist()
         if not math.isfinite(loss + gradient_norm):
-            raise FloatingPointError(
-                f"training diverged: the loss of step {step + 1} is {loss}, its gradient's norm "
-                f"{gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        if step < 5 or s.train_log_every and (step + 1) % s.train_log_every == 0:
-            seconds = clock.completed[step]
-            share = seconds / clock.budget if s.max_wallclock_seconds else (step + 1) / s.iterations
-            first = max(0, step - max(1, s.train_log_every))
-            window = seconds - clock.completed[first]
-            rate = round((step - first) * s.train_batch_tokens / window) if window > 0 else 0
-            log.event("step", step=step + 1, train_loss=round(loss, 4), grad_norm=round(gradient_norm, 4),
+            raise FloatingPointError(f"training diverged: the loss of step {step} is {loss}, its gradient's "
+                                     f"norm {gradient_norm}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+        if step <= 5 or s.train_log_every and step % s.train_log_every == 0:
+            seconds = clock.seconds[step]
+            share = seconds / clock.budget if s.max_wallclock_seconds else step / s.iterations
+            rate = clock.speed(max(1, step - max(1, s.train_log_every)), step)
+            log.event("step", step=step, train_loss=round(loss, 4), grad_norm=round(gradient_norm, 4),
                       seconds=round(seconds, 3), tokens_per_second=rate, share=round(share, 4),
                       eta_seconds=round(seconds * (1 / share - 1), 1))
 
 
 def report_training(log: RunLog, clock: TrainingClock, steps: int, looping_from: int | None, s: Settings,
-                    runtime: Runtime, **counts: int) -> None:
+                    **counts: int) -> None:
     """Steps, seconds and speed, before and after looping started."""
-    def rate(first: int, last: int) -> int:
-        # The first step of a phase is left out: only from its end on does the phase run at its own speed.
-        if last - first < 2:
-            return 0
-        seconds = clock.completed[last - 1] - clock.completed[first]
-        return round((last - first - 1) * s.train_batch_tokens / seconds)
-
     switch = steps if looping_from is None else looping_from
-    memory = torch.cuda.max_memory_reserved() / 2**20 if runtime.on_cuda else 0
-    seconds = clock.completed[-1] if steps else 0.0
+    seconds = clock.seconds[steps]
     total = clock.elapsed()
     log.result("training", steps=steps, seconds=round(seconds, 3),
                calibration_seconds=round(total - seconds, 3), clock_seconds=round(total, 3),
                cap_seconds=s.max_wallclock_seconds, within_cap=total <= (s.max_wallclock_seconds or math.inf),
-               tokens=steps * s.train_batch_tokens, looping_from=looping_from,
-               tokens_per_second_plain=rate(0, switch), tokens_per_second_looping=rate(switch, steps),
-               **counts, peak_memory_mib=round(memory))
+               tokens=clock.tokens[steps], looping_from=looping_from,
+               tokens_per_second_plain=clock.speed(1, switch),  # a phase's first step has not its speed
+               tokens_per_second_looping=clock.speed(switch + 1, steps),
+               **counts, peak_memory_mib=round(torch.cuda.max_memory_reserved() / 2**20))
 
 
 # ============================================================================================================
@@ -2080,25 +2078,28 @@ def calibration_batch(windows: list[np.ndarray], s: Settings) -> Batch:
     return make_batch(ids.flatten(), text[:, 1:].flatten(), np.flatnonzero(begins), s.calibration_len)
 
 
-def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings,
-              runtime: Runtime) -> Statistics:
+def calibrate(model: GPT, windows: list[np.ndarray], looping: bool, s: Settings, runtime: Runtime,
+              in_time: Callable = iter) -> Statistics:
     """Send the windows, dealt out to the ranks, through the model forward and backward; sum what is seen.
 
-    The weights take no gradient. STEP_RULE=sigma needs no backward pass.
+    The weights take no gradient; STEP_RULE=sigma needs no backward pass. in_time: see TrainingClock.
     """
     gradients = s.step_rule == "loss"
     plain = model.view(trainable=False)
     observer = Observer(model, gradients)
     per_pass = calibration_pass(s, runtime)
-    passes = [windows[i:i + per_pass] for i in range(0, len(windows), per_pass)]
-    for some in passes[runtime.rank::runtime.world_size]:
-        batch = calibration_batch(some, s).to(runtime)
-        with torch.set_grad_enabled(gradients):
-            hidden = plain(batch.inputs, batch.segments, looping, observer)
-            if gradients:
-                plain.head_losses(hidden, batch.targets).sum().backward()
-        observer.head(plain, hidden.detach())
-    tokens = len(windows) * s.calibration_len
+    per_round = per_pass * runtime.world_size
+    for start in in_time(range(0, len(windows), per_round)):
+        seen = min(start + per_round, len(windows))
+        first = start + runtime.rank * per_pass
+        if first < seen:
+            batch = calibration_batch(windows[first:first + per_pass], s).to(runtime)
+            with torch.set_grad_enabled(gradients):
+                hidden = plain(batch.inputs, batch.segments, looping, observer)
+                if gradients:
+                    plain.head_losses(hidden, batch.targets).sum().backward()
+            observer.head(plain, hidden.detach())
+    tokens = seen * s.calibration_len
     hessian = observer.hessian
     curvature = observer.curvature
     for sums in (hessian, curvature):
@@ -3906,13 +3907,13 @@ def build_model(s: Settings, runtime: Runtime, log: RunLog) -> GPT:
 
 
 def collect_statistics(model: GPT, data: TrainingData, s: Settings, runtime: Runtime, looping: bool,
-                       rehearsal: bool) -> Statistics | None:
+                       rehearsal: bool, in_time: Callable = iter) -> Statistics | None:
     """What quantization needs to know of the model's activations, None if it asks for nothing."""
     if s.prequant_only or not s.gptq_calibration_batches:
         return None
     # A rehearsal is one round, from which the time of the whole calibration is estimated and reserved.
     one_round = calibration_pass(s, runtime) * runtime.world_size if rehearsal else None
-    return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime)
+    return calibrate(model, calibration_windows(data, s, one_round), looping, s, runtime, in_time)
 
 
 def save_checkpoint(model: GPT, looping: bool, s: Settings, log: RunLog) -> None:
@@ -4018,7 +4019,7 @@ def check_caps(s: Settings, log: RunLog) -> None:
         raise OverCapError("; ".join(faults) + ": no valid record")
 
 
-STAGES = {"raw": "raw weights", "averaged": "averaged weights", "quantized": "from the artifact",
+SCORED = {"raw": "raw weights", "averaged": "averaged weights", "quantized": "from the artifact",
           "ttt": "test-time training"}
 
 
@@ -4026,7 +4027,7 @@ def summary(record: dict) -> str:
     """The figures of a run as a small table."""
     results = record["results"]
     lines = ["", f"{'':20}{'val_bpb':>9}{'seconds':>10}"]
-    for kind, name in STAGES.items():
+    for kind, name in SCORED.items():
         if kind in results:
             lines.append(f"{name:20}{results[kind]['val_bpb']:>9.5f} {results[kind].get('seconds', ''):>9}")
     if "training" in results:

@@ -125,9 +125,9 @@ class Steps:
         runtime.broadcast(self.model.parameters())
         self.optimizer = g.Optimizer(self.model, s, runtime)
         self.micro_batches = g.MicroBatches(self.model, self.optimizer, s, runtime)
-        self.batches = data.stream(s.train_seq_len)
+        self.batches = data.stream(s.train_seq_len, s.train_batch_tokens)
         self.waited = []  # seconds for each micro-batch
-        lengths = data.batch(0, 0, s.train_seq_len).segments.cu_seqlens.diff().double()
+        lengths = data.batch(0, s.micro_batch_tokens, s.train_seq_len).segments.cu_seqlens.diff().double()
         self.keys_per_query = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
     def step(self, looping: bool, forward_backward=None) -> None:
@@ -135,7 +135,8 @@ class Steps:
             began = time.perf_counter()
             batch = next(self.batches)
             self.waited.append(time.perf_counter() - began)
-            (forward_backward or self.micro_batches.accumulate)(batch, looping)
+            take = forward_backward or self.micro_batches.accumulate
+            take(batch, looping, self.settings.train_batch_tokens)
         with record_function("bench: optimizer"):
             self.optimizer.step(1.0, 0.95)
 
@@ -152,7 +153,8 @@ class Steps:
         s, ranks = self.settings, self.runtime.world_size
         began = time.perf_counter()
         self.step(looping)
-        self.micro_batches.capture([(s.train_seq_len, looping)])
+        if self.micro_batches.records:
+            self.micro_batches.capture([(s.train_seq_len, looping, s.train_batch_tokens)])
         self.step(looping)
         torch.cuda.synchronize()
         first_steps = time.perf_counter() - began

@@ -3,6 +3,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 import gpt_kernels as kernels
 import train_gpt as g
-from tests.synthetic import documents
+from tests.synthetic import documents, write_corpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -112,13 +113,13 @@ def test_recorded_passes_do_what_the_others_do(kernel, fp8, tiny):
         for documents in (7, 3, 40, 500):
             bounds = g.segment_bounds(np.linspace(0, 2048, documents, endpoint=False).astype(int), 2048, 2048)
             batch = g.Batch(tokens.roll(documents), tokens, g.make_segments(bounds, 2048)).to(runtime)
-            micro_batches.accumulate(batch, True)
+            micro_batches.accumulate(batch, True, s.train_batch_tokens)
             found.append([optimizer.flat_grad[:-1].clone(), *(bank.grad.clone() for bank in model.banks())])
             losses.append(optimizer.flat_grad[-1].item())
             for gradient in (optimizer.flat_grad, *(bank.grad for bank in model.banks())):
                 gradient.zero_()
             if not micro_batches.graphs:
-                micro_batches.capture([(2048, True)])
+                micro_batches.capture([(2048, True, s.train_batch_tokens)])
         assert micro_batches.unrecorded == 2 * recorded  # the first, which compiles, and the one with 500
         gradients.append(found)
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
@@ -127,13 +128,26 @@ def test_recorded_passes_do_what_the_others_do(kernel, fp8, tiny):
             assert relative_error(one, other) < 1e-2
 
 
+def test_a_growing_batch_is_compiled_and_recorded_before_the_clock_starts(tiny, tmp_path):
+    """Steps of one short micro-batch, of one whole and of two: in training all passes are replayed."""
+    s = dataclasses.replace(
+        tiny, data_path=str(write_corpus(tmp_path / "data")), train_seq_len=256, train_batch_tokens=4096, grad_accum_steps=1,
+        train_batch_schedule="2048@0.3,4096@0.6,8192@1", ema_share=0.1, muon_momentum_warmup_share=0.2, iterations=20,
+        max_wallclock_seconds=0.0, gptq_calibration_batches=0)
+    found, log = {}, SimpleNamespace(event=lambda kind, **_: None, result=lambda kind, **fields: found.update({kind: fields}))
+    g.train(compiled(s), g.TrainingData(s, runtime), lambda *_: {}, lambda *_, **__: None, s, runtime, log)
+    training = found["training"]
+    assert training["tokens"] == 7 * 2048 + 6 * 4096 + 7 * 8192 and training["steps"] == 20
+    assert (training["recompilations"], training["unrecorded_passes"]) == (0, 0)
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_no_host_synchronization_inside_a_step(fp8, tiny, tmp_path):
     """Forward, backward and optimizer step run with synchronizing calls turned into errors."""
     tiny = with_fp8(tiny) if fp8 else tiny
     model = compiled(tiny)
     optimizer = g.Optimizer(model, tiny, runtime)
-    average = g.WeightAverage(optimizer.weights, 0.9)
+    average = g.WeightAverage(optimizer.weights, dataclasses.replace(tiny, ema_share=0.1))
     tokens = torch.randint(2, 512, (2048,))
     host_batch = g.Batch(tokens, tokens, g.make_segments(np.array([0, 700, 2048], dtype=np.int32), 2048))
 
@@ -143,7 +157,7 @@ def test_no_host_synchronization_inside_a_step(fp8, tiny, tmp_path):
         loss.backward()
         optimizer.add_loss(loss)
         figures = optimizer.step(1.0, 0.9)
-        average.update()
+        average.update(0.01)
         return torch.empty(2, pin_memory=True).copy_(figures, non_blocking=True)
 
     step()

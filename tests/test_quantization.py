@@ -787,6 +787,19 @@ def test_a_rank_without_windows_changes_nothing(step_rule):
     assert_same_on_two_ranks(s, calibration_text(s, 3))  # all in one pass
 
 
+def test_calibration_that_is_cut_short_knows_what_it_has_seen():
+    """Statistics are means over the tokens of the rounds that were made, whatever the number of ranks."""
+    s = reference_settings(NUM_LAYERS=2, MODEL_DIM=8, NUM_HEADS=1, NUM_KV_HEADS=1, XSA_LAST_N=2, GATE_WINDOW=8, NUM_LOOPS=0,
+                           PARALLEL_START_LAYER=0, EVAL_SEQ_LEN=2100, VAL_BATCH_TOKENS=200_000)  # one window a pass
+    model, windows = random_model(s), calibration_text(s, 6, documents=60)
+    whole = g.calibrate(model, windows[:4], False, s, runtime())
+    alone = g.calibrate(model, windows, False, s, runtime(), lambda rounds: rounds[:4])
+    pair = TwoRanks().run(lambda rank: g.calibrate(model, windows, False, s, rank, lambda rounds: rounds[:2]))
+    for cut in (alone, *pair):
+        for site, want in whole.hessian.items():
+            torch.testing.assert_close(cut.hessian[site], want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+
+
 # --- Calibration windows
 
 

@@ -443,7 +443,8 @@ def pieces_grow_and_rates_rise_again(lab, recipe):
     assert moved == pytest.approx(freely / s.seq_change_warmup_steps, rel=1e-3)
     run = lab.run(recipe)
     assert [event["tokens"] for event in events(run.record, "context")] == sorted(set(lengths))[1:]
-    assert events(run.record, "warmup")[0]["shapes"] == [[64, False], [128, False], [128, True], [192, True]]
+    shapes = [shape[:2] for shape in events(run.record, "warmup")[0]["shapes"]]
+    assert shapes == [[64, False], [128, False], [128, True], [192, True]]
 
 
 def average_by_hand(lab, recipe):

@@ -264,7 +264,7 @@ def test_schedule_of_an_untimed_run_is_that_of_training(tmp_path):
     assert len(found.progress) == 40 and np.flatnonzero(found.recorded).tolist() == [0, 1, 2, 3, 4, 9, 19, 29, 39]
     for step, progress in enumerate(np.arange(40) / 40):
         changed = 21 if step >= 21 else 0
-        assert found.progress[step] == progress and found.context[step] == g.context_length(progress, s) == (128, 256)[step > 20]
+        assert found.progress[step] == progress and found.context[step] == g.schedule(progress, 0, 0, s).context == (128, 256)[step > 20]
         assert found.multiplier[step] == g.schedule(progress, step, changed, s).lr_factor
 
 

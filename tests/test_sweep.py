@@ -277,6 +277,7 @@ def test_a_real_run_and_its_figures(tmp_path, capsys, monkeypatch):
     good, bad = table_of(capsys.readouterr().out)
     folder = tmp_path / "out" / sweep.name_run(tiny | {"SEED": "5"}, tiny)
     record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished" and good[-1] == "" == good[7] == good[8]  # neither quantized nor final
     assert good[0] == "5" and good[3] == "2" and record["settings"]["seed"] == 5
     assert good[5] == f"{record['results']['raw']['val_bpb']:.5f}"
     assert good[6] == f"{record['results']['averaged']['val_bpb']:.5f}"

@@ -580,7 +580,7 @@ def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_si
         for micro in range(8 // world_size):
             for rank in range(world_size):
                 data = training_data(corpus, rank, world_size, GRAD_ACCUM_STEPS=0)
-                batch = data.batch(step, micro, 256)
+                batch = data.batch(step * 2048 + (micro * world_size + rank) * length, length, 256)
                 inputs.append(batch.inputs.numpy()), targets.append(batch.targets.numpy())
                 starts = {t for t in range(length) if batch.inputs[t] == BOS}
                 assert starts <= set(batch.segments.cu_seqlens.tolist())
@@ -592,14 +592,14 @@ def test_a_step_holds_the_same_tokens_for_every_number_of_ranks(corpus, world_si
 
 def test_the_stream_delivers_every_batch_in_order(corpus):
     data = training_data(corpus, rank=1, world_size=2)
-    stream = data.stream(256)
-    for step, micro in itertools.islice(((s, m) for s in itertools.count() for m in range(2)), 11):
-        got, want = next(stream), data.batch(step, micro, 256)
+    stream = data.stream(256, 2048)
+    for index in range(11):
+        got, want = next(stream), data.batch((2 * index + 1) * 512, 512, 256)
         assert torch.equal(got.inputs, want.inputs) and torch.equal(got.targets, want.targets)
         assert torch.equal(got.segments.cu_seqlens, want.segments.cu_seqlens)
     stream.close()
-    later = data.stream(64, first=3)
-    got, want = next(later), data.batch(3, 0, 64)
+    later = data.stream(64, 2048, first=3 * 2048)
+    got, want = next(later), data.batch(3 * 2048 + 512, 512, 64)
     assert torch.equal(got.inputs, want.inputs) and got.segments.max_seqlen == 64 == np.diff(got.segments.cu_seqlens).max()
     later.close()
 
@@ -610,7 +610,7 @@ def test_errors_of_the_reading_thread_arrive_where_the_batch_is_asked_for(tmp_pa
     data = training_data(tmp_path)
     stream[2500] = 256
     write_data(tmp_path / "data", stream, documents(1, 2)[0])
-    batches = data.stream(256)
+    batches = data.stream(256, 2048)
     next(batches), next(batches)
     with pytest.raises(g.InputError, match=r"fineweb_train_\d+.bin: token 256 .*VOCAB_SIZE"):
         next(batches)
@@ -1040,6 +1040,10 @@ def test_learning_rate_rises_again_after_a_change_of_context():
     s = tiny(WARMDOWN_FRAC=0, SEQ_CHANGE_WARMUP_STEPS=4, TRAIN_SEQ_SCHEDULE="64@0.1,256@1.0")
     assert [g.schedule(0.5, step, 20, s).lr_factor for step in (20, 21, 22, 23, 24)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert g.schedule(0.0, 0, 0, s).lr_factor == 1.0
+    shares = tiny(WARMDOWN_FRAC=0, SEQ_CHANGE_WARMUP_SHARE=0.2, TRAIN_SEQ_SCHEDULE="64@0.1,128@0.5,256@0.8")
+    factors = [g.schedule(progress, 20, start, shares).lr_factor for progress, start in (
+        (0.05, 0), (0.15, 9), (0.3, 9), (0.45, 9), (0.55, 20), (0.9, 20))]
+    assert factors == pytest.approx([1.0, 0.25, 1.0, 1.0, 0.25, 1.0])
     falling = changed(s, warmdown_frac=0.8)
     assert g.schedule(0.6, 21, 20, falling).lr_factor == pytest.approx(0.25)  # half risen, half fallen
 
@@ -1049,16 +1053,53 @@ def test_context_grows_with_progress():
     assert [g.schedule(f, 3, 0, s).context for f in (0.0, 0.1, 0.11, 0.7, 1.0)] == [64, 64, 128, 128, 256]
 
 
+def test_batch_and_rates_by_hand():
+    s = tiny(TRAIN_BATCH_SCHEDULE="4096@1,512@0.25,2048@0.5", WARMDOWN_FRAC=0.4, MIN_LR=0)
+    moments = [g.schedule(progress, 3, 0, s) for progress in (0.0, 0.25, 0.26, 0.5, 0.6, 0.8, 1.0)]
+    assert [now.step_tokens for now in moments] == [512, 512, 2048, 2048, 4096, 4096, 4096]
+    falls = [1, 1, 1, 1, 1, 0.5, 0]
+    grown = [0.5, 0.5, 1, 1, math.sqrt(2), math.sqrt(2), math.sqrt(2)]  # TRAIN_BATCH_TOKENS is 2048
+    assert [now.lr_factor for now in moments] == pytest.approx([a * b for a, b in zip(falls, grown)])
+    straight = changed(s, train_batch_lr_power=1.0)
+    assert g.schedule(0.1, 3, 0, straight).lr_factor == 0.25
+    assert g.schedule(0.1, 3, 0, changed(s, train_batch_lr_power=0.0)).lr_factor == 1.0
+
+
+@pytest.mark.parametrize("ranks, tokens, count, length", [
+    (1, 512, 1, 512), (1, 1024, 1, 1024), (1, 2048, 2, 1024), (1, 3072, 3, 1024), (1, 1536, 2, 768), (2, 2048, 2, 512),
+    (2, 512, 1, 256), (4, 6144, 6, 256)])
+def test_a_step_is_split_into_micro_batches_no_longer_than_the_usual(ranks, tokens, count, length):
+    s = tiny(WORLD_SIZE=ranks, RANK=0)  # 2 micro-batches of 2048 tokens over the ranks
+    assert s.split_step(tokens) == (count, length) and s.split_step(2048) == (2, s.micro_batch_tokens)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("TRAIN_BATCH_SCHEDULE", "2048@0.5,4097@1", "has 4097, not to be split evenly"),
+    ("TRAIN_BATCH_SCHEDULE", "2048@0.5,4096@0.5", "has an end twice"),
+    ("TRAIN_BATCH_SCHEDULE", "2048@0,4096@1", "is not a list like 1024@0.1,2048@1.0"),
+    ("TRAIN_SEQ_SCHEDULE", "64@0.5,256@.5", "has an end twice"),
+    ("TRAIN_BATCH_LR_POWER", "0.3", "it is read only with TRAIN_BATCH_SCHEDULE=*"),
+    ("SEQ_CHANGE_WARMUP_STEPS", "3", "it is read only with TRAIN_SEQ_SCHEDULE=*"),
+    ("SEQ_CHANGE_WARMUP_SHARE", "0.1", "it is read only with TRAIN_SEQ_SCHEDULE=*")])
+def test_schedules_in_stages_that_are_refused(name, value, words):
+    [line] = problems(**environment(**{name: value}))
+    assert line.startswith(f"{name}: ") and words in line
+
+
 @pytest.mark.parametrize("changes, expected", [
-    (dict(), [(256, False), (256, True)]),
-    (dict(ENABLE_LOOPING_AT=1), [(256, False)]), (dict(NUM_LOOPS=0), [(256, False)]),
-    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0"), [(64, False), (128, False), (128, True), (256, True)]),
-    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0", NUM_LOOPS=0), [(64, False), (128, False), (256, False)]),
-    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,256@0.2"), [(64, False), (256, False), (256, True)])])
+    (dict(), [(256, False, 2048), (256, True, 2048)]),
+    (dict(ENABLE_LOOPING_AT=1), [(256, False, 2048)]), (dict(NUM_LOOPS=0), [(256, False, 2048)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0"),
+     [(64, False, 2048), (128, False, 2048), (128, True, 2048), (256, True, 2048)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,128@0.7,256@1.0", NUM_LOOPS=0),
+     [(64, False, 2048), (128, False, 2048), (256, False, 2048)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.1,256@0.2"), [(64, False, 2048), (256, False, 2048), (256, True, 2048)]),
+    (dict(TRAIN_SEQ_SCHEDULE="64@0.5,256@1", TRAIN_BATCH_SCHEDULE="512@0.2,1024@0.5,4096@1"),
+     [(64, False, 512), (64, False, 1024), (64, True, 1024), (256, True, 4096)])])
 def test_every_shape_that_training_meets_is_compiled(changes, expected):
     s = tiny(**changes)
     assert g.training_shapes(s) == expected
-    met = {g.schedule(f, 3, 0, s)[:2] for f in np.linspace(0, 1, 201)[:-1]}
+    met = {g.schedule(f, 3, 0, s)[:3] for f in np.linspace(0, 1, 201)[:-1]}
     assert met <= set(expected)
 
 
@@ -1066,6 +1107,12 @@ def test_every_shape_that_training_meets_is_compiled(changes, expected):
 def test_muon_momentum_by_hand(step, expected):
     assert g.schedule(0.5, step, 0, g.Settings()).momentum == pytest.approx(expected)
     assert g.schedule(0.5, step, 0, changed(g.Settings(), muon_momentum_warmup_steps=0)).momentum == 0.97
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.92), (0.1, 0.945), (0.2, 0.97), (0.9, 0.97)])
+def test_muon_momentum_in_shares_of_the_run_by_hand(progress, expected):
+    s = changed(g.Settings(), muon_momentum_warmup_share=0.2)
+    assert g.schedule(progress, 3, 0, s).momentum == pytest.approx(expected)
 
 
 # --- Optimizer
@@ -1262,16 +1309,16 @@ def test_recorded_passes_see_their_micro_batch_and_count_the_others(graphs):
     batches = [batch_of(lengths, context, seed) for seed, (lengths, context) in enumerate([
         ((100, 30), 64), ((50, 50, 30), 64), ((130,), 64), ((2,) * 65, 64), ((60, 70), 32)])]
     plain, recorded = micro_batches_of(changed(s, recorded_passes=False)), micro_batches_of(s)
-    recorded.capture([(64, True), (64, False)])
+    recorded.capture([(64, True, 1040), (64, False, 1040)])
     assert len(graphs) == 2 and recorded.optimizer.flat_grad.count_nonzero() == 0
     for batch in batches:
         for micro_batches in (plain, recorded):
-            micro_batches.accumulate(batch, True)
+            micro_batches.accumulate(batch, True, 1040)
         assert torch.equal(plain.optimizer.flat_grad, recorded.optimizer.flat_grad)
         for ours, theirs in zip(recorded.model.banks(), plain.model.banks()):
             assert torch.equal(ours.grad, theirs.grad) and ours.grad.count_nonzero()
     assert (plain.unrecorded, recorded.unrecorded) == (0, 2)
-    assert micro_batches_of(s, "reference").buffers is None
+    assert not micro_batches_of(s, "reference").records
 
 
 def test_warm_up_runs_every_shape_before_it_records_them(graphs, corpus):
@@ -1283,13 +1330,13 @@ def test_warm_up_runs_every_shape_before_it_records_them(graphs, corpus):
     def take_step(batches, now):
         for _ in range(s.accumulation):
             batch = next(batches)
-            micro_batches.accumulate(batch, now.looping)
-        assert now.context == batch.segments.max_seqlen and now[2:] == (1.0, s.muon_momentum)
-        steps.append((now.context, now.looping, len(graphs)))
+            micro_batches.accumulate(batch, now.looping, now.step_tokens)
+        assert now.context == batch.segments.max_seqlen and now[3:] == (1.0, s.muon_momentum)
+        steps.append((*now[:3], len(graphs)))
 
     before = [p.detach().clone() for p in micro_batches.model.parameters()]
     g.warm_up(take_step, micro_batches, g.TrainingData(s, runtime()), lambda looping, rehearsal: None, s, runtime(), log)
-    shapes = [(32, False), (64, False), (64, True)]
+    shapes = [(32, False, 260), (64, False, 260), (64, True, 260)]
     assert steps == [(*shape, 0) for shape in shapes for _ in range(2)] + [(*shape, 3) for shape in shapes]
     assert list(micro_batches.graphs) == shapes and micro_batches.unrecorded == 0
     assert all(map(torch.equal, before, micro_batches.model.parameters()))
@@ -1335,13 +1382,48 @@ def test_rehearsal_leaves_no_trace():
 
 def test_weight_average_by_hand():
     weights = [torch.tensor([1.0, 2.0]), torch.tensor([[4.0]])]
-    average = g.WeightAverage(weights, 0.75)
+    average = g.WeightAverage(weights, tiny(EMA_DECAY=0.75))
     weights[0].copy_(torch.tensor([5.0, 2.0])), weights[1].fill_(0.0)
-    average.update()
+    average.update(0.0)
     weights[0].fill_(10.0)
-    average.update()
+    average.update(0.5)
     average.swap()
     assert weights[0].tolist() == [0.75 * 2.0 + 2.5, 0.75 * 2.0 + 2.5] and weights[1].item() == 2.25
+
+
+def averaged(progress, seen, **fields):
+    """What the average makes of one weight, 1 at first, that is `seen` after the steps which begin at `progress`."""
+    weight = torch.ones(1, dtype=torch.float64)
+    average = g.WeightAverage([weight], changed(tiny(), **fields))
+    for share, value in zip(progress, seen, strict=True):
+        weight.fill_(value)
+        average.update(share)
+    average.swap()
+    return weight.item()
+
+
+def test_weight_average_in_shares_of_the_run_by_hand():
+    once, twice = math.exp(-0.5), math.exp(-1)  # what is left after a tenth and a fifth of the run
+    expected = (1 * once + 4 * (1 - once)) * twice + 8 * (1 - twice)
+    assert averaged([0.0, 0.1, 0.3], [7, 4, 8], ema_share=0.2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [40, 400])
+def test_weight_average_in_shares_is_the_same_for_any_number_of_steps(steps):
+    progress = np.arange(steps + 1) / steps
+    seen = [2.0 if share <= 0.5 else 5.0 for share in progress]
+    expected = 5 - 3 * math.exp(-0.5 / 0.1) - math.exp(-1 / 0.1)
+    assert averaged(progress, seen, ema_share=0.1) == pytest.approx(expected)
+    per_step = averaged(progress[1:], seen[1:], ema_decay=math.exp(-1 / steps / 0.1))
+    assert per_step == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps, share", [("EMA_DECAY", "EMA_SHARE"),
+                                          ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_SHARE")])
+def test_lengths_in_steps_and_in_shares_exclude_each_other(steps, share):
+    [line] = problems(**{steps: 0.5 if steps == "EMA_DECAY" else 5, share: 0.1})
+    assert line.startswith(f"{steps}: it is read only with {share}=0.0")
+    g.Settings.from_environment({share: "0.1"})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -1405,7 +1487,7 @@ def test_clock_looks_ahead_by_the_longest_step_of_its_state(monkeypatch):
     fake = FakeTime(monkeypatch)
     clock = g.TrainingClock(tiny(MAX_WALLCLOCK_SECONDS=20.5, ITERATIONS=1000), runtime(), 0.5)
     seen, seconds = drive(clock, fake, lambda step: {0: 3.0, 10: 2.0}.get(step, 1.0))
-    assert clock.longest == {False: 3.0, True: 2.0} and seconds == 19.0
+    assert clock.longest == {(256, False, 2048): 3.0, (256, True, 2048): 2.0} and seconds == 19.0
 
 
 def test_clock_counts_iterations_without_a_cap(monkeypatch):
@@ -1427,6 +1509,29 @@ def test_forced_stop_leaves_the_schedule_as_it_is(monkeypatch, iterations, force
     assert seen == pytest.approx(expected)
 
 
+def test_every_rank_leaves_out_the_same_rounds(monkeypatch):
+    """Rank 1, whose clock is five seconds ahead, follows that of rank 0."""
+    fake, sent = FakeTime(monkeypatch), []
+
+    class Rank(g.Runtime):
+        def from_rank0(self, values):
+            if self.rank == 0:
+                sent.append(values)
+                return values
+            return sent.pop(0)
+
+    done = []
+    for rank in range(2):
+        clock = g.TrainingClock(tiny(MAX_WALLCLOCK_SECONDS=10, GPTQ_RESERVE_SECONDS=0), Rank(rank, 2, torch.device("cpu")), 0)
+        fake.now += 5.0 * rank
+        for number in clock.in_time(range(20)):
+            fake.now += 3.0 if number == 1 else 1.0
+            done.append((rank, number))
+        assert clock.left_out == 15
+    # The second round takes 3 s, so that from then on 3.75 s must be left: at 4, 5 and 6 s they are, at 7 s not.
+    assert done == [(rank, number) for rank in range(2) for number in range(5)] and not sent
+
+
 def test_pauses_do_not_count(monkeypatch):
     fake = FakeTime(monkeypatch)
     clock = g.TrainingClock(tiny(MAX_WALLCLOCK_SECONDS=10.5, ITERATIONS=1000), runtime(), 0.5)
@@ -1437,7 +1542,7 @@ def test_pauses_do_not_count(monkeypatch):
     with clock.paused(2):
         fake.now += 500.0
     assert clock.begin_step(2) == (pytest.approx(0.2), False)
-    assert clock.elapsed() == 2.0 and clock.step_seconds() == 1.0
+    assert clock.elapsed() == 2.0 and clock.seconds == [0, 1, 2] and clock.speed(1, 2) == 2048
     with clock.paused(2):
         fake.now += 500.0
     fake.now += 3.0

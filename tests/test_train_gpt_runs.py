@@ -1,6 +1,5 @@
 """Whole runs of train_gpt.py on tiny data: as a program, on several ranks, stopped and broken."""
 import errno
-import itertools
 import os
 import re
 import resource
@@ -135,9 +134,14 @@ def test_what_is_no_training_changes_nothing(place, changes):
 @pytest.fixture
 def ticking(monkeypatch):
     """Every look at the clock is 0.4 s after the last one, whatever the machine takes in between."""
-    ticks = itertools.count()
-    began = time.perf_counter()
-    monkeypatch.setattr(g, "time", SimpleNamespace(perf_counter=lambda: began + 0.4 * next(ticks)))
+    clock = SimpleNamespace(now=time.perf_counter())
+
+    def look():
+        clock.now += 0.4
+        return clock.now
+
+    monkeypatch.setattr(g, "time", SimpleNamespace(perf_counter=look))
+    return clock
 
 
 def test_steps_leave_time_for_calibration(place, ticking):
@@ -148,6 +152,27 @@ def test_steps_leave_time_for_calibration(place, ticking):
     assert 1 < times["seconds"] <= 3 - warmup["reserve_seconds"] and times["steps"] > 3
     assert times["clock_seconds"] == pytest.approx(times["seconds"] + times["calibration_seconds"], abs=0.002)
     assert times["clock_seconds"] <= 3 == times["cap_seconds"] and times["within_cap"]
+
+
+@pytest.mark.parametrize("late, fewest, most, in_time", [(0, 10, 10, True), (1, 2, 6, True), (99, 1, 1, False)])
+def test_calibration_stops_at_the_cap(place, ticking, monkeypatch, late, fewest, most, in_time):
+    """Its rounds take so many seconds longer on a machine that became busy after the rehearsal."""
+    rounds = []
+
+    def slow(*arguments, make=g.calibration_batch):
+        rounds.append(ticking.now)
+        ticking.now += late * (len(rounds) > 2)  # the rehearsal is two
+        return make(*arguments)
+
+    monkeypatch.setattr(g, "calibration_pass", lambda *_: 1)
+    monkeypatch.setattr(g, "calibration_batch", slow)
+    run = main_here(environment(place, MAX_WALLCLOCK_SECONDS=12, ITERATIONS=100000, GPTQ_CALIBRATION_BATCHES=10))
+    result, done = record(place), len(rounds) - 2
+    assert fewest <= done <= most and "quantized" in result["results"] and run.returncode == int(not in_time)
+    times = result["results"]["training"]
+    assert times["within_cap"] == (times["clock_seconds"] <= 12) == in_time
+    left_out = [event["rounds_left_out"] for event in events(result, "calibration_cut")]
+    assert left_out == ([10 - done] if done < 10 else [])
 
 
 def test_prequant_only_stops_before_the_artifact(place):
@@ -241,6 +266,8 @@ def test_a_run_id_is_a_name_and_not_a_path(place, run_id):
 
 
 GROWING = dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.6,256@1.0", SEQ_CHANGE_WARMUP_STEPS=2, SKYLIGHT_MUON=1)
+GROWING_BATCH = dict(TRAIN_BATCH_SCHEDULE="512@0.2,1024@0.5,1536@1", TRAIN_BATCH_TOKENS=1024)
+SHARES = dict(EMA_DECAY=g.Settings.ema_decay, EMA_SHARE=0.3, MUON_MOMENTUM_WARMUP_SHARE=0.4)
 
 
 def test_context_grows_while_training(place):
@@ -248,13 +275,31 @@ def test_context_grows_while_training(place):
     result = run_here(place, **common, **GROWING)
     assert [(e["step"], e["tokens"]) for e in events(result, "context")] == [(3, 128), (7, 256)]
     [warm] = events(result, "warmup")
-    assert warm["shapes"] == [[64, False], [128, False], [128, True], [256, True]]
+    assert warm["shapes"] == [[length, looping, 1024] for length, looping in (
+        (64, False), (128, False), (128, True), (256, True))]
     later = GROWING | dict(TRAIN_SEQ_SCHEDULE="64@0.2,128@0.8,256@1.0")
     short = run_here(place, RUN_ID="short", **common, **later)
     assert curve(result)[:7] == curve(short)[:7] and curve(result)[7] != curve(short)[7]
 
 
-@pytest.mark.parametrize("ranks, batch, micro_batches, more", [(2, 2048, 4, {}), (3, 1536, 6, GROWING)])
+def test_batch_grows_while_training(place, monkeypatch):
+    seen, read = [], g.TrainingData.read
+    monkeypatch.setattr(g.TrainingData, "read", lambda data, *where: seen.append(where) or read(data, *where))
+    result = run_here(place, ITERATIONS=10, PREQUANT_ONLY=1, WARMUP_STEPS=0, **GROWING_BATCH)
+    assert [(e["step"], e["tokens"]) for e in events(result, "step_tokens")] == [(3, 1024), (6, 1536)]
+    steps = [512] * 3 + [1024] * 3 + [1536] * 4
+    assert result["results"]["training"]["tokens"] == sum(steps) == 10752
+    # Each stage goes on where the one before ended, in micro-batches no longer than 512.
+    used = [(start, length - 1) for start, length in dict.fromkeys(seen)]
+    assert set(used) >= {(start, 512) for start in range(0, sum(steps), 512)}
+    assert {length for _, length in used} == {512}
+    later = GROWING_BATCH | dict(TRAIN_BATCH_SCHEDULE="512@0.2,1024@0.7,1536@1")
+    other = run_here(place, RUN_ID="later", ITERATIONS=10, PREQUANT_ONLY=1, WARMUP_STEPS=0, **later)
+    assert curve(result)[:6] == curve(other)[:6] and curve(result)[6] != curve(other)[6]
+
+
+@pytest.mark.parametrize("ranks, batch, micro_batches, more", [
+    (2, 2048, 4, SHARES | dict(TRAIN_BATCH_SCHEDULE="1024@0.3,2048@0.5,4096@1")), (3, 1536, 6, GROWING)])
 def test_several_ranks_train_like_one(place, ranks, batch, micro_batches, more):
     """The step is the same tokens in the same micro-batches: only the order of the sums differs."""
     changes = dict(TRAIN_BATCH_TOKENS=batch, ITERATIONS=8, ENABLE_LOOPING_AT=0.5) | more

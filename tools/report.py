@@ -352,8 +352,8 @@ def recorded_settings(run: Run, known: type):
         given[field.name] = value
     s = known(**given)
     try:
-        s.context_stages
-    except ValueError:  # TRAIN_SEQ_SCHEDULE in another notation
+        s.context_stages, s.batch_stages
+    except ValueError:  # a schedule in another notation
         return None
     return s if s.iterations >= 1 else None
 
@@ -371,7 +371,7 @@ def timed_progress(run: Run, at: np.ndarray, last: int, batch_tokens: int, budge
     if seconds:
         known[last] = seconds / budget
     # These events record the progress itself, which is exact.
-    for kind in ("looping", "context"):
+    for kind in ("looping", "context", "step_tokens"):
         for event in run.events(kind, "step", "progress"):
             known[event["step"]] = event["progress"]
     steps = sorted(known)
