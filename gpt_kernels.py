@@ -139,10 +139,9 @@ def rounded(value, like):
 
 
 # --- Products, in 8-bit floats where the matrix has them ----------------------------------------------------
-# Training's products multiply E4M3, floats of 8 bits with 3 bits of mantissa (Micikevicius et al. 2022), but
-# for those that make the matrices' gradients. Weights have a scale per matrix and gradients one per row, by
-# which the largest entry becomes 448, the largest number there is. Activations have constant units, since
-# normalization bounds them.
+# Training multiplies E4M3, floats of 8 bits with 3 of mantissa (Micikevicius et al. 2022), but for gradients
+# of matrices. Weights have a scale per matrix, gradients one per row, by which the largest entry becomes 448,
+# the largest E4M3. Activations have constant units, since normalization bounds them.
 
 FP8 = torch.float8_e4m3fn
 GATED_UNIT = 0.25  # what 1 in E4M3 stands for in attention's gated output, which so ends at 112
@@ -1406,8 +1405,7 @@ def consumer_group(GROUP: gl.constexpr, begin, done, parts, parts_full, fp8_part
                          gl.load(words + 2 * M, mask=inside), gl.load(words + 3 * M, mask=inside))
                 if IN_FP8:
                     factor = gl.expand_dims(scale * gl.load(x_scale + rows, mask=inside, other=0.0), 1)
-            # Not before the other group has had all its blocks of w: a parity tells one turn of the ring from
-            # the next only.
+            # Not before the other group had its blocks of w: a parity tells only a turn from the next.
             mbarrier.wait(begin, count + 1 - GROUP & 1)
             acc = multiply(rings, (2 * count + GROUP) * (K // BK), count // (N // BN // 2),
                            column >= N - 2 * BN, done, ACROSS, K, BM, BN, BK, STAGES)
@@ -1612,7 +1610,8 @@ class TwoValueNLL(torch.autograd.Function):
         scores, operands = taken(scores, product)
         if scores.stride(1) != 1:
             scores = scores.contiguous()
-        targets, hints = targets.contiguous(), hints.contiguous()
+        targets = targets.contiguous()
+        hints = hints.contiguous()
         caps = [cap_pos, cap_neg]
         caps = [cap if isinstance(cap, Tensor) else constant(cap, scores.device) for cap in caps]
         nll, log_q, lse = (scores.new_empty(x.shape, dtype=torch.float32) for x in (targets, hints, targets))

@@ -351,7 +351,7 @@ def test_submission_json_holds_the_figures_of_its_records():
     if stated["record"]:
         pytest.skip("the figures of a run on eight H100, whose records lie in its own folder")
     for seed in stated["seeds"]:
-        record = json.loads((RECORDS / f"mini_record_fp8_seed{seed}.json").read_text())
+        record = json.loads((RECORDS / f"mini_240s_seed{seed}.json").read_text())
         assert stated["seed_results"][str(seed)] == submission.figures(record)
         assert stated["clock_seconds"] == record["settings"]["max_wallclock_seconds"]
         assert stated["hardware"] == f"{record['machine']['devices']} x {record['machine']['device']}"
