@@ -59,14 +59,13 @@ from torch import Tensor, nn
 
 import online_ngram_tilt as ngram
 from env_settings import (
-    PUBLISHED, STAGES, EventLog, FromEnvironment, InputError, ahead, fields_by_group, fixed_variables, hold,
-    ignore_signals, lasting_console, limit_memory, list_of, machine_memory, parse_stages, print_errors,
-    ran_out_of_memory, read_recipe, setting, settings_help, write_whole)
+    PUBLISHED, STAGES, FromEnvironment, InputError, fields_by_group, fixed_variables, list_of, parse_stages,
+    read_recipe, setting, settings_help)
 from gpt_kernels import (
-    ATTENTION_KERNELS, HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product,
-    Segments, Skip, WithPast, adamw_rows, add_norm, as_activation, as_matrices, attention, attention_kernel,
-    computed, fp8_products_fit, grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads,
-    rotary_tables, squared_mlp, two_value_nll, xsa_gate)
+    ATTENTION_KERNELS, HAS_TRITON, Activation, FullProduct, KernelError, Matrix, Product, Segments, Skip,
+    WithPast, adamw_rows, add_norm, as_activation, as_matrices, attention, attention_kernel, computed,
+    fp8_products_fit, grouped_product, leaky_relu_squared, mix_norm, norm, prepare_heads, rotary_tables,
+    squared_mlp, two_value_nll, xsa_gate)
 
 # ============================================================================================================
 # 1. Settings
@@ -77,6 +76,8 @@ PUBLISHED_SET = ("datasets/fineweb10B_sp8192_caseops/datasets/datasets/"
                  "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved")
 BOS_ID = 1  # first token of every document, in every shard format this project knows
 SIGMA = "STEP_RULE=sigma"  # the quantizer of the published systems
+from host import EventLog, ahead, hold, ignore_signals, lasting_console, limit_memory, machine_memory
+from host import print_errors, ran_out_of_memory, write_whole
 
 
 @dataclass(frozen=True)
@@ -848,7 +849,6 @@ class ValidationData:
         if len(self.tokens) < 2:
             raise InputError(f"{files[0]}: fewer than two validation tokens; prepare the data again")
         check_tokens(files[0], self.tokens, settings, begins=True)
-        # Counted by prepare_caseops_data.py in the original text.
         sidecar = shard_files(settings.shards_dir, "val_bytes")
         self.bytes = np.concatenate([open_shard(path) for path in sidecar])
         if len(self.bytes) != len(self.tokens):

@@ -636,8 +636,8 @@ def without_boost(s: g.Settings) -> list[dict]:
 
 
 def other_order(s: g.Settings) -> list[dict]:
-    if s.ttt_short_score_first_enabled:  # which needs the order that it has
-        return []
+    if s.ttt_short_score_first_enabled or (s.ngram_tilt_enabled and s.ngram_boost == "fixed"):
+        return []  # these need the order that they have
     return [dict(TTT_ORDER="stream" if s.ttt_order == "length" else "length")]
 
 

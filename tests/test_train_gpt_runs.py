@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import env_settings
+import host
 import train_gpt as g
 from tests.synthetic import (
     ROOT, environment, events, launch, main_here, record, runtime, start, tiny, unigram_bpb, write_corpus)
@@ -600,7 +600,7 @@ def test_the_record_is_closed_whatever_cannot_be_written(place, monkeypatch, fil
         with pytest.raises(OSError, match="tiny.txt"):
             log.close("failed", error="broken")
     else:
-        monkeypatch.setattr(env_settings, "write_whole", full)
+        monkeypatch.setattr(host, "write_whole", full)
         log.close("failed", error="broken")
     assert record(place)["status"] == "failed"
 

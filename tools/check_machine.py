@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission source/ has 
 import torch  # noqa: E402
 
 import train_gpt as g  # noqa: E402
-from env_settings import InputError, hold  # noqa: E402
+from env_settings import InputError  # noqa: E402
+from host import hold  # noqa: E402
 from tools import launch  # noqa: E402
 
 SECONDS = 50  # for all processes; most of it goes into imports and, once, into compiling attention

@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission source/ has 
 import torch  # noqa: E402
 
 import train_gpt as g  # noqa: E402
-from env_settings import InputError, hold, read_recipe  # noqa: E402
+from env_settings import InputError, read_recipe  # noqa: E402
+from host import hold  # noqa: E402
 from tools import demo_corpus  # noqa: E402
 
 # Downloads have had one and two levels of `datasets`.

@@ -23,9 +23,10 @@ UNPACKED = ROOT / "source"  # where a submission keeps the unpacked files
 SOURCE = UNPACKED if UNPACKED.is_dir() else ROOT
 sys.path[:0] = [str(SOURCE), str(ROOT)]
 
-from env_settings import InputError, lasting_console, write_whole  # noqa: E402
+from env_settings import InputError  # noqa: E402
+from host import lasting_console, write_whole  # noqa: E402
 
-EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "online_ngram_tilt.py",
+EVALUATION_FILES = ("train_gpt.py", "gpt_kernels.py", "env_settings.py", "host.py", "online_ngram_tilt.py",
                     "online_ngram_state.c")
 KERNEL_DECORATORS = {"jit", "gluon_jit", "row_kernel"}
 LOADER = '''"""A Parameter Golf submission in one file, packed by run.sh pack-code: a train_gpt.py."""

@@ -33,7 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "source"), str(ROOT)]  # in a submission source/ has the modules
 import verify_submission  # noqa: E402
-from env_settings import InputError, hold, lasting_console, write_whole  # noqa: E402
+from env_settings import InputError  # noqa: E402
+from host import hold, lasting_console, write_whole  # noqa: E402
 from tools.pack_submission import EVALUATION_FILES  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01
