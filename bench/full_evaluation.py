@@ -79,7 +79,7 @@ class Clock:
 
     def __init__(self, runtime: g.Runtime):
         self.runtime = runtime
-        runtime.barrier()
+        runtime.gather(None)  # which all ranks leave together
         self.began = self.now()
 
     def now(self) -> float:
@@ -191,11 +191,10 @@ def adapted_pass(model: g.GPT, data: StandIn, looping: bool, s: g.Settings, runt
     with total.timer(), closing(g.ahead(text.packed_steps(), 4)) as packed_steps:
         phases = g.adapt(learner, text, marks.watch(packed_steps), add)
     before = resident_mib()
-    for state in text.ngrams:
-        state.close()
+    text.counter = None  # which frees its tables
     counts_mib = before - resident_mib()
     return dict(
-        results=total.results(), documents=len(text.lengths), phases=phases, hints=int(text.hints.gate.sum()),
+        results=total.results(), documents=len(text.lengths), phases=phases, hints=text.hinted,
         phase_seconds=text.phase_seconds, hint_seconds=text.hint_seconds, pack_seconds=text.pack_seconds,
         counts_mib=counts_mib, marks=marks.rows, chunks=np.array(text.chunks),
         running_bpb=tilted.running_bpb(data), running_untilted_bpb=untilted.running_bpb(data))
@@ -310,7 +309,7 @@ def speed_over_time(marks: list) -> list[int]:
 
 def measure(s: g.Settings, targets: int, runtime: g.Runtime) -> dict:
     """The record of this bench."""
-    g.check_machine(s, runtime)
+    g.check_tools(dataclasses.replace(s, ttt_eval_only=True), runtime)
     data = StandIn(targets, s)
     targets = len(data.tokens) - 1
     model = g.build_model(s, runtime, Quiet())

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+import host
 import train_gpt as g
 from env_settings import fields_by_group
 from tools import pack_submission as pack
@@ -959,7 +960,7 @@ def test_killed_while_writing(small, tmp_path, moment):
 
         rename = os.replace
         if moment == "half written":
-            g.open = lambda *arguments: HalfWritten(open(*arguments), stop)
+            host.open = lambda *arguments: HalfWritten(open(*arguments), stop)
         elif moment == "before rename":
             os.replace = lambda *names: stop()
         else:

@@ -988,7 +988,7 @@ def test_kernels_of_the_packed_script_compile_for_hopper(root, tmp_path):
                          text=True)
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 7 + 11 + 10 + 4 + 2
+    assert len(lines) == 7 + 12 + 10 + 4 + 2
     products = [line.split()[2] for line in lines if line.split()[0] in ("mlp_product", "fp8_product")]
     low, fits = "wgmma.mma_async|f32.e4m3.e4m3", "STACK:0|LOCAL:0"
     assert products == [f"wgmma.mma_async|cp.async.bulk.tensor|setmaxnreg|{fits}"] * 2 + [

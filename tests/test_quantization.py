@@ -710,8 +710,10 @@ def test_statistics_are_those_of_plain_autograd(name, looping, monkeypatch):
 
 
 def test_without_curvature_there_is_no_backward_pass(monkeypatch):
-    s = reference_settings(EVAL_SEQ_LEN=60, VAL_BATCH_TOKENS=4096, STEP_RULE="sigma")
-    model, windows = random_model(s), calibration_text(s, 2)
+    s = reference_settings(EVAL_SEQ_LEN=60, TRAIN_SEQ_LEN=60, VAL_BATCH_TOKENS=4096, STEP_RULE="sigma")
+    model = random_model(s)
+    # No document begins inside a window, where the published rule would go on.
+    windows = [np.where(window == BOS, BOS + 1, window) for window in calibration_text(s, 2)]
     with_gradients = g.calibrate(model, windows, True, changed(s, step_rule="loss"), runtime())
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("no gradient was asked for"))
     statistics = g.calibrate(model, windows, True, s, runtime())

@@ -272,9 +272,6 @@ class Documents:
     """The first documents of a text, in the place of ValidationData; the next one's BOS ends them."""
 
     def __init__(self, data: g.ValidationData, count: int):
-        if data.tokens[0] != g.BOS_ID:
-            raise g.InputError(f"DATA_PATH: the validation text does not begin with BOS (token {g.BOS_ID}); "
-                               "prepare the data again")
         starts = g.document_starts(data.tokens[:-1])
         end = starts[count] + 1 if count < len(starts) else len(data.tokens)
         self.tokens = data.tokens[:end]
@@ -286,7 +283,7 @@ def settings_from(environment: dict) -> g.Settings:
     s = g.Settings.from_environment({"TTT_MICRO_BATCH_TOKENS": "1"} | environment)
     if s.ttt_order != "stream":
         raise g.InputError(f"TTT_ORDER: no decoder exists for {s.ttt_order}; set TTT_ORDER=stream")
-    return dataclasses.replace(s, attention="reference", fp8="0")
+    return dataclasses.replace(s, attention="reference", fp8="0", ttt_eval_only=True)
 
 
 def load(path: str, s: g.Settings) -> tuple[g.GPT, bool]:
@@ -311,13 +308,13 @@ def run(arguments: list[str], environment: dict) -> bool:
     path = options.code or str(Path(artifact).with_name("text.code"))
     torch.set_num_threads(1)
 
-    g.check_machine(s, RUNTIME)
+    g.check_tools(s, RUNTIME)
     model = load(artifact, s)
     key = fingerprint(artifact, s)
     data = Documents(g.ValidationData(s), options.documents)
     header, words, figures = encode(data, *model, s)
     code = pack_code(header, words, key)
-    g.write_atomically(path, code)
+    g.write_whole(path, code)
     print(f"{header.documents} documents, {figures['targets']:,} targets, {figures['bytes']:,} bytes of text")
     print(f"{path}: {len(code):,} bytes, of which {LAYOUT.size} of header: "
           f"{8 * len(code) / figures['bytes']:.5f} bits per byte")
