@@ -289,7 +289,8 @@ def settings_from(environment: dict) -> g.Settings:
 def load(path: str, s: g.Settings) -> tuple[g.GPT, bool]:
     """The model of an artifact, and whether it loops."""
     model = g.GPT(s)
-    looping = g.install(model, *g.read_container(path, model, s), s)
+    table, arrays = g.read_container(path, model, s)
+    looping = g.install(model, table, arrays, s)
     return model, looping
 
 
@@ -321,7 +322,9 @@ def run(arguments: list[str], environment: dict) -> bool:
     print(f"reported by the evaluation: {figures['val_bpb']:.5f} bits per byte", flush=True)
 
     began = time.perf_counter()
-    text, _ = decode(*open_code(path, key), *load(artifact, s), s)
+    header, words = open_code(path, key)
+    model = load(artifact, s)
+    text, _ = decode(header, words, *model, s)
     identical = np.array_equal(text.stream(), data.tokens)
     print(f"read back in {time.perf_counter() - began:.0f} s: {'identical' if identical else 'DIFFERENT'}")
     return identical
